@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# GNDPO on Geometry3K: a Qwen2.5-VL-3B student learns from a Qwen2.5-VL-7B teacher on its own answers.
+#
+#   python data_prep/geo3k.py --local_save_dir ~/data/geo3k
+#   bash examples/run_qwen2_5vl_gndpo.sh                                  # the published setting, GPUs detected
+#   TEACHER=/models/teacher LR=2e-6 bash examples/run_qwen2_5vl_gndpo.sh trainer.total_epochs=2
+#   PROFILE=cpu STUDENT=... TEACHER=... bash examples/run_qwen2_5vl_gndpo.sh   # the same overrides on tiny models
+#
+# Every capitalised setting below can be set in the environment; every argument is a Hydra override and comes last.
+set -euo pipefail
+
+PYTHON=${PYTHON:-python}
+PROFILE=${PROFILE:-gpu}                       # gpu | cpu
+STUDENT=${STUDENT:-Qwen/Qwen2.5-VL-3B-Instruct}
+TEACHER=${TEACHER:-Qwen/Qwen2.5-VL-7B-Instruct}
+DATA_DIR=${DATA_DIR:-$HOME/data/geo3k}
+TRAIN_FILE=${TRAIN_FILE:-$DATA_DIR/train.parquet}
+VAL_FILE=${VAL_FILE:-$DATA_DIR/test.parquet}
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen2_5vl_gndpo}
+ESTIMATOR=${ESTIMATOR:-gndpo}                 # gndpo | opd | any of verl's own
+
+BATCH=${BATCH:-32}                            # prompts a step; one update a step, strictly on-policy
+N=${N:-16}                                    # responses a prompt
+LR=${LR:-1e-6}
+EPOCHS=${EPOCHS:-1}
+TEMPERATURE=${TEMPERATURE:-1.0}
+FREEZE_VISION=${FREEZE_VISION:-True}
+NNODES=${NNODES:-1}
+
+if [ "$PROFILE" = gpu ]; then
+    # Without any visible GPU the published eight are assumed, for a launch from a head node.
+    detected=$(nvidia-smi -L 2>/dev/null | wc -l || true)
+    GPUS=${GPUS:-$(( detected > 0 ? detected : 8 ))}
+    MAX_PROMPT=${MAX_PROMPT:-8192}
+    MAX_RESPONSE=${MAX_RESPONSE:-16384}
+    TOKENS_PER_GPU=${TOKENS_PER_GPU:-$(( MAX_PROMPT + MAX_RESPONSE ))}
+    ROLLOUT_TP=${ROLLOUT_TP:-1}
+    DTYPE=${DTYPE:-bfloat16}
+    LOGGER=${LOGGER:-'["console","file","tensorboard"]'}
+elif [ "$PROFILE" = cpu ]; then
+    GPUS=${GPUS:-1}                           # a logical count: Ray places one worker on each
+    MAX_PROMPT=${MAX_PROMPT:-128}
+    MAX_RESPONSE=${MAX_RESPONSE:-24}
+    TOKENS_PER_GPU=${TOKENS_PER_GPU:-8192}
+    ROLLOUT_TP=1
+    DTYPE=float32
+    LOGGER=${LOGGER:-'["console","file"]'}
+    # Compiling costs more than it saves on tiny models, and nothing may ask a hub.
+    export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
+    export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0 RAY_DEDUP_LOGS=0
+else
+    echo "PROFILE must be gpu or cpu, got '$PROFILE'" >&2
+    exit 2
+fi
+mkdir -p "$OUTPUT_DIR"
+export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$OUTPUT_DIR/metrics.jsonl}
+
+OVERRIDES=(
+    # The method: log-ratios to the teacher, whitened over the batch, under GSPO with sequence-mean-token-mean.
+    algorithm.adv_estimator="$ESTIMATOR"
+    +gndpo=default
+    +teacher=worker
+    teacher.model.path="$TEACHER"
+    actor_rollout_ref.actor.policy_loss.loss_mode=gspo
+    actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
+    actor_rollout_ref.actor.clip_ratio_low=0.2
+    actor_rollout_ref.actor.clip_ratio_high=0.2
+    actor_rollout_ref.actor.use_kl_loss=False
+    actor_rollout_ref.actor.entropy_coeff=0
+    algorithm.use_kl_in_reward=False
+
+    data.train_files="$TRAIN_FILE"
+    data.val_files="$VAL_FILE"
+    data.image_key=images
+    data.train_batch_size="$BATCH"
+    data.max_prompt_length="$MAX_PROMPT"
+    data.max_response_length="$MAX_RESPONSE"
+    data.filter_overlong_prompts=True
+    data.truncation=error
+
+    actor_rollout_ref.model.path="$STUDENT"
+    actor_rollout_ref.model.enable_gradient_checkpointing=True
+    actor_rollout_ref.actor.strategy=fsdp2
+    actor_rollout_ref.actor.freeze_vision_tower="$FREEZE_VISION"
+    actor_rollout_ref.actor.optim.lr="$LR"
+    actor_rollout_ref.actor.grad_clip=1.0
+    actor_rollout_ref.actor.ppo_mini_batch_size="$BATCH"
+    actor_rollout_ref.actor.use_dynamic_bsz=True
+    actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$TOKENS_PER_GPU"
+
+    actor_rollout_ref.rollout.name=vllm
+    actor_rollout_ref.rollout.n="$N"
+    actor_rollout_ref.rollout.temperature="$TEMPERATURE"
+    actor_rollout_ref.rollout.dtype="$DTYPE"
+    actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
+    # `dummy`, verl's default, leaves buffers that are not part of a weight sync with random content.
+    actor_rollout_ref.rollout.load_format=auto
+    actor_rollout_ref.rollout.calculate_log_probs=True
+
+    trainer.use_v1=True
+    trainer.v1.trainer_mode=sync
+    trainer.nnodes="$NNODES"
+    trainer.n_gpus_per_node="$GPUS"
+    trainer.total_epochs="$EPOCHS"
+    trainer.project_name=verl-gndpo
+    trainer.experiment_name="$(basename "$OUTPUT_DIR")"
+    trainer.logger="$LOGGER"
+    trainer.default_local_dir="$OUTPUT_DIR/checkpoints"
+    trainer.save_freq=20
+    trainer.test_freq=10
+)
+
+if [ "$PROFILE" = gpu ]; then
+    OVERRIDES+=(
+        actor_rollout_ref.model.use_remove_padding=True
+        actor_rollout_ref.rollout.gpu_memory_utilization=0.6
+    )
+else
+    OVERRIDES+=(
+        trainer.device=cpu
+        +ray_kwargs.ray_init.num_gpus="$GPUS"
+        ray_kwargs.ray_init.num_cpus=32
+        +ray_kwargs.ray_init.include_dashboard=False
+        +ray_kwargs.ray_init.object_store_memory=500000000
+        transfer_queue.backend.SimpleStorage.num_data_storage_units=1
+        data.dataloader_num_workers=0
+        data.filter_overlong_prompts_workers=1
+        actor_rollout_ref.model.use_remove_padding=False
+        +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+        actor_rollout_ref.model.enable_gradient_checkpointing=False
+        actor_rollout_ref.actor.use_torch_compile=False
+        actor_rollout_ref.actor.fsdp_config.use_torch_compile=False
+        actor_rollout_ref.actor.fsdp_config.dtype=float32
+        +actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32
+        +actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype=fp32
+        +actor_rollout_ref.actor.fsdp_config.mixed_precision.buffer_dtype=fp32
+        actor_rollout_ref.rollout.enforce_eager=True
+        # vLLM has no sleep mode on the CPU.
+        actor_rollout_ref.rollout.free_cache_engine=False
+        +actor_rollout_ref.rollout.enable_sleep_mode=False
+        actor_rollout_ref.rollout.max_model_len=$(( MAX_PROMPT + MAX_RESPONSE ))
+        actor_rollout_ref.rollout.max_num_batched_tokens=4096
+        actor_rollout_ref.rollout.max_num_seqs=64
+        actor_rollout_ref.rollout.agent.num_workers=1
+        actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16
+        reward.num_workers=1
+    )
+fi
+OVERRIDES+=("$@")
+
+"$PYTHON" -c 'import verl_gndpo' 2>/dev/null || {
+    echo "verl-gndpo is not installed for $PYTHON: run 'pip install -e .' in this project, or set PYTHON" >&2
+    exit 1
+}
+"$PYTHON" -m verl_gndpo.cli doctor "${OVERRIDES[@]}"
+exec "$PYTHON" -m verl.trainer.main_ppo "${OVERRIDES[@]}"

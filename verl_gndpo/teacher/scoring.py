@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probs of response tokens without the logits of anything else.
+
+A causal model's output at position p predicts the token at p + 1, so the log-probs of the R response tokens of a sequence
+of length L come from positions L-R-1 ... L-2. Only those rows of the last hidden state go through the output projection,
+`chunk_tokens` at a time, so that the peak is chunk_tokens x vocabulary whatever the prompt, the image or the batch.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+
+def response_rows(sequence_ends: torch.Tensor, response_lengths: torch.Tensor) -> torch.Tensor:
+    """Rows of the hidden state that predict the response tokens.
+
+    Args:
+        sequence_ends: (batch,), for each sequence the row after its last token in the flattened hidden state.
+        response_lengths: (batch,), tokens of the response at the end of each sequence.
+
+    Returns:
+        (sum of response_lengths,) int64, response by response.
+    """
+    lengths = response_lengths.to(torch.int64)
+    first = sequence_ends.to(torch.int64) - lengths - 1
+    starts = lengths.cumsum(0) - lengths
+    within = torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)
+    return first.repeat_interleave(lengths) + within
+
+
+def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(logits / temperature)[token] in float32: (tokens, vocabulary) and (tokens,) to (tokens,), nats."""
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+class ScoringHead:
+    """Makes a model's output projection return log-probs of given tokens instead of logits.
+
+    Hugging Face models, and verl's variants of them, end in `logits = self.lm_head(hidden_states)`. The projection's own
+    forward is replaced on the instance: the parameters keep their names, and FSDP has gathered them when it runs, whichever
+    way the model is sharded.
+    """
+
+    def __init__(self, lm_head: torch.nn.Module, chunk_tokens: int):
+        self._project = lm_head.forward
+        self._chunk_tokens = chunk_tokens
+        self._request: tuple[torch.Tensor, torch.Tensor, float] | None = None
+        lm_head.forward = self._forward
+
+    @contextmanager
+    def scoring(self, rows: torch.Tensor, token_ids: torch.Tensor, temperature: float):
+        """Within this context a forward of the model returns, as `logits`, (1, rows) float32 log-probs in nats.
+
+        Args:
+            rows: (tokens,), rows of the hidden state flattened to (rows, hidden_size).
+            token_ids: (tokens,), the token that each row is to predict.
+            temperature: divides the logits.
+        """
+        self._request = (rows, token_ids, temperature)
+        try:
+            yield
+        finally:
+            self._request = None
+
+    def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self._request is None:
+            return self._project(hidden_states)
+        rows, token_ids, temperature = self._request
+        hidden = hidden_states.flatten(0, -2)
+        out = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
+        for i in range(0, len(rows), self._chunk_tokens):
+            chunk = slice(i, i + self._chunk_tokens)
+            out[chunk] = token_log_probs(self._project(hidden[rows[chunk]]), token_ids[chunk], temperature)
+        return out.unsqueeze(0)
