@@ -8,6 +8,7 @@ importing this file costs nothing, and a module that a process never imports is 
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import wrapt
 
@@ -30,9 +31,7 @@ def fix_nested_position_ids(tensordict_utils):
     Returns:
         Whether the module was changed: only verl 0.9.1 is, because another version may have a fix of its own.
     """
-    # verl/<package>/<module>.py. Not importlib.metadata: that knows the installed verl, and this may be a checkout.
-    version = (Path(tensordict_utils.__file__).parents[1] / "version" / "version").read_text().strip()
-    if version != FIXED_VERL_VERSION:
+    if _verl_version(tensordict_utils) != FIXED_VERL_VERSION:
         return False
 
     torch = tensordict_utils.torch
@@ -56,6 +55,43 @@ def fix_nested_position_ids(tensordict_utils):
     return True
 
 
+def fix_text_only_batches(qwen2_vl):
+    """Make `_get_input_embeds` of `verl.models.transformers.qwen2_vl` accept a batch without images and videos.
+
+    It runs such a batch's dummy image through the vision tower, so that all FSDP ranks gather the same weights, and
+    takes the mean of what comes back. That was a tensor before transformers 5 and is an output object since.
+
+    Returns:
+        Whether the module was changed: only verl 0.9.1 is, because another version may have a fix of its own.
+    """
+    if _verl_version(qwen2_vl) != FIXED_VERL_VERSION:
+        return False
+
+    original = qwen2_vl._get_input_embeds
+
+    def _get_input_embeds(
+        model, input_ids, attention_mask=None, pixel_values=None, pixel_values_videos=None, *args, **kwargs
+    ):
+        """Stock verl's function; without images and videos, on a model whose vision tower returns a tensor."""
+        if pixel_values is None and pixel_values_videos is None:
+            tower = model.visual
+            model = SimpleNamespace(
+                config=model.config,
+                get_input_embeddings=model.get_input_embeddings,
+                visual=lambda *inputs, **options: qwen2_vl.unpack_visual_output(tower(*inputs, **options))[0],
+            )
+        return original(model, input_ids, attention_mask, pixel_values, pixel_values_videos, *args, **kwargs)
+
+    _replace(qwen2_vl, "_get_input_embeds", _get_input_embeds)
+    return True
+
+
+def _verl_version(module):
+    """The version of the verl that `module` belongs to: not always the installed one, as importlib.metadata has it."""
+    files = (folder / "version" / "version" for folder in Path(module.__file__).parents)
+    return next(file for file in files if file.is_file()).read_text().strip()
+
+
 def _replace(module, name, function):
     """Replace `module.name`, also where a verl module has bound it already by `from module import name`."""
     original = getattr(module, name)
@@ -67,4 +103,7 @@ def _replace(module, name, function):
             setattr(importer, name, function)
 
 
-FIXES = {"verl.utils.tensordict_utils": fix_nested_position_ids}
+FIXES = {
+    "verl.utils.tensordict_utils": fix_nested_position_ids,
+    "verl.models.transformers.qwen2_vl": fix_text_only_batches,
+}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,11 +21,31 @@ from tensordict import TensorDict
 from verl_gndpo import verl_fixes
 
 REPO = Path(__file__).parents[2]
-PATCH = REPO / "patches" / "verl-0.9.1" / "0001-repack-3d-position-ids.patch"
-UPSTREAM_TEST = "tests/utils/test_3d_position_ids_on_cpu.py"
-PATCHED_FILE = "verl/utils/tensordict_utils.py"
+PATCHES_FOLDER = REPO / "patches" / "verl-0.9.1"
 NUM_AXES = 4
 
+
+class Patch(NamedTuple):
+    """A diff's file name, the one file of verl that it changes, and the test that it adds."""
+
+    name: str
+    file: str
+    test: str
+
+
+POSITION_IDS = Patch(
+    name="0001-repack-3d-position-ids.patch",
+    file="verl/utils/tensordict_utils.py",
+    test="tests/utils/test_3d_position_ids_on_cpu.py",
+)
+TEXT_ONLY = Patch(
+    name="0002-unpack-text-only-vision-output.patch",
+    file="verl/models/transformers/qwen2_vl.py",
+    test="tests/models/test_qwen2_vl_text_only_on_cpu.py",
+)
+PATCHES = [POSITION_IDS, TEXT_ONLY]
+
+each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name[:4])
 pytestmark = pytest.mark.skipif(
     importlib.metadata.version("verl") != "0.9.1", reason="the patches and fixes are for verl 0.9.1 only"
 )
@@ -43,10 +64,10 @@ def stock_verl():
 @pytest.fixture
 def small_checkout(tmp_path):
     """The files of verl that the patches and the script look at."""
-    for name in ("version/version", "utils/tensordict_utils.py"):
-        target = tmp_path / "checkout" / "verl" / name
+    for name in ("verl/version/version", *(patch.file for patch in PATCHES)):
+        target = tmp_path / "checkout" / name
         target.parent.mkdir(parents=True)
-        shutil.copy(stock_verl() / name, target)
+        shutil.copy(stock_verl().parent / name, target)
     (tmp_path / "checkout" / "tests").mkdir()
     return tmp_path / "checkout"
 
@@ -58,26 +79,46 @@ def contents(folder):
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
+def test_every_patch_is_tested_and_has_a_fix():
+    assert sorted(path.name for path in PATCHES_FOLDER.iterdir()) == [patch.name for patch in PATCHES]
+    assert list(verl_fixes.FIXES) == [patch.file.removesuffix(".py").replace("/", ".") for patch in PATCHES]
+
+
 def test_apply_then_say_so_when_repeated(small_checkout):
     stock = contents(small_checkout)
 
     check = apply_patches(small_checkout, "--check")
     assert check.returncode == 0, check.stderr
-    assert f"would apply: {PATCH.name}" in check.stdout
+    assert check.stdout == "".join(f"would apply: {patch.name}\n" for patch in PATCHES)
     assert contents(small_checkout) == stock
 
     first = apply_patches(small_checkout)
     assert first.returncode == 0, first.stderr
-    assert f"applied: {PATCH.name}" in first.stdout
+    assert first.stdout == "".join(f"applied: {patch.name}\n" for patch in PATCHES)
     patched = contents(small_checkout)
-    assert patched.keys() - stock.keys() == {Path(UPSTREAM_TEST)}
-    assert {path for path in stock if patched[path] != stock[path]} == {Path(PATCHED_FILE)}
+    assert patched.keys() - stock.keys() == {Path(patch.test) for patch in PATCHES}
+    assert {path for path in stock if patched[path] != stock[path]} == {Path(patch.file) for patch in PATCHES}
 
     for options in ((), ("--check",)):
         again = apply_patches(small_checkout, *options)
         assert again.returncode == 0, again.stderr
-        assert again.stdout == f"already applied: {PATCH.name}\n"
+        assert again.stdout == "".join(f"already applied: {patch.name}\n" for patch in PATCHES)
         assert contents(small_checkout) == patched
+
+
+@each_patch
+def test_only_what_is_missing_is_applied(small_checkout, patch):
+    stock = contents(small_checkout)
+    assert apply_patches(small_checkout).returncode == 0
+    patched = contents(small_checkout)
+    (small_checkout / patch.file).write_bytes(stock[Path(patch.file)])
+    (small_checkout / patch.test).unlink()
+
+    result = apply_patches(small_checkout)
+    assert result.returncode == 0, result.stderr
+    others = [f"already applied: {other.name}" for other in PATCHES if other != patch]
+    assert result.stdout.splitlines() == [*others, f"applied: {patch.name}"]
+    assert contents(small_checkout) == patched
 
 
 def test_installed_verl_gets_no_tests_folder(small_checkout):
@@ -92,16 +133,17 @@ def test_checkout_inside_another_repository(small_checkout):
     subprocess.run(["git", "init", "--quiet", str(small_checkout.parent)], check=True)
     stock = contents(small_checkout)
     assert apply_patches(small_checkout).returncode == 0
-    assert contents(small_checkout)[Path(PATCHED_FILE)] != stock[Path(PATCHED_FILE)]
+    patched = contents(small_checkout)
+    assert all(patched[Path(patch.file)] != stock[Path(patch.file)] for patch in PATCHES)
 
 
 def test_hard_linked_original_is_not_written_through(small_checkout, tmp_path):
     """uv links an environment's files to its cache: writing through the link would patch every other environment."""
     link = tmp_path / "cache.py"
-    os.link(small_checkout / PATCHED_FILE, link)
+    os.link(small_checkout / POSITION_IDS.file, link)
     before = link.read_bytes()
     assert apply_patches(small_checkout).returncode == 0
-    assert link.read_bytes() == before != (small_checkout / PATCHED_FILE).read_bytes()
+    assert link.read_bytes() == before != (small_checkout / POSITION_IDS.file).read_bytes()
 
 
 @pytest.mark.parametrize("options", [(), ("--check",)])
@@ -114,14 +156,14 @@ def test_other_version_is_refused_by_name(small_checkout, options):
     assert contents(small_checkout) == before
 
 
-def test_patch_that_does_not_fit_changes_nothing(small_checkout):
-    """Half of the patch could be applied here (its new test file); none of it is."""
-    source = small_checkout / PATCHED_FILE
-    source.write_text(source.read_text().replace("._ragged_idx = 2", "._ragged_idx = 3"))
+@each_patch
+def test_patch_that_does_not_fit_changes_nothing(small_checkout, patch):
+    """Half of the patch (its new test file) and the other patches could be applied here; none of them is."""
+    (small_checkout / patch.file).write_text("something else\n")
     before = contents(small_checkout)
     result = apply_patches(small_checkout)
     assert result.returncode == 1
-    assert PATCH.name in result.stderr and PATCHED_FILE in result.stderr
+    assert patch.name in result.stderr and patch.file in result.stderr
     assert contents(small_checkout) == before
 
 
@@ -133,27 +175,29 @@ def test_wrong_use(arguments, tmp_path):
     assert result.stderr.startswith("apply.sh: ")
 
 
-# --- the diff's own test, in stock, patched and fixed verl ------------------------------------------------------------
+# --- the diffs' own tests, in stock, patched and fixed verl -----------------------------------------------------------
 
-RUN_UPSTREAM_TEST = """
+RUN_UPSTREAM_TESTS = """
 import json, sys
 import pytest
 
 class Outcomes(dict):
     def pytest_runtest_logreport(self, report):
         if report.when == "call":
-            self[report.nodeid.split("::")[1]] = [report.outcome, report.longreprtext]
+            file, name = report.nodeid.split("::")
+            self.setdefault(file, {})[name] = [report.outcome, report.longreprtext]
 
 def outcomes():
     found = Outcomes()
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "--noconftest", "--rootdir=."]
-    pytest.main([*options, sys.argv[1]], plugins=[found])
+    pytest.main([*options, "tests"], plugins=[found])
     return found
 
 results = {"as_is": outcomes()}
 if "--then-fix" in sys.argv:
     from verl_gndpo import verl_fixes
-    verl_fixes.apply()
+    for _ in range(2):  # it is safe to repeat
+        verl_fixes.apply()
     results["fixed"] = outcomes()
 import verl
 results["verl"] = verl.__path__[0]
@@ -161,14 +205,17 @@ json.dump(results, open("results.json", "w"))
 """
 
 
-def run_upstream_test(checkout, *options):
-    """Run the diff's test in a process of its own, on the verl in `checkout`: {name: (outcome, failure text)}."""
+def run_upstream_tests(checkout, *options):
+    """Run the diffs' tests in one process, on the verl in `checkout`: {file: {name: (outcome, failure text)}}."""
+    # Without the plugin nothing but that sitecustomize makes torchvision, which the Qwen-VL models import, importable
+    # beside a CPU torch.
+    python_path = [checkout, REPO, REPO / "verl_gndpo" / "platforms" / "startup"]
     env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(checkout), str(REPO)]),
+        "PYTHONPATH": os.pathsep.join(map(str, python_path)),
         "VERL_USE_EXTERNAL_PLUGINS": "none",
         "PYTEST_ADDOPTS": "",
     }
-    command = [sys.executable, "-c", RUN_UPSTREAM_TEST, UPSTREAM_TEST, *options]
+    command = [sys.executable, "-c", RUN_UPSTREAM_TESTS, *options]
     process = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     results = json.loads((checkout / "results.json").read_text())
@@ -188,54 +235,79 @@ def patched_checkout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stock_results(patched_checkout, tmp_path_factory):
-    """Stock verl with the diff's test file; after that, the same process and the same modules with the fix applied."""
+    """Stock verl with the diffs' tests; after that, the same process and the same modules with the fixes applied."""
     checkout = tmp_path_factory.mktemp("stock")
     shutil.copytree(stock_verl(), checkout / "verl")
     shutil.copytree(patched_checkout / "tests", checkout / "tests")
-    return run_upstream_test(checkout, "--then-fix")
+    return run_upstream_tests(checkout, "--then-fix")
 
 
-def test_stock_verl_fails_for_equal_lengths_only(stock_results):
-    failed = {name for name, (outcome, _) in stock_results["as_is"].items() if outcome == "failed"}
-    passed = stock_results["as_is"].keys() - failed
-    assert failed == {name for name in stock_results["as_is"] if "[" in name and "[3-5-4-" not in name}
-    assert passed, "nothing passed, so the failures may have another cause"
+@pytest.fixture(scope="module")
+def patched_results(patched_checkout):
+    return run_upstream_tests(patched_checkout)["as_is"]
+
+
+def is_about_equal_lengths(name):
+    return "[" in name and "[3-5-4-" not in name
+
+
+def is_about_text_only(name):
+    return name.startswith("test_text_only")
 
 
 @pytest.mark.parametrize(
-    ("name", "error"),
+    ("patch", "meets_the_bug"), [(POSITION_IDS, is_about_equal_lengths), (TEXT_ONLY, is_about_text_only)]
+)
+def test_stock_verl_fails_where_the_bug_is_only(stock_results, patch, meets_the_bug):
+    outcomes = stock_results["as_is"][patch.test]
+    failed = {name for name, (outcome, _) in outcomes.items() if outcome == "failed"}
+    assert failed == {name for name in outcomes if meets_the_bug(name)} != set()
+    assert outcomes.keys() - failed, "nothing passed, so the failures may have another cause"
+
+
+@pytest.mark.parametrize(
+    ("patch", "name", "error"),
     [
         # A batch of one row is a batch of equally long rows.
-        ("test_index_select[7-as_built]", "RuntimeError: split_with_sizes expects split_sizes to sum exactly to 7"),
+        (
+            POSITION_IDS,
+            "test_index_select[7-as_built]",
+            "RuntimeError: split_with_sizes expects split_sizes to sum exactly to 7",
+        ),
         # Equal lengths: the crash, worded by torch's symbolic split_with_sizes.
-        ("test_index_select[5-5-5-as_built]", "RuntimeError"),
+        (POSITION_IDS, "test_index_select[5-5-5-as_built]", "RuntimeError"),
         # seq_len == 4 * batch_size, and a single row in chunks: wrong values and no error at all.
-        ("test_index_select[8-8-as_built]", "AssertionError"),
-        ("test_chunks[7-as_built]", "AssertionError"),
+        (POSITION_IDS, "test_index_select[8-8-as_built]", "AssertionError"),
+        (POSITION_IDS, "test_chunks[7-as_built]", "AssertionError"),
+        (TEXT_ONLY, "test_text_only[qwen2_vl]", "'BaseModelOutputWithPooling' object has no attribute 'mean'"),
+        (TEXT_ONLY, "test_text_only[qwen2_5_vl]", "'BaseModelOutputWithPooling' object has no attribute 'mean'"),
     ],
 )
-def test_how_stock_verl_fails(stock_results, name, error):
-    assert error in stock_results["as_is"][name][1]
+def test_how_stock_verl_fails(stock_results, patch, name, error):
+    assert error in stock_results["as_is"][patch.test][name][1]
 
 
-def test_patched_verl_passes(patched_checkout, stock_results):
-    results = run_upstream_test(patched_checkout)["as_is"]
-    assert results.keys() == stock_results["as_is"].keys()
-    assert {name: text for name, (outcome, text) in results.items() if outcome != "passed"} == {}
+@each_patch
+def test_patched_verl_passes(patched_results, stock_results, patch):
+    outcomes = patched_results[patch.test]
+    assert outcomes.keys() == stock_results["as_is"][patch.test].keys()
+    assert {name: text for name, (outcome, text) in outcomes.items() if outcome != "passed"} == {}
 
 
-def test_stock_verl_passes_after_the_run_time_fix(stock_results):
-    """Applied late, when verl.utils.tensordict_utils has been imported and used: the hardest order."""
-    assert stock_results["fixed"].keys() == stock_results["as_is"].keys()
-    assert {name: text for name, (outcome, text) in stock_results["fixed"].items() if outcome != "passed"} == {}
+@each_patch
+def test_stock_verl_passes_after_the_run_time_fix(stock_results, patch):
+    """Applied late, when the module to fix has been imported and used: the hardest order."""
+    outcomes = stock_results["fixed"][patch.test]
+    assert outcomes.keys() == stock_results["as_is"][patch.test].keys()
+    assert {name: text for name, (outcome, text) in outcomes.items() if outcome != "passed"} == {}
 
 
-# --- run-time fix and patch, side by side in this process -------------------------------------------------------------
+# --- the run-time fixes in this process, beside the patched file where that can be loaded alone -----------------------
 
 
 def load_tensordict_utils(checkout, name):
     """`verl/utils/tensordict_utils.py` alone, under another name: it imports nothing of verl."""
-    spec = importlib.util.spec_from_file_location(name, Path(checkout) / PATCHED_FILE)
+    spec = importlib.util.spec_from_file_location(name, Path(checkout) / POSITION_IDS.file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -308,12 +380,31 @@ def test_uniform_batch_equals_the_same_rows_of_a_mixed_batch(fixed, length):
     assert torch.equal(alone["position_ids"].offsets(), from_mixed.offsets())
 
 
-def test_other_verl_versions_are_left_alone(small_checkout):
+@each_patch
+def test_other_verl_versions_are_left_alone(small_checkout, patch):
     (small_checkout / "verl" / "version" / "version").write_text("0.9.2\n")
-    module = load_tensordict_utils(small_checkout, "other_tensordict_utils")
-    original = module.maybe_fix_3d_position_ids
-    assert not verl_fixes.fix_nested_position_ids(module)
-    assert module.maybe_fix_3d_position_ids is original
+    name = patch.file.removesuffix(".py").replace("/", ".")
+    module = types.ModuleType(name)
+    module.__file__ = str(small_checkout / patch.file)
+    before = dict(vars(module))
+    assert not verl_fixes.FIXES[name](module)
+    assert vars(module) == before
+
+
+def test_batches_with_images_or_videos_go_through_unchanged():
+    """They need the whole model (for one, `visual.dtype`), not the stand-in that text-only batches get."""
+    module = types.ModuleType("fixed_qwen2_vl")
+    module.__file__ = str(stock_verl().parent / TEXT_ONLY.file)
+    module._get_input_embeds = lambda *args, **kwargs: (args, kwargs)
+    assert verl_fixes.fix_text_only_batches(module)
+
+    model = types.SimpleNamespace(config=None, get_input_embeddings=None, visual=None)
+    with_image = (model, "ids", "mask", "pixels", None, "grid", None)
+    with_video = (model, "ids", "mask", None, "pixels", None, "grid")
+    for batch in (with_image, with_video):
+        assert module._get_input_embeds(*batch) == (batch, {})
+    (stand_in, *_), _ = module._get_input_embeds(model, "ids", "mask", None, None, None, None)
+    assert stand_in is not model
 
 
 def test_names_bound_before_the_fix_are_replaced_too(monkeypatch):

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Geometry3K to verl's parquet, from the hub or from a local copy.
+
+    python data_prep/geo3k.py --local_save_dir ~/data/geo3k
+    python data_prep/geo3k.py --local_dataset_path PATH --local_save_dir ~/data/geo3k
+
+A local copy is a parquet file, a folder of them (train*, validation*, test*), a `save_to_disk` folder, or the folders
+of InterGPS, the data set's origin: {train,val,test}/<number>/{data.json, img_diagram.png}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+if __package__:
+    from data_prep import _core
+else:  # as a plain script: this folder is on the path, its parent is not
+    import _core
+
+INTERGPS_SPLITS = ("train", "val", "test")
+INTERGPS_PARENTS = ("", "data", "geometry3k", "data/geometry3k")
+
+
+def open_intergps(folder: Path) -> list[_core.Split] | None:
+    """Splits of InterGPS's own layout, found in `folder` or where its repository keeps it; None for another layout.
+
+    Raises:
+        SourceError: the archives lie there still packed.
+    """
+    for parent in INTERGPS_PARENTS:
+        root = folder / parent
+        problems = {name: _problem_folders(root / name) for name in INTERGPS_SPLITS}
+        if any((problem / "data.json").is_file() for found in problems.values() for problem in found):
+            return [_intergps_split(name, found, root) for name, found in problems.items() if (root / name).is_dir()]
+        if zipped := [f"{name}.zip" for name in INTERGPS_SPLITS if (root / f"{name}.zip").is_file()]:
+            raise _core.SourceError(f"{root} holds {', '.join(zipped)} still packed: unzip them there first.")
+    return None
+
+
+def _problem_folders(split: Path) -> list[Path]:
+    if not split.is_dir():
+        return []
+    # Numeric order: the ids must not depend on how a file system lists a folder.
+    return sorted(
+        (entry for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith((".", "_"))),
+        key=lambda entry: (0, int(entry.name), "") if entry.name.isdecimal() else (1, 0, entry.name),
+    )
+
+
+def _intergps_split(name: str, problems: list[Path], root: Path) -> _core.Split:
+    split = _core.SPLIT_ALIASES.get(name, name)
+
+    def rows() -> Iterator[_core.SourceRow]:
+        for position, problem in enumerate(problems):
+            index = int(problem.name) if problem.name.isdecimal() else position
+            yield _core.SourceRow(index, RECIPE.row_id(split, problem.name), partial(_intergps_problem, problem))
+
+    return _core.Split(split, len(problems), rows, (root / name).resolve())
+
+
+def _intergps_problem(folder: Path) -> _core.Problem:
+    """The problem as hiyouga/geometry3k has it: annotated text, clean diagram, the text of the right choice."""
+    try:
+        record = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _core.DroppedRow("data.json is unreadable", f"{type(error).__name__}: {error}") from error
+    if not isinstance(record, dict):
+        raise _core.DroppedRow("data.json is unreadable", f"it holds a {type(record).__name__}")
+    question = record.get("annotat_text") or record.get("problem_text")
+    if isinstance(question, str) and question.strip():
+        question = _core.IMAGE_PLACEHOLDER + question
+    return _core.Problem(question, _chosen_text(record), [{"path": "img_diagram.png"}], folder)
+
+
+def _chosen_text(record: dict) -> object:
+    letter, choices = record.get("answer"), record.get("choices")
+    if letter is None or letter == "":
+        return None
+    choices = choices if isinstance(choices, list) else []
+    if not isinstance(letter, str) or len(letter) != 1 or not 0 <= ord(letter) - ord("A") < len(choices):
+        raise _core.DroppedRow("answer names no choice", f"answer {letter!r}, {len(choices)} choices")
+    return choices[ord(letter) - ord("A")]
+
+
+RECIPE = _core.Recipe(
+    name="geo3k",
+    hub_id="hiyouga/geometry3k",
+    id_prefix="geometry3k",
+    question="problem",
+    answer="answer",
+    images="images",
+    open_folder=open_intergps,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return _core.main(RECIPE, __doc__.splitlines()[0], argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
