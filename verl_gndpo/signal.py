@@ -62,28 +62,35 @@ def log_ratio_advantages(
             "teacher_log_probs, old_log_probs and response_mask must be (batch, response_length) alike, "
             f"got {shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
-    ignored = response_mask == 0
-    count = ignored.numel() - int(ignored.sum())
+    valid = response_mask.bool()
+    count = int(torch.count_nonzero(valid))
     if count == 0:
         raise ValueError(
             f"no valid response token in a batch of shape {shapes[0]}: response_mask is 0 everywhere; "
             "check that rollouts are not empty and that the mask is not filtered away"
         )
 
-    teacher, old, ignored = (x.reshape(-1) for x in (teacher_log_probs, old_log_probs, ignored))
-    blocks = [slice(i, i + BLOCK_TOKENS) for i in range(0, ignored.numel(), BLOCK_TOKENS)]
-    buffer = torch.empty(min(BLOCK_TOKENS, ignored.numel()), dtype=torch.float64, device=teacher.device)
+    advantages = torch.empty(shapes[0], dtype=torch.float32, device=valid.device)
+    flat = (x.reshape(-1).split(BLOCK_TOKENS) for x in (teacher_log_probs, old_log_probs, valid, advantages))
+    blocks = list(zip(*flat, strict=True))
+    buffers = torch.empty(3, min(BLOCK_TOKENS, valid.numel()), dtype=torch.float64, device=valid.device)
 
-    def log_ratio(block: slice) -> torch.Tensor:
-        d = buffer[: len(ignored[block])]
-        return d.copy_(teacher[block]).sub_(old[block]).masked_fill_(ignored[block], 0.0)
+    def log_ratio(teacher: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        minuend, subtrahend, _ = buffers[:, : len(teacher)]
+        return minuend.copy_(teacher).sub_(subtrahend.copy_(old))
 
     def bounded(d: torch.Tensor) -> torch.Tensor:
         return d if clip is None else d.clamp_(-clip, clip)
 
+    def masked(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        # By bits, all or none: 0 * NaN is NaN, and masked_fill takes twice as long.
+        integers = torch.int64 if x.dtype == torch.float64 else torch.int32
+        x.view(integers).bitwise_and_(buffers[2].view(integers)[: len(x)].copy_(valid).neg_())
+        return x
+
     sums = []
-    for block in blocks:
-        d = log_ratio(block)
+    for teacher, old, valid, _ in blocks:
+        d = masked(log_ratio(teacher, old), valid)
         raw = d.sum()
         k = bounded(d)
         sums.append(torch.stack([raw, k.sum(), torch.dot(k, k)]))
@@ -97,11 +104,10 @@ def log_ratio_advantages(
     # One token has no spread to scale by.
     gain = (variance + std_floor**2) ** -0.5 if scale and count > 1 else 1.0
 
-    advantages = torch.empty_like(teacher, dtype=torch.float32)
-    for block in blocks:
-        advantages[block] = bounded(log_ratio(block)).sub_(shift).mul_(gain)
-    advantages.masked_fill_(ignored, 0.0)
-    return advantages.view(response_mask.shape), Moments(count, mean, variance**0.5)
+    for teacher, old, valid, advantage in blocks:
+        k = bounded(log_ratio(teacher, old))
+        masked(advantage.copy_(k.sub_(shift)).mul_(gain), valid)
+    return advantages, Moments(count, mean, variance**0.5)
 
 
 def _raise_not_finite(teacher_log_probs: torch.Tensor, old_log_probs: torch.Tensor, response_mask: torch.Tensor):

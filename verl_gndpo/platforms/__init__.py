@@ -3,8 +3,6 @@
 
 import os
 
-import torch
-
 
 def without_accelerator() -> bool:
     """Whether this process belongs to a run on CPUs only.
@@ -15,4 +13,7 @@ def without_accelerator() -> bool:
     chosen = os.environ.get("VERL_PLATFORM", "").strip().lower()
     if chosen:
         return chosen == "cpu"
+    # Here, because a process that never uses torch must not pay for importing it.
+    import torch
+
     return torch.version.cuda is None and torch.version.hip is None and not hasattr(torch, "npu")

@@ -6,12 +6,16 @@ Ray counts "GPU" as a purely logical resource here: `+ray_kwargs.ray_init.num_gp
 """
 
 import importlib.metadata
+import os
 from contextlib import contextmanager
 
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
 
 from verl_gndpo.platforms import torchvision_ops, without_accelerator
+
+# Holds a sitecustomize.py for the interpreters that vLLM starts.
+_STARTUP = os.path.join(os.path.dirname(__file__), "startup")
 
 # verl compares its device module with torch.cpu, so it has to be torch.cpu itself; these are the calls that it makes on a
 # device module and torch.cpu lacks.
@@ -155,4 +159,6 @@ def activate() -> None:
         if not hasattr(torch.cpu, name):
             setattr(torch.cpu, name, function)
     torchvision_ops.install()
+    paths = [_STARTUP, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     answer_for_vllm_cpu()

@@ -3,7 +3,8 @@
 
 PyPI has no CPU build of torchvision, and importing the CUDA one fails: its Python part describes two operators that only
 its compiled part declares. The Qwen-VL processors need nothing but its Python part. So when torchvision is about to be
-imported and its compiled part does not load, the two are declared here. Imports nothing of verl: vLLM's processes use it.
+imported and its compiled part does not load, the two are declared here. Imports neither torch nor verl:
+every process of a run without an accelerator loads it at start-up.
 """
 
 import importlib.machinery
@@ -11,22 +12,24 @@ import importlib.util
 import os
 import sys
 
-import torch
-
 from verl_gndpo.platforms import without_accelerator
 
 
 class _DeclareOps:
-    """A meta-path finder that finds nothing itself: it is told when torchvision is about to be imported."""
+    """A meta-path finder that finds nothing itself: it is told when somebody first looks for torchvision."""
 
+    asked = False
     library = None
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         if name == "torchvision":
+            cls.asked = True
             sys.meta_path.remove(cls)
             spec = importlib.util.find_spec(name)
-            if spec is not None and not _compiled_part_loads(os.path.dirname(spec.origin)):
+            if spec is not None and without_accelerator() and not _compiled_part_loads(os.path.dirname(spec.origin)):
+                import torch
+
                 # The declarations live as long as this object.
                 cls.library = torch.library.Library("torchvision", "DEF")
                 cls.library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -35,6 +38,8 @@ class _DeclareOps:
 
 
 def _compiled_part_loads(folder: str) -> bool:
+    import torch
+
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         library = os.path.join(folder, f"_C{suffix}")
         if os.path.exists(library):
@@ -47,6 +52,6 @@ def _compiled_part_loads(folder: str) -> bool:
 
 
 def install() -> None:
-    """Watch for the import of torchvision, on a machine without an accelerator. Idempotent."""
-    if without_accelerator() and "torchvision" not in sys.modules and _DeclareOps not in sys.meta_path:
+    """Watch for the import of torchvision; act only where there is no accelerator. Idempotent."""
+    if not _DeclareOps.asked and "torchvision" not in sys.modules and _DeclareOps not in sys.meta_path:
         sys.meta_path.insert(0, _DeclareOps)

@@ -10,10 +10,7 @@ def register() -> None:
         return
     import torch
     import vllm.model_executor.layers.utils as layers
-
-    from verl_gndpo.platforms import torchvision_ops
-
-    torchvision_ops.install()
+    import vllm.model_executor.models.registry as registry
 
     def keep_weights(layer, remove_weight):
         # vLLM's CPU backend packs each Linear's weight and leaves an empty tensor behind, so that the weights that verl
@@ -21,3 +18,7 @@ def register() -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     layers.dispatch_cpu_unquantized_gemm = keep_weights
+
+    # vLLM looks at a model's class in a new interpreter, lest this process initialise a device. There is none here, and
+    # importing everything once more takes half a minute on a small machine.
+    registry._run_in_subprocess = lambda function: function()

@@ -11,7 +11,6 @@ from verl.utils.model import extract_multi_modal_inputs
 from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-from verl.workers.utils.padding import build_attention_mask_from_nested
 
 from verl_gndpo.teacher.scoring import ScoringHead, response_rows
 
@@ -106,9 +105,17 @@ def _packed(ids: torch.Tensor, position_ids: torch.Tensor) -> dict:
 
 def _padded(ids: torch.Tensor, position_ids: torch.Tensor) -> dict:
     """One row a sequence, padded on the right to the longest."""
-    positions = position_ids.to_padded_tensor(0)
+    lengths = ids.offsets().diff()
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)
+
+    def pad(values: torch.Tensor) -> torch.Tensor:
+        """(..., total tokens) to (..., batch, longest)."""
+        out = values.new_zeros(*values.shape[:-1], *mask.shape)
+        out[..., mask] = values
+        return out
+
     return {
-        "input_ids": ids.to_padded_tensor(0),
-        "attention_mask": build_attention_mask_from_nested(ids),
-        "position_ids": positions.transpose(0, 1) if positions.dim() == 3 else positions,
+        "input_ids": pad(ids.values()),
+        "attention_mask": mask.to(torch.int64),
+        "position_ids": pad(position_ids.values()),
     }

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`algorithm.gndpo` and `teacher`: defaults, what is refused, and what the message names."""
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from verl_gndpo.config import (
+    ConfigError,
+    SignalConfig,
+    TeacherConfig,
+    read_signal_config,
+    read_teacher_config,
+    uses_gndpo,
+)
+
+TEACHER = ("+teacher=worker", "teacher.model.path=T")
+
+
+def compose(*overrides):
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        return hydra.compose("ppo_trainer", overrides=list(overrides))
+
+
+def signal(estimator="gndpo", **settings):
+    return read_signal_config({"gndpo": settings}, estimator)
+
+
+def teacher(**settings):
+    settings = {"model": {"path": "T"}} | settings
+    config = {"rollout": {"temperature": 0.7, "log_prob_max_token_len_per_gpu": 4096}, "model": {}}
+    return read_teacher_config(OmegaConf.create({"teacher": settings, "actor_rollout_ref": config}))
+
+
+def test_the_yaml_groups_say_what_the_dataclasses_default_to():
+    config = compose("+gndpo=default", "+teacher=worker")
+    for section, schema in ((config.algorithm.gndpo, SignalConfig), (config.teacher, TeacherConfig)):
+        assert OmegaConf.to_container(section) == OmegaConf.to_container(OmegaConf.structured(schema))
+
+
+@pytest.mark.parametrize(("estimator", "whitens"), [("gndpo", True), ("opd", False)])
+def test_the_estimators_name_decides_about_whitening_unless_told_otherwise(estimator, whitens):
+    defaults = signal(estimator)
+    assert (defaults.center, defaults.scale) == (whitens, whitens)
+    assert (defaults.clip, defaults.std_floor) == (5.0, 1e-4)
+    assert signal(estimator, center=not whitens).center is not whitens
+
+
+@pytest.mark.parametrize("algorithm", [None, {}, {"gndpo": None}, OmegaConf.create({"adv_estimator": "gndpo"})])
+def test_a_missing_section_means_the_defaults(algorithm):
+    assert read_signal_config(algorithm, "gndpo") == SignalConfig(center=True, scale=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"clp": 3}, ["algorithm.gndpo.clp", "did you mean algorithm.gndpo.clip?"]),
+        ({"qqq": 3}, ["algorithm.gndpo.qqq", "known keys", "std_floor"]),
+        ({"clip": 0}, ["algorithm.gndpo.clip", "positive or null", "got 0"]),
+        ({"clip": float("nan")}, ["algorithm.gndpo.clip", "nan"]),
+        ({"clip": "wide"}, ["algorithm.gndpo.clip", "wide"]),
+        ({"std_floor": -1.0}, ["algorithm.gndpo.std_floor", ">= 0", "-1.0"]),
+        ({"center": "maybe"}, ["algorithm.gndpo.center", "maybe"]),
+    ],
+)
+def test_a_wrong_signal_setting_is_named(settings, words):
+    with pytest.raises(ConfigError) as error:
+        signal(**settings)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_section_that_is_no_section():
+    # What `+teacher=worker` becomes where verl has not loaded the plugin.
+    with pytest.raises(ConfigError, match="teacher must be a section of settings, got 'worker'"):
+        read_teacher_config(OmegaConf.create({"teacher": "worker", "actor_rollout_ref": {}}))
+
+
+def test_an_estimator_that_is_not_ours():
+    with pytest.raises(ConfigError, match=r"unknown estimator 'grpo'.*gndpo, opd"):
+        signal("grpo")
+
+
+def test_no_teacher_is_an_error_that_says_how_to_name_one():
+    config = compose("algorithm.adv_estimator=gndpo")
+    with pytest.raises(ConfigError, match=r"no teacher is configured.*teacher\.model\.path"):
+        read_teacher_config(config)
+    with pytest.raises(ConfigError, match="no teacher is configured"):
+        read_teacher_config(compose("+teacher=worker"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tempature": 1}, ["teacher.tempature", "did you mean teacher.temperature?"]),
+        ({"fsdp": {"stategy": "fsdp"}}, ["teacher.fsdp.stategy", "did you mean teacher.fsdp.strategy?"]),
+        ({"model": {"path": "T", "pth": "x"}}, ["teacher.model.pth", "did you mean teacher.model.path?"]),
+        ({"temperature": 0}, ["teacher.temperature", "got 0"]),
+        ({"dtype": "int8"}, ["teacher.dtype", "'int8'", "bfloat16"]),
+        ({"fsdp": {"strategy": "megatron"}}, ["teacher.fsdp.strategy", "'megatron'"]),
+        ({"logits_chunk_tokens": 0}, ["teacher.logits_chunk_tokens", "at least 1", "0"]),
+        ({"max_token_len_per_gpu": "many"}, ["teacher.max_token_len_per_gpu", "many"]),
+    ],
+)
+def test_a_wrong_teacher_setting_is_named(settings, words):
+    with pytest.raises(ConfigError) as error:
+        teacher(**settings)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_what_is_not_set_follows_the_student():
+    config = compose(
+        *TEACHER,
+        "actor_rollout_ref.rollout.temperature=0.7",
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=4096",
+        "actor_rollout_ref.model.use_remove_padding=True",
+        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+    )
+    read = read_teacher_config(config)
+    assert (read.temperature, read.max_token_len_per_gpu, read.use_remove_padding) == (0.7, 4096, True)
+    assert read.model.override_config == {"attn_implementation": "sdpa"}
+
+
+def test_what_is_set_wins_over_the_student():
+    read = teacher(temperature=1.0, max_token_len_per_gpu=99, use_remove_padding=True)
+    assert (read.temperature, read.max_token_len_per_gpu, read.use_remove_padding) == (1.0, 99, True)
+
+
+def test_reading_leaves_the_config_as_it_was():
+    config = compose(*TEACHER)
+    before = OmegaConf.to_container(config)
+    read_teacher_config(config)
+    assert OmegaConf.to_container(config) == before
+
+
+@pytest.mark.parametrize(("name", "ours"), [("gndpo", True), ("opd", True), ("grpo", False), ("gae", False)])
+def test_which_runs_are_ours(name, ours):
+    assert uses_gndpo(compose(f"algorithm.adv_estimator={name}")) is ours

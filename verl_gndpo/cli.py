@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `verl-gndpo`. Everything that takes long to import is imported by the command that needs it."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from verl_gndpo.preflight import Check
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+
+
+@app.callback()
+def main() -> None:
+    """GNDPO: on-policy distillation of multimodal models, as a plugin for stock verl."""
+
+
+@app.command()
+def doctor(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="What follows `python -m verl.trainer.main_ppo` in a command. None: environment only."),
+    ] = None,
+    config_path: Annotated[
+        str, typer.Option("--config-path", "-cp", help="As Hydra's: a folder, absolute or relative to verl/trainer.")
+    ] = "config",
+    config_name: Annotated[str, typer.Option("--config-name", "-cn", help="As Hydra's.")] = "ppo_trainer",
+) -> None:
+    """Say whether a run could start, and if not, why: versions, plugin, accelerator, settings, models, data.
+
+    Exit code 0: it could. 1: something is wrong. 2: Hydra rejects the overrides.
+    """
+    from verl_gndpo.preflight import check_verl, run_checks
+
+    with warnings.catch_warnings():
+        # verl warns of each training engine that is not installed.
+        warnings.simplefilter("ignore")
+        check_verl()
+        # Where verl can't be imported, run_checks says why, and there is nothing to compose.
+        config = _compose(config_path, config_name, overrides) if overrides and sys.modules.get("verl") else None
+        checks = run_checks(config)
+
+    _show(checks)
+    errors, found_warnings = (sum(check.status == status for check in checks) for status in ("error", "warning"))
+    counts = f"{errors} error(s), {found_warnings} warning(s)"
+    if errors:
+        typer.echo(f"not ready: {counts}")
+        raise typer.Exit(1)
+    if config is None:
+        typer.echo(f"environment ready: {counts}; no run was checked: add the overrides of your main_ppo command")
+    else:
+        typer.echo(f"ready to start: {counts}")
+
+
+def _compose(config_path: str, config_name: str, overrides: list[str]) -> Any:
+    """The config that main_ppo would get.
+
+    Raises:
+        typer.Exit: code 2, after Hydra's message, where it rejects an override or doesn't find the config.
+    """
+    # verl first: its plugins add our config groups to Hydra's search path.
+    import verl  # isort: skip
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    # The folder of main_ppo, without importing that.
+    folder = Path(verl.__file__).parent / "trainer" / config_path
+    try:
+        with hydra.initialize_config_dir(str(folder), version_base=None):
+            return hydra.compose(config_name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        typer.echo(f"Hydra rejects this command: {error}", err=True)
+        plugin = _plugin_problem()
+        if plugin:
+            typer.echo(plugin, err=True)
+        raise typer.Exit(2) from error
+
+
+def _plugin_problem() -> str:
+    """Why `+teacher=worker` and `+gndpo=default` are unknown to Hydra, if verl has not loaded the plugin."""
+    from verl_gndpo.preflight import check_plugin
+
+    return "\n".join(f"{check.detail} -> {check.remedy}" for check in check_plugin() if check.status == "error")
+
+
+def _show(checks: "list[Check]") -> None:
+    """A table on a terminal; elsewhere one line a finding, which is never wrapped or cut."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        for check in checks:
+            remedy = f" -> {check.remedy}" if check.remedy else ""
+            typer.echo(f"{check.status:8}{check.name}: {check.detail}{remedy}")
+        return
+    table = Table(show_lines=True)
+    for title in ("", "check", "finding"):
+        table.add_column(title, overflow="fold")
+    for check in checks:
+        finding = Text(check.detail)
+        if check.remedy:
+            finding.append(f"\n-> {check.remedy}", style="cyan")
+        table.add_row(Text(check.status, style=STYLES[check.status]), check.name, finding)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a teacher can score a student's tokens, decided from the two model folders. No weights are loaded.
+
+The teacher gets the student's own token ids and pixel values. So an id has to mean the same token to both, and both
+have to cut an image into the same patches; everything else, such as the chat template, only says how close the
+teacher's training was to what it is going to see.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants as hub
+
+from verl_gndpo.platforms import torchvision_ops
+
+# Importing an image processor imports torchvision.
+torchvision_ops.install()
+
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer  # noqa: E402
+
+# Ids in a multimodal model's config, by which the model finds its images.
+TOKEN_ID_KEYS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "image_token_index",
+    "video_token_index",
+)
+# What the vision half's config says of its input. `image_size` is there where images have one size.
+VISION_KEYS = ("patch_size", "spatial_merge_size", "temporal_patch_size", "image_size", "in_channels")
+# What of an image processor decides the patches and the values in them, and what only decides an image's size.
+PATCH_KEYS = (
+    "patch_size",
+    "merge_size",
+    "temporal_patch_size",
+    "image_mean",
+    "image_std",
+    "do_normalize",
+    "do_rescale",
+    "rescale_factor",
+)
+SIZE_KEYS = (
+    "size",
+    "min_pixels",
+    "max_pixels",
+    "do_resize",
+    "resample",
+    "crop_to_patches",
+    "min_patches",
+    "max_patches",
+)
+
+# Where tokenizers differ: words, digits, code, formulas, whitespace, other scripts, emoji.
+PROBES = (
+    "Find the measure of angle ABC. It is 42.5 degrees, isn't it?",
+    "def f(x):\n\treturn {'a': x ** 2, \"b\": [1234567890]}\n\n\n",
+    "$\\frac{\\sqrt{3}}{2} \\times 10^{-7} \\approx 0.000\\,000\\,087$ \\boxed{\\text{C}}",
+    "  leading,   inner and trailing spaces   ",
+    "图中三角形的面积是多少？ Größe, naïve, Ελληνικά, русский, عربى, हिन्दी 🙂👩‍🔬",
+)
+
+
+class ModelNotFound(ValueError):
+    """A model folder or hub id is wrong or unreadable; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model folder says of its input."""
+
+    name: str
+    config: Any
+    tokenizer: Any
+    image_processor: Any | None
+    """None for a text-only model."""
+
+    @property
+    def is_multimodal(self) -> bool:
+        return getattr(self.config, "vision_config", None) is not None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: the tokenizer's length plus padding."""
+        return self.config.get_text_config().vocab_size
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing in which the teacher is not like the student."""
+
+    topic: str
+    """tokenizer, vocabulary, special tokens, images or chat template."""
+
+    detail: str
+    """What differs, with both values."""
+
+    fatal: bool
+    """Whether the teacher's scores would be wrong or impossible, rather than just of a less fitting teacher."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether verl copies a path from elsewhere (hdfs:// and the like), so that it can't be looked at here."""
+    return re.match(r"[a-z][a-z0-9]*://", path) is not None
+
+
+def check_model_folder(path: str, role: str) -> None:
+    """Look for a config and complete weights, without asking a hub, where `path` is meant as a folder.
+
+    A path is meant as a folder if one of that name exists or if it can't be a hub id ("model" or "organisation/model").
+
+    Raises:
+        ModelNotFound: no such folder, no config.json, no weights, or some of the weights missing.
+    """
+    if path.startswith("~"):
+        raise ModelNotFound(
+            f"{role} path {path}: nothing expands the ~ of a model path; write {os.path.expanduser(path)}"
+        )
+    if not os.path.exists(path):
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path):
+            return
+        raise ModelNotFound(f"{role} folder {path} does not exist")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelNotFound(f"{role} path {path} is a file; give the folder that holds config.json")
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(f"{role} folder {path} has no config.json, so it is not a Hugging Face model folder")
+    weights = [p for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern)]
+    if not weights:
+        raise ModelNotFound(f"{role} folder {path} has a config.json but no weights (*.safetensors or *.bin)")
+    for index in folder.glob("*.index.json"):
+        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise ModelNotFound(
+                f"{role} folder {path} is incomplete: {len(missing)} of the {len(shards)} files named in "
+                f"{index.name} are missing, first {missing[0]}"
+            )
+
+
+def read_model_files(
+    path: str, role: str, *, trust_remote_code: bool = False, tokenizer_path: str | None = None
+) -> ModelFiles:
+    """Read config, tokenizer and image processor of a model.
+
+    Args:
+        path: folder or hub id.
+        role: "student" or "teacher", for messages.
+        tokenizer_path: where tokenizer and image processor are, if not in `path`.
+
+    Raises:
+        ModelNotFound: something is missing or can't be read.
+    """
+    check_model_folder(path, role)
+    tokenizer_path = tokenizer_path or path
+    part = "config"
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        part = "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
+        image_processor = None
+        if getattr(config, "vision_config", None) is not None:
+            part = "image processor"
+            image_processor = AutoImageProcessor.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
+    # transformers raises whatever a malformed file leads to: KeyError, TypeError, json's and the hub's own errors.
+    except Exception as error:
+        where = path if part == "config" else tokenizer_path
+        raise ModelNotFound(_cannot_read(role, part, where, error)) from error
+    return ModelFiles(path, config, tokenizer, image_processor)
+
+
+def _cannot_read(role: str, part: str, path: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or ["no message"])[0]
+    message = f"{role} {path}: its {part} can't be read: {type(error).__name__}: {reason}"
+    if os.path.isdir(path):
+        return message
+    message += f"; there is no folder of that name here, so it was looked up as a hub id at {hub.ENDPOINT}"
+    if hub.HF_HUB_OFFLINE:
+        message += ", in the local cache only, because HF_HUB_OFFLINE is set"
+    return message
+
+
+def compare(student: ModelFiles, teacher: ModelFiles) -> list[Difference]:
+    """Everything in which the teacher's input differs from the student's; empty if nothing does.
+
+    A vocabulary padded to another size is no difference, as long as it holds all of the tokenizer's tokens.
+    """
+    return [
+        *_compare_tokenizers(student, teacher),
+        *_compare_vocabulary_sizes(student, teacher),
+        *_compare_special_tokens(student, teacher),
+        *_compare_images(student, teacher),
+        *_compare_chat_templates(student, teacher),
+    ]
+
+
+def _compare_tokenizers(student: ModelFiles, teacher: ModelFiles) -> Iterator[Difference]:
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    moved = sorted((i, token) for token, i in ours.items() if token in theirs and theirs[token] != i)
+    missing = sorted((i, token) for token, i in ours.items() if token not in theirs)
+    # Ids beyond the student's, which the student's text never holds, have no say in what its ids mean.
+    added = sorted((i, token) for token, i in theirs.items() if token not in ours)
+    if moved:
+        i, token = moved[0]
+        yield Difference(
+            "tokenizer",
+            f"{len(moved)} tokens have other ids, first {token!r}: student {i}, teacher {theirs[token]}",
+            True,
+        )
+    if missing:
+        i, token = missing[0]
+        yield Difference(
+            "tokenizer",
+            f"{len(missing)} of the student's {len(ours)} tokens are not in the teacher's {len(theirs)}, "
+            f"first {token!r} (id {i})",
+            True,
+        )
+    if added and not (moved or missing):
+        i, token = added[0]
+        yield Difference(
+            "tokenizer", f"the teacher has {len(added)} tokens that the student lacks, first {token!r} (id {i})", False
+        )
+
+    merges, their_merges = _merges(student.tokenizer), _merges(teacher.tokenizer)
+    if merges is not None and their_merges is not None and merges != their_merges:
+        n = next(
+            (n for n, pair in enumerate(zip(merges, their_merges, strict=False)) if pair[0] != pair[1]),
+            min(len(merges), len(their_merges)),
+        )
+        yield Difference(
+            "tokenizer",
+            f"the merges differ: student {len(merges)}, teacher {len(their_merges)}; "
+            f"at {n}: student {_at(merges, n)}, teacher {_at(their_merges, n)}",
+            True,
+        )
+    elif not (moved or missing):
+        for text in PROBES:
+            ids, their_ids = (x.tokenizer(text, add_special_tokens=False)["input_ids"] for x in (student, teacher))
+            if ids != their_ids:
+                yield Difference(
+                    "tokenizer",
+                    f"{text!r} becomes {len(ids)} tokens with the student's and {len(their_ids)} with the teacher's: "
+                    f"{_from_first_difference(ids, their_ids)}",
+                    True,
+                )
+                break
+
+
+def _merges(tokenizer) -> list | None:
+    """The merges of a BPE tokenizer in order; None for a tokenizer of another kind or without a fast backend."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else json.loads(backend.to_str())["model"].get("merges")
+
+
+def _at(merges: list, n: int) -> str:
+    return repr(merges[n]) if n < len(merges) else "none"
+
+
+def _from_first_difference(ids: list[int], their_ids: list[int]) -> str:
+    n = next((n for n, (a, b) in enumerate(zip(ids, their_ids, strict=False)) if a != b), min(len(ids), len(their_ids)))
+    return f"from position {n} on {ids[n : n + 4]} and {their_ids[n : n + 4]}"
+
+
+def _compare_vocabulary_sizes(student: ModelFiles, teacher: ModelFiles) -> Iterator[Difference]:
+    used = max(student.tokenizer.get_vocab().values()) + 1
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model.vocab_size < used:
+            yield Difference(
+                "vocabulary",
+                f"the {role}'s config has vocab_size={model.vocab_size}, the student's tokenizer ids up to {used - 1}",
+                True,
+            )
+    if used <= teacher.vocab_size < student.vocab_size:
+        yield Difference(
+            "vocabulary",
+            f"the student's vocabulary is padded to {student.vocab_size}, the teacher's to {teacher.vocab_size}: "
+            f"if the student ever samples a padding id from {teacher.vocab_size} on, the teacher can't score it",
+            False,
+        )
+
+
+def _compare_special_tokens(student: ModelFiles, teacher: ModelFiles) -> Iterator[Difference]:
+    for role in ("eos", "bos", "pad"):
+        a, b = (_token_id(model.tokenizer, role) for model in (student, teacher))
+        if a != b:
+            # A response ends with eos, and the teacher scores that token. No padding is ever scored, and what comes
+            # before the prompt is in the student's ids.
+            yield Difference("special tokens", f"{role}: student {a}, teacher {b}", role == "eos")
+    if student.is_multimodal and teacher.is_multimodal:
+        for key in TOKEN_ID_KEYS:
+            a, b = (getattr(model.config, key, None) for model in (student, teacher))
+            if a != b:
+                yield Difference("special tokens", f"config.{key}: student {a}, teacher {b}", True)
+
+
+def _token_id(tokenizer, role: str) -> str:
+    token = getattr(tokenizer, f"{role}_token")
+    return "none" if token is None else f"{token!r} ({getattr(tokenizer, f'{role}_token_id')})"
+
+
+def _compare_images(student: ModelFiles, teacher: ModelFiles) -> Iterator[Difference]:
+    if student.is_multimodal and not teacher.is_multimodal:
+        yield Difference("images", "the student sees images, the teacher is a text-only model", True)
+        return
+    if not student.is_multimodal:
+        return
+    if student.config.model_type != teacher.config.model_type:
+        yield Difference(
+            "images",
+            f"another model type: student {student.config.model_type}, teacher {teacher.config.model_type}; "
+            "the teacher gets the student's pixel values and position ids",
+            False,
+        )
+    for key in VISION_KEYS:
+        a, b = (getattr(model.config.vision_config, key, None) for model in (student, teacher))
+        if a != b:
+            yield Difference("images", f"config.vision_config.{key}: student {a}, teacher {b}", True)
+    for keys, fatal in ((PATCH_KEYS, True), (SIZE_KEYS, False)):
+        for key in keys:
+            a, b = (_plain(getattr(model.image_processor, key, None)) for model in (student, teacher))
+            if a != b:
+                yield Difference("images", f"image processor's {key}: student {a}, teacher {b}", fatal)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it, whichever of transformers' classes it comes in."""
+    if isinstance(value, tuple):
+        return list(value)
+    # SizeDict is a mapping-like dataclass that lists the fields of every kind of size.
+    if hasattr(value, "items"):
+        return {k: v for k, v in value.items() if v is not None}
+    return value
+
+
+def _compare_chat_templates(student: ModelFiles, teacher: ModelFiles) -> Iterator[Difference]:
+    if student.tokenizer.chat_template != teacher.tokenizer.chat_template:
+        yield Difference(
+            "chat template",
+            "the chat templates differ; the teacher scores prompts in the student's, which may not be what it was "
+            "trained with",
+            False,
+        )
