@@ -27,7 +27,7 @@ def convert(
     save_dir: Path,
     recipe: Recipe,
     instruction: str = INSTRUCTION,
-    max_dropped: float = 0.01,
+    max_dropped: float = 1.0,
     skip_verify: bool = False,
     model: str | None = None,
 ) -> list[Report]:
@@ -94,7 +94,10 @@ def main(recipe: Recipe, description: str, argv: list[str] | None = None) -> int
     parser.add_argument("--local_save_dir", default=f"~/data/{recipe.name}", help="folder for the parquet files")
     parser.add_argument("--instruction", type=_instruction, default=INSTRUCTION, help="text put after each question")
     parser.add_argument(
-        "--max_dropped", type=_fraction, default=0.01, help="fraction of a split that may be dropped before it fails"
+        "--max_dropped",
+        type=_fraction,
+        default=1.0,
+        help="fraction of a split that may be dropped before it fails (default: any, but not all)",
     )
     parser.add_argument("--skip_verify", action="store_true", help="do not read the result back through verl")
     parser.add_argument("--model", help="model whose tokenizer and processor the reading back uses")

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loaded by verl in the driver of a real run (VERL_USE_EXTERNAL_MODULES): keeps what the estimator saw, changes nothing.
+
+Each step's batch goes to `$CAPTURE_DIR/step_<n>.pt` before verl clears it: prompt order, ids, positions, images, masks,
+the log-probs of student and teacher, and the advantages that were written back.
+"""
+
+import os
+from pathlib import Path
+
+from wrapt import register_post_import_hook
+
+FIELDS = ["input_ids", "position_ids", "response_mask", "multi_modal_inputs", "old_log_probs", "teacher_log_probs"]
+
+
+def _watch(module) -> None:
+    compute = module.GNDPOTrainerMixin._compute_advantage
+
+    def _compute_advantage(self, batch, metrics):
+        import torch
+        import transfer_queue as tq
+
+        result = compute(self, batch, metrics)
+        fields = [*FIELDS, "advantages"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        rows = []
+        for i in range(len(batch)):
+            row = {}
+            for key in data.keys():
+                value = data[i][key]
+                row[key] = getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value
+            rows.append(row)
+        path = Path(os.environ["CAPTURE_DIR"]) / f"step_{self.global_steps}.pt"
+        torch.save(rows, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+        return result
+
+    module.GNDPOTrainerMixin._compute_advantage = _compute_advantage
+
+
+if "CAPTURE_DIR" in os.environ:
+    register_post_import_hook(_watch, "verl_gndpo.trainer")

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs `examples/run_qwen2_5vl_gndpo.sh` with PROFILE=cpu and reads back what it left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+START_UP_LIMIT_S = 1200
+
+
+@dataclass
+class Run:
+    """One run of the example script. `settings` are its environment variables, `overrides` its arguments."""
+
+    out: Path
+    settings: dict[str, str]
+    overrides: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> list[dict]:
+        """The metrics of the finished steps, by verl's file logger; a line that is being written is left out."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line)["data"] for line in lines if line.endswith("\n") and '"training/global_step"' in line]
+
+    @property
+    def log(self) -> str:
+        return (self.out / "log").read_text(errors="replace")
+
+    def start(self) -> subprocess.Popen:
+        self.out.mkdir(parents=True, exist_ok=True)
+        capture = self.out / "captured"
+        capture.mkdir(exist_ok=True)
+        env = os.environ | self.settings
+        env |= {
+            "PROFILE": "cpu",
+            "PYTHON": sys.executable,
+            "OUTPUT_DIR": str(self.out),
+            "CAPTURE_DIR": str(capture),
+            "VERL_USE_EXTERNAL_MODULES": "tests.end_to_end.capture",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])),
+        }
+        command = ["bash", "examples/run_qwen2_5vl_gndpo.sh", *self.overrides]
+        with (self.out / "log").open("w") as sink:
+            # A session of its own, so that a kill reaches Ray's processes too.
+            return subprocess.Popen(
+                command, cwd=REPO, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def finish(self) -> "Run":
+        process = self.start()
+        try:
+            code = process.wait(START_UP_LIMIT_S)
+        finally:
+            kill(process)
+        assert code == 0, f"the run failed with exit code {code}\n" + "\n".join(self.log.splitlines()[-60:])
+        return self
+
+    def kill_after(self, step: int) -> "Run":
+        """Start, and SIGKILL everything as soon as the metrics of `step` are written."""
+        process = self.start()
+        deadline = time.monotonic() + START_UP_LIMIT_S
+        try:
+            while len(self.steps) < step:
+                assert process.poll() is None, f"the run ended early\n" + "\n".join(self.log.splitlines()[-60:])
+                assert time.monotonic() < deadline, f"no step {step} in time\n" + "\n".join(self.log.splitlines()[-60:])
+                time.sleep(0.2)
+        finally:
+            kill(process)
+        return self
+
+    def captured(self, step: int) -> list[dict]:
+        """The rows of a step's batch, in the order in which the estimator saw them."""
+        import torch
+
+        return torch.load(self.out / "captured" / f"step_{step}.pt", weights_only=False)
+
+
+def kill(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    # Ray starts some of its processes in sessions of their own.
+    subprocess.run([str(Path(sys.executable).with_name("ray")), "stop", "--force"], capture_output=True, check=False)
+    process.wait()

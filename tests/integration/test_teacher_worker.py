@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher worker, under Ray and FSDP2 with one and two gloo ranks, against a plain Hugging Face forward."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from PIL import Image
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl_gndpo.config import TeacherConfig, TeacherModelConfig
+from verl_gndpo.signal import log_ratio_advantages
+from verl_gndpo.teacher.worker import TeacherWorker
+
+TEMPERATURE = 0.7
+IMAGES_PER_ROW = [1, 0, 2, 1, 0, 1, 3, 1]
+RESPONSE_LENGTHS = [5, 9, 1, 12, 3, 7, 4, 12]
+
+
+@pytest.fixture(scope="module")
+def teacher_path(tmp_path_factory):
+    from examples.quickstart.tiny_vlm import build_tiny_vlm
+
+    path = tmp_path_factory.mktemp("teacher")
+    build_tiny_vlm(path, seed=3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(teacher_path):
+    """Rows of mixed lengths with no, one and several images of different sizes; each {ids, inputs, response}."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(teacher_path)
+    rng = np.random.default_rng(0)
+    rows = []
+    for n_images, response_length in zip(IMAGES_PER_ROW, RESPONSE_LENGTHS, strict=True):
+        images = [
+            Image.fromarray(rng.integers(0, 255, (28 * rng.integers(1, 4), 28 * rng.integers(1, 4), 3), np.uint8))
+            for _ in range(n_images)
+        ]
+        content = [{"type": "image"}] * n_images + [{"type": "text", "text": "how many? " * int(rng.integers(1, 6))}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = dict(processor(text=[text], images=images or None, return_tensors="pt"))
+        prompt = inputs.pop("input_ids")[0]
+        inputs.pop("attention_mask")
+        # Ordinary text tokens: the special ones stand at the end of the vocabulary.
+        response = torch.from_numpy(rng.integers(0, 200, response_length))
+        rows.append({"ids": torch.cat([prompt, response]), "inputs": inputs, "response": response})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def expected(teacher_path, rows):
+    """Log-probs of the response tokens: each row alone, through Hugging Face's own forward, with all its logits."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(teacher_path, attn_implementation="eager").eval()
+    log_probs = []
+    for row in rows:
+        inputs = {k: v for k, v in row["inputs"].items() if k != "mm_token_type_ids"}
+        ids = row["ids"][None]
+        kinds = (ids == model.config.image_token_id).int()
+        positions, _ = model.model.get_rope_index(
+            ids, mm_token_type_ids=kinds, image_grid_thw=inputs.get("image_grid_thw")
+        )
+        row["positions"] = torch.cat([torch.arange(ids.shape[1])[None], positions[:, 0]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, mm_token_type_ids=kinds, **inputs).logits[0].double() / TEMPERATURE
+        scores = logits[:-1].log_softmax(-1).gather(-1, row["ids"][1:, None])[:, 0]
+        log_probs.append(scores[-len(row["response"]) :])
+    return log_probs
+
+
+def nested(tensors, ragged_idx=1):
+    if ragged_idx == 1:
+        return torch.nested.as_nested_tensor(list(tensors), layout=torch.jagged)
+    from verl.utils.tensordict_utils import nested_tensor_from_tensor_list
+
+    return nested_tensor_from_tensor_list(list(tensors), ragged_idx=ragged_idx)
+
+
+def as_batch(rows):
+    ones = [torch.ones_like(row["response"]) for row in rows]
+    return TensorDict(
+        {
+            "input_ids": nested(row["ids"] for row in rows),
+            "position_ids": nested((row["positions"] for row in rows), ragged_idx=2),
+            "response_mask": nested(ones),
+            "loss_mask": nested(ones),
+            "multi_modal_inputs": NonTensorStack(*[row["inputs"] for row in rows]),
+        },
+        batch_size=len(rows),
+    )
+
+
+@pytest.fixture(scope="module")
+def start(teacher_path):
+    """A function that starts a group of teacher workers: (ranks, settings) -> worker group."""
+    ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, object_store_memory=200_000_000)
+    base = TeacherConfig(
+        model=TeacherModelConfig(path=str(teacher_path), override_config={"attn_implementation": "sdpa"}),
+        temperature=TEMPERATURE,
+        use_remove_padding=False,
+        max_token_len_per_gpu=4096,
+    )
+
+    def start_group(ranks, **settings):
+        group = RayWorkerGroup(
+            resource_pool=RayResourcePool([ranks], use_gpu=True, max_colocate_count=4),
+            ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(TeacherWorker), config=replace(base, **settings)),
+            device_name="cpu",
+        )
+        group.reset()
+        return group
+
+    yield start_group
+    ray.shutdown()
+
+
+def assert_equal_to(expected, scored):
+    scored = scored["teacher_log_probs"]
+    assert scored.values().dtype == torch.float32
+    for row, (ours, reference) in enumerate(zip(scored.unbind(), expected, strict=True)):
+        torch.testing.assert_close(
+            ours.double(), reference, atol=1e-4, rtol=0, msg=lambda m, row=row: f"row {row}: {m}"
+        )
+
+
+def test_two_ranks_padded_small_chunks_equal_one_rank_packed_and_hugging_face(start, rows, expected):
+    """Padding removal off and on, chunks and micro-batches small and large, one rank and two: the same numbers."""
+    batch = as_batch(rows)
+    padded = start(2, logits_chunk_tokens=3, max_token_len_per_gpu=80).compute_teacher_log_prob(batch.clone())
+    packed_group = start(1, use_remove_padding=True)
+    packed = packed_group.compute_teacher_log_prob(batch.clone())
+    assert_equal_to(expected, padded)
+    assert_equal_to(expected, packed)
+
+    # So the statistics of the signal are global: the same advantages whatever the ranks and micro-batches.
+    mask = nested([torch.ones_like(row["response"]) for row in rows]).to_padded_tensor(0)
+    old = -torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
+    one, two = (
+        log_ratio_advantages(x["teacher_log_probs"].to_padded_tensor(0.0), old, mask)[0] for x in (packed, padded)
+    )
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+    # All rows of one length, where stock verl repacks mRoPE positions wrongly.
+    same = [rows[3]] * 2
+    assert_equal_to([expected[3]] * 2, packed_group.compute_teacher_log_prob(as_batch(same)))
+
+    # One image too few for its placeholders names the row and both numbers, and nothing is scored.
+    broken = [dict(row) for row in rows[:2]]
+    broken[0]["inputs"] = {}
+    with pytest.raises(Exception, match=r"row 0: \d+ image tokens in its ids but images for 0"):
+        packed_group.compute_teacher_log_prob(as_batch(broken))
+
+
+def test_the_worker_holds_no_optimizer_and_no_gradient(teacher_path):
+    """In this process, on one rank: what is inside the worker."""
+    import os
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "RAY_LOCAL_WORLD_SIZE": "1"}
+    before = dict(os.environ)
+    os.environ.update(env)
+    try:
+        worker = TeacherWorker(
+            TeacherConfig(
+                model=TeacherModelConfig(path=str(teacher_path), override_config={"attn_implementation": "sdpa"}),
+                temperature=1.0,
+                use_remove_padding=False,
+                max_token_len_per_gpu=4096,
+            )
+        )
+        worker.reset()
+        assert worker.engine.optimizer is None and worker.engine.lr_scheduler is None
+        assert not any(p.requires_grad for p in worker.engine.module.parameters())
+        assert not worker.engine.module.training
+    finally:
+        torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine without an accelerator: what is chosen, when, and what it changes."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from verl_gndpo.platforms import cpu, without_accelerator
+
+needs_cpu_torch = pytest.mark.skipif(
+    not without_accelerator(), reason="torch is built for an accelerator here, and the plugin leaves verl as it is"
+)
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("cpu", True), ("CPU ", True), ("nvidia", False), ("npu", False)])
+def test_verls_own_variable_decides(monkeypatch, chosen, expected):
+    monkeypatch.setenv("VERL_PLATFORM", chosen)
+    assert without_accelerator() is expected
+
+
+def test_a_cuda_build_without_a_visible_gpu_is_not_a_cpu_run(monkeypatch):
+    """A head node, or one of Ray's CPU-only actors, belongs to a run on GPUs."""
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert not without_accelerator()
+    assert not cpu.PlatformCPU().is_platform_available(use_smi_check=True)
+
+
+@needs_cpu_torch
+def test_verl_chooses_the_cpu_platform_by_itself():
+    from verl.utils.device import get_device_id, get_device_name, get_nccl_backend, get_torch_device
+
+    assert (get_device_name(), get_device_id(), get_nccl_backend()) == ("cpu", "cpu", "gloo")
+    # verl compares the device module with torch.cpu itself.
+    assert get_torch_device() is torch.cpu
+    torch.cpu.empty_cache()
+    assert torch.cpu.max_memory_allocated() == 0 and torch.cpu.mem_get_info() == (0, 0)
+
+
+@needs_cpu_torch
+def test_verl_finds_its_fsdp_engines_and_vllm():
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    for backend in ("fsdp", "fsdp2"):
+        assert EngineRegistry.get_engine_cls("language_model", backend) is FSDPEngineWithLMHead
+    assert importlib.metadata.version("vllm").endswith("+cpu")
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("no-such-distribution")
+
+
+@needs_cpu_torch
+def test_process_groups_name_gloo_once(monkeypatch):
+    import verl.utils.distributed as distributed
+
+    seen = {}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **kwargs: seen.update(kwargs))
+    distributed.initialize_global_process_group_ray(timeout_second=None)
+    assert seen["backend"] == "cpu:gloo"
+
+
+@needs_cpu_torch
+def test_interpreters_that_vllm_starts_can_import_torchvision(tmp_path):
+    """They import it before they load any plugin; and a sitecustomize that ours hides still runs."""
+    (tmp_path / "sitecustomize.py").write_text("import os; os.environ['HIDDEN_ONE_RAN'] = 'yes'\n")
+    paths = [*os.environ["PYTHONPATH"].split(os.pathsep), str(tmp_path)]
+    code = "import os, torchvision, torchvision.transforms.v2; print(os.environ['HIDDEN_ONE_RAN'])"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert result.stdout.strip() == "yes", result.stderr
+
+
+@needs_cpu_torch
+def test_vllm_keeps_weights_where_a_weight_sync_finds_them():
+    from vllm.model_executor.layers import utils
+
+    from verl_gndpo.platforms.vllm_cpu import register
+
+    register()
+    layer = torch.nn.Linear(4, 3, bias=False)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(layer.cpu_linear(x, layer.weight, None), layer(x))
+    assert layer.weight.shape == (3, 4)
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert (layer.cpu_linear(x, layer.weight, None) == 0).all()
