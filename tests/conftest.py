@@ -7,4 +7,4 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-import verl  # noqa: E402, F401  loads the plugin
+import verl  # noqa: F401  loads the plugin

@@ -37,8 +37,9 @@ def compute_log_ratio_advantage(
     """
     if teacher_log_probs is None or old_log_probs is None:
         raise ValueError(
-            f"adv_estimator={estimator} needs teacher_log_probs and old_log_probs, which verl-gndpo's trainers provide: "
-            "run verl's v1 trainer (trainer.use_v1=True) with verl-gndpo installed; `verl-gndpo doctor` says what is missing"
+            f"adv_estimator={estimator} needs teacher_log_probs and old_log_probs, which verl-gndpo's trainers "
+            "provide: run verl's v1 trainer (trainer.use_v1=True) with verl-gndpo installed; `verl-gndpo doctor` says "
+            "what is missing"
         )
     settings = read_signal_config(config, estimator)
     advantages, _moments = log_ratio_advantages(

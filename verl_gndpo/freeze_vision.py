@@ -2,8 +2,8 @@
 """Makes `actor_rollout_ref.actor.freeze_vision_tower=True` true for the FSDP engines.
 
 verl 0.9.1 has the flag, and its FSDP engines never read it. Importing this module makes the engines of this process
-freeze the vision tower of every model that they build; the trainer mixin has the actor's process import it, through verl's
-own `model.external_lib`, when the flag is set.
+freeze the vision tower of every model that they build; the trainer mixin has the actor's process import it, through
+verl's own `model.external_lib`, when the flag is set.
 """
 
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point `verl.plugins`: what happens to a process that imports verl. Registrations only.
 
-verl reports a failing plugin at DEBUG level only, and every process of a run loads it, so this file does next to nothing
-by itself: each registration waits until verl's own module of that name is imported.
+verl reports a failing plugin at DEBUG level only, and every process of a run loads it, so this file does next to
+nothing by itself: each registration waits until verl's own module of that name is imported.
 """
 
 from wrapt import register_post_import_hook

@@ -15,7 +15,7 @@ import torch
 
 # The batch is taken in blocks of this many tokens: float64, so that nothing is lost when log-ratios nearly cancel, and
 # small enough that a block stays in the CPU's cache and no allocation grows with the batch except the result.
-BLOCK_TOKENS = 1 << 18
+BLOCK_TOKENS = 1 << 17
 
 
 @dataclass(frozen=True)

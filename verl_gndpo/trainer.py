@@ -24,7 +24,8 @@ from verl_gndpo.diagnostics import describe_signal
 from verl_gndpo.preflight import require
 from verl_gndpo.teacher.worker import FIELDS, TeacherWorker
 
-# verl's replay buffer looks for finished rollouts every 2 s; with rollouts of a few seconds that is a large part of a step.
+# verl's replay buffer looks for finished rollouts every 2 s; with rollouts of a few seconds that is a large part of a
+# step.
 POLL_INTERVAL_S = 0.2
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaded by verl in the driver of a real run (VERL_USE_EXTERNAL_MODULES): keeps what the estimator saw, changes nothing.
+"""Loaded by verl in the driver of a real run (VERL_USE_EXTERNAL_MODULES): keeps what the estimator saw, changes
+nothing.
 
 Each step's batch goes to `$CAPTURE_DIR/step_<n>.pt` before verl clears it: prompt order, ids, positions, images, masks,
 the log-probs of student and teacher, and the advantages that were written back.

@@ -6,8 +6,8 @@ import pytest
 from examples.quickstart import diagrams
 from examples.quickstart.tiny_vlm import build_tiny_vlm
 
-# So many tokens that the vocabulary needs no padding: verl never samples from the padded tail, which a model with random
-# weights would, and the rollout's probabilities could not equal the actor's.
+# So many tokens that the vocabulary needs no padding: verl never samples from the padded tail, which a model with
+# random weights would, and the rollout's probabilities could not equal the actor's.
 VOCAB = 370
 
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs `examples/run_qwen2_5vl_gndpo.sh` with PROFILE=cpu and reads back what it left."""
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 REPO = Path(__file__).parents[2]
 START_UP_LIMIT_S = 1200
@@ -48,10 +50,7 @@ class Run:
         }
         command = ["bash", "examples/run_qwen2_5vl_gndpo.sh", *self.overrides]
         with (self.out / "log").open("w") as sink:
-            # A session of its own, so that a kill reaches Ray's processes too.
-            return subprocess.Popen(
-                command, cwd=REPO, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            return subprocess.Popen(command, cwd=REPO, env=env, stdout=sink, stderr=subprocess.STDOUT)
 
     def finish(self) -> "Run":
         process = self.start()
@@ -68,7 +67,7 @@ class Run:
         deadline = time.monotonic() + START_UP_LIMIT_S
         try:
             while len(self.steps) < step:
-                assert process.poll() is None, f"the run ended early\n" + "\n".join(self.log.splitlines()[-60:])
+                assert process.poll() is None, "the run ended early\n" + "\n".join(self.log.splitlines()[-60:])
                 assert time.monotonic() < deadline, f"no step {step} in time\n" + "\n".join(self.log.splitlines()[-60:])
                 time.sleep(0.2)
         finally:
@@ -83,10 +82,11 @@ class Run:
 
 
 def kill(process: subprocess.Popen) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    # Ray starts some of its processes in sessions of their own.
-    subprocess.run([str(Path(sys.executable).with_name("ray")), "stop", "--force"], capture_output=True, check=False)
+    """SIGKILL a run with everything that it has started: Ray and vLLM put processes into sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=60)
     process.wait()

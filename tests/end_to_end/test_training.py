@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real loop: verl's trainer, Ray, FSDP2, vLLM rollouts with images, the teacher worker, checkpoints.
 
-An exit code proves nothing here; the numbers are asserted. A run costs minutes, so that a few runs carry all assertions.
+An exit code proves nothing here; the numbers are asserted. A run costs minutes, so that a few runs carry all
+assertions.
 """
 
 import math

@@ -11,6 +11,7 @@ from PIL import Image
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+
 from verl_gndpo.config import TeacherConfig, TeacherModelConfig
 from verl_gndpo.signal import log_ratio_advantages
 from verl_gndpo.teacher.worker import TeacherWorker

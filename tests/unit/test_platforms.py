@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from verl_gndpo.platforms import cpu, without_accelerator
 
 needs_cpu_torch = pytest.mark.skipif(

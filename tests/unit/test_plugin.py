@@ -6,22 +6,15 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from tensordict import TensorDict
-from transfer_queue import KVBatchMeta
+
+from tests.unit.conftest import verl_config
 from verl_gndpo.config import read_signal_config, read_teacher_config
 from verl_gndpo.trainer import GNDPOTrainerMixin
 
 MODES = ("sync", "colocate_async", "separate_async")
 OVERRIDDEN = {"__init__", "_setup", "_balance_batch", "_compute_advantage"}
-
-
-def verl_config(*overrides):
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=["actor_rollout_ref.rollout.name=vllm", *overrides])
 
 
 def test_an_existing_config_needs_two_overrides():
@@ -68,45 +61,12 @@ def test_the_trainers_keep_name_and_behaviour(mode):
     assert differing <= {"__abstractmethods__", "_abc_impl", "__weakref__", "__init_subclass__", "__subclasshook__"}
 
 
-@pytest.fixture
-def grpo_batch(monkeypatch):
-    """A finished batch in an in-memory TransferQueue, and the trainer attributes that the advantage step reads."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = [3, 5, 2, 4]
-
-    def nested(make):
-        return torch.nested.as_nested_tensor([make(n) for n in lengths], layout=torch.jagged)
-
-    store = {
-        "response_mask": nested(lambda n: torch.ones(n, dtype=torch.int64)),
-        "rm_scores": nested(lambda n: torch.rand(n, generator=generator)),
-        "old_log_probs": nested(lambda n: -torch.rand(n, generator=generator)),
-    }
-    written = {}
-
-    def kv_batch_get(keys, partition_id, select_fields):
-        data = TensorDict({k: store[k] for k in select_fields if k in store}, batch_size=len(lengths))
-        data["uid"] = np.array(["a", "a", "b", "b"], dtype=object).tolist()
-        return data
-
-    def kv_batch_put(keys, partition_id, fields):
-        written.update({k: v.to_padded_tensor(0.0) for k, v in fields.items()})
-        return "written"
-
-    import transfer_queue
-
-    monkeypatch.setattr(transfer_queue, "kv_batch_get", kv_batch_get)
-    monkeypatch.setattr(transfer_queue, "kv_batch_put", kv_batch_put)
-    batch = KVBatchMeta(keys=[f"{u}_{i}_0" for i, u in enumerate("aabb")], tags=[{}] * 4, partition_id="train")
-    return batch, written
-
-
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])
-def test_other_estimators_get_the_same_advantages_and_metrics(grpo_batch, estimator):
+def test_other_estimators_get_the_same_advantages_and_metrics(queue, estimator):
     """The advantage step of the replaced trainer and of the stock one, on the same batch."""
     from verl.trainer.ppo.v1 import get_trainer_cls
 
-    batch, written = grpo_batch
+    _, written, batch = queue
     trainer = get_trainer_cls("sync")
     config = verl_config(f"algorithm.adv_estimator={estimator}")
     results = []

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from verl_gndpo.config import SignalConfig, read_signal_config
 from verl_gndpo.diagnostics import describe_signal
 from verl_gndpo.estimators import compute_log_ratio_advantage
@@ -101,7 +102,9 @@ def test_order_and_padding_of_rows_do_not_matter(data, random):
     order = list(range(len(mask)))
     random.shuffle(order)
     shuffled, _ = log_ratio_advantages(teacher[order], old[order], mask[order])
-    torch.testing.assert_close(shuffled, reference[order], rtol=1e-6, atol=1e-6 * max(1.0, reference.abs().max().item()))
+    torch.testing.assert_close(
+        shuffled, reference[order], rtol=1e-6, atol=1e-6 * max(1.0, reference.abs().max().item())
+    )
     # verl adds rows with an empty mask until the batch divides by the number of ranks.
     junk = torch.full((2, mask.shape[1]), math.nan)
     padded, _ = log_ratio_advantages(
@@ -154,9 +157,7 @@ def test_shapes_that_differ_are_named():
 def test_one_valid_token(center, scale):
     """verl's masked_whiten raises here (defect 6 of the released code)."""
     teacher, old = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-3.0, -1.0]])
-    advantages, moments = log_ratio_advantages(
-        teacher, old, torch.tensor([[1, 0]]), center=center, scale=scale
-    )
+    advantages, moments = log_ratio_advantages(teacher, old, torch.tensor([[1, 0]]), center=center, scale=scale)
     assert advantages.tolist() == [[0.0 if center else 2.0, 0.0]]
     assert moments.std == 0.0
 
@@ -192,7 +193,9 @@ def test_other_dtypes_are_computed_exactly(dtype):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
 def test_any_mask_dtype(dtype):
     teacher, old, mask = batch()
-    assert torch.equal(log_ratio_advantages(teacher, old, mask.to(dtype))[0], log_ratio_advantages(teacher, old, mask)[0])
+    assert torch.equal(
+        log_ratio_advantages(teacher, old, mask.to(dtype))[0], log_ratio_advantages(teacher, old, mask)[0]
+    )
 
 
 def test_inputs_are_left_alone():
@@ -214,7 +217,7 @@ def test_raw_ratios_are_not_clamped():
 
 def test_without_a_teacher_the_error_says_who_provides_it():
     _, old, mask = batch()
-    with pytest.raises(ValueError, match="teacher_log_probs.*trainer.use_v1"):
+    with pytest.raises(ValueError, match=r"teacher_log_probs.*trainer\.use_v1"):
         compute_log_ratio_advantage("gndpo", response_mask=mask, old_log_probs=old)
 
 

@@ -27,13 +27,16 @@ class SignalConfig:
     """Bound of the log-ratio in nats, on both sides; null leaves it raw."""
 
     center: bool | None = None
-    """Subtract the mean over all response tokens of the batch; null: what the estimator's name says (gndpo yes, opd no)."""
+    """Subtract the mean over all response tokens of the batch; null: what the estimator's name says (gndpo yes, opd
+    no)."""
 
     scale: bool | None = None
-    """Divide by the standard deviation over all response tokens; null: what the estimator's name says (gndpo yes, opd no)."""
+    """Divide by the standard deviation over all response tokens; null: what the estimator's name says (gndpo yes, opd
+    no)."""
 
     std_floor: float = 1e-4
-    """Floor of the standard deviation in nats, added in quadrature: sqrt(var + std_floor^2). 1e-4 is the published 1e-8."""
+    """Floor of the standard deviation in nats, added in quadrature: sqrt(var + std_floor^2). 1e-4 is the published
+    1e-8."""
 
     def validate(self) -> None:
         if self.clip is not None and not self.clip > 0:

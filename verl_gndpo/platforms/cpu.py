@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CPU platform for verl 0.9.1, and the places in verl that take an accelerator for granted.
 
-verl chooses a platform by asking each registered one whether it is available, in order of registration; ours comes last.
-Ray counts "GPU" as a purely logical resource here: `+ray_kwargs.ray_init.num_gpus=N` gives it a number.
+verl chooses a platform by asking each registered one whether it is available, in order of registration; ours comes
+last. Ray counts "GPU" as a purely logical resource here: `+ray_kwargs.ray_init.num_gpus=N` gives it a number.
 """
 
 import importlib.metadata
@@ -17,8 +17,8 @@ from verl_gndpo.platforms import torchvision_ops, without_accelerator
 # Holds a sitecustomize.py for the interpreters that vLLM starts.
 _STARTUP = os.path.join(os.path.dirname(__file__), "startup")
 
-# verl compares its device module with torch.cpu, so it has to be torch.cpu itself; these are the calls that it makes on a
-# device module and torch.cpu lacks.
+# verl compares its device module with torch.cpu, so it has to be torch.cpu itself; these are the calls that it makes on
+# a device module and torch.cpu lacks.
 _MISSING_IN_TORCH_CPU = {
     "empty_cache": lambda: None,
     "ipc_collect": lambda: None,

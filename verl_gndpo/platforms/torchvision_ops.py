@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a torchvision whose compiled part is for CUDA importable beside a CPU torch.
 
-PyPI has no CPU build of torchvision, and importing the CUDA one fails: its Python part describes two operators that only
-its compiled part declares. The Qwen-VL processors need nothing but its Python part. So when torchvision is about to be
-imported and its compiled part does not load, the two are declared here. Imports neither torch nor verl:
+PyPI has no CPU build of torchvision, and importing the CUDA one fails: its Python part describes two operators that
+only its compiled part declares. The Qwen-VL processors need nothing but its Python part. So when torchvision is about
+to be imported and its compiled part does not load, the two are declared here. Imports neither torch nor verl:
 every process of a run without an accelerator loads it at start-up.
 """
 

@@ -14,7 +14,8 @@ def register() -> None:
 
     def keep_weights(layer, remove_weight):
         # vLLM's CPU backend packs each Linear's weight and leaves an empty tensor behind, so that the weights that verl
-        # sends after every step would be written to nothing. The plain product keeps them where load_weights finds them.
+        # sends after every step would be written to nothing. The plain product keeps them where load_weights finds
+        # them.
         layer.cpu_linear = torch.nn.functional.linear
 
     layers.dispatch_cpu_unquantized_gemm = keep_weights

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probs of response tokens without the logits of anything else.
 
-A causal model's output at position p predicts the token at p + 1, so the log-probs of the R response tokens of a sequence
-of length L come from positions L-R-1 ... L-2. Only those rows of the last hidden state go through the output projection,
-`chunk_tokens` at a time, so that the peak is chunk_tokens x vocabulary whatever the prompt, the image or the batch.
+A causal model's output at position p predicts the token at p + 1, so the log-probs of the R response tokens of a
+sequence of length L come from positions L-R-1 ... L-2. Only those rows of the last hidden state go through the output
+projection, `chunk_tokens` at a time, so that the peak is chunk_tokens x vocabulary whatever the prompt, the image or
+the batch.
 """
 
 from contextlib import contextmanager
@@ -39,9 +40,9 @@ def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor, temperature: 
 class ScoringHead:
     """Makes a model's output projection return log-probs of given tokens instead of logits.
 
-    Hugging Face models, and verl's variants of them, end in `logits = self.lm_head(hidden_states)`. The projection's own
-    forward is replaced on the instance: the parameters keep their names, and FSDP has gathered them when it runs, whichever
-    way the model is sharded.
+    Hugging Face models, and verl's variants of them, end in `logits = self.lm_head(hidden_states)`. The projection's
+    own forward is replaced on the instance: the parameters keep their names, and FSDP has gathered them when it runs,
+    whichever way the model is sharded.
     """
 
     def __init__(self, lm_head: torch.nn.Module, chunk_tokens: int):
