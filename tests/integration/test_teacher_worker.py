@@ -101,7 +101,7 @@ def as_batch(rows):
 @pytest.fixture(scope="module")
 def start(teacher_path):
     """A function that starts a group of teacher workers: (ranks, settings) -> worker group."""
-    ray.init(num_cpus=8, num_gpus=3, include_dashboard=False, object_store_memory=200_000_000)
+    ray.init(num_cpus=32, num_gpus=3, include_dashboard=False, object_store_memory=200_000_000)
     base = TeacherConfig(
         model=TeacherModelConfig(path=str(teacher_path), override_config={"attn_implementation": "sdpa"}),
         temperature=TEMPERATURE,
