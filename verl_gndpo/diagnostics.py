@@ -36,7 +36,8 @@ def describe_signal(
         gndpo/clipped_low_share, gndpo/clipped_high_share: share of tokens with D beyond -clip and +clip;
         gndpo/mu, gndpo/sigma: mean and standard deviation (Bessel-corrected) of the bounded signal, nats;
         gndpo/gain: what the bounded signal was multiplied by, 1/sigma for gndpo;
-        gndpo/advantage_abs_max; gndpo/sign_flip_share: share of tokens whose advantage and bounded signal differ in sign;
+        gndpo/advantage_abs_max;
+        gndpo/sign_flip_share: share of tokens whose advantage and bounded signal differ in sign;
         gndpo/k1, gndpo/k3: estimates of KL(student || teacher) in nats: mean of -D and of exp(D) - 1 - D;
         gndpo/tokens: number of valid tokens.
     """

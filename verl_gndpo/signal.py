@@ -9,13 +9,14 @@ For every response token y_t of the batch (GNDPO, arXiv 2606.09091; m is the res
 `opd` is the same with mu = 0 and scale 1. Log-probs and k are in nats, A has no unit.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-# The batch is taken in blocks of this many tokens: float64, so that nothing is lost when log-ratios nearly cancel, and
-# small enough that a block stays in the CPU's cache and no allocation grows with the batch except the result.
-BLOCK_TOKENS = 1 << 17
+# The batch is taken in blocks of this many tokens: in float64, so that nothing is lost where log-probs nearly cancel,
+# and small enough that a block stays in the CPU's cache (measured: benchmarks/estimator.py).
+BLOCK_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -70,32 +71,35 @@ def log_ratio_advantages(
             "check that rollouts are not empty and that the mask is not filtered away"
         )
 
+    # -1 has every bit set: `and` leaves a number that counts and turns any other, NaN too, into 0. masked_fill does the
+    # same in several times the time.
+    keep = -valid.view(torch.int8)
     advantages = torch.empty(shapes[0], dtype=torch.float32, device=valid.device)
-    flat = (x.reshape(-1).split(BLOCK_TOKENS) for x in (teacher_log_probs, old_log_probs, valid, advantages))
+    flat = (x.reshape(-1).split(BLOCK_TOKENS) for x in (teacher_log_probs, old_log_probs, keep, advantages))
     blocks = list(zip(*flat, strict=True))
-    buffers = torch.empty(3, min(BLOCK_TOKENS, valid.numel()), dtype=torch.float64, device=valid.device)
+    buffers = torch.empty(2, min(BLOCK_TOKENS, valid.numel()), dtype=torch.float64, device=valid.device)
 
     def log_ratio(teacher: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        minuend, subtrahend, _ = buffers[:, : len(teacher)]
-        return minuend.copy_(teacher).sub_(subtrahend.copy_(old))
+        d, subtrahend = buffers[:, : len(teacher)]
+        return d.copy_(teacher).sub_(subtrahend.copy_(old))
 
     def bounded(d: torch.Tensor) -> torch.Tensor:
         return d if clip is None else d.clamp_(-clip, clip)
 
-    def masked(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        # By bits, all or none: 0 * NaN is NaN, and masked_fill takes twice as long.
+    def masked(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        # The subtrahend is no longer needed; its place is big enough for the bits.
         integers = torch.int64 if x.dtype == torch.float64 else torch.int32
-        x.view(integers).bitwise_and_(buffers[2].view(integers)[: len(x)].copy_(valid).neg_())
+        x.view(integers).bitwise_and_(buffers[1].view(integers)[: len(x)].copy_(keep))
         return x
 
     sums = []
-    for teacher, old, valid, _ in blocks:
-        d = masked(log_ratio(teacher, old), valid)
+    for teacher, old, keep, _ in blocks:
+        d = masked(log_ratio(teacher, old), keep)
         raw = d.sum()
         k = bounded(d)
         sums.append(torch.stack([raw, k.sum(), torch.dot(k, k)]))
     raw, total, squares = torch.stack(sums).sum(0).tolist()
-    if not raw - raw == 0.0:
+    if not math.isfinite(raw):
         _raise_not_finite(teacher_log_probs, old_log_probs, response_mask)
 
     mean = total / count
@@ -104,9 +108,9 @@ def log_ratio_advantages(
     # One token has no spread to scale by.
     gain = (variance + std_floor**2) ** -0.5 if scale and count > 1 else 1.0
 
-    for teacher, old, valid, advantage in blocks:
+    for teacher, old, keep, advantage in blocks:
         k = bounded(log_ratio(teacher, old))
-        masked(advantage.copy_(k.sub_(shift)).mul_(gain), valid)
+        masked(advantage.copy_(k.sub_(shift)).mul_(gain), keep)
     return advantages, Moments(count, mean, variance**0.5)
 
 

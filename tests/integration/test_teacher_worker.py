@@ -159,7 +159,7 @@ def test_two_ranks_padded_small_chunks_equal_one_rank_packed_and_hugging_face(st
         packed_group.compute_teacher_log_prob(as_batch(broken))
 
 
-def test_the_worker_holds_no_optimizer_and_no_gradient(teacher_path):
+def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, rows, expected):
     """In this process, on one rank: what is inside the worker."""
     import os
     import socket
@@ -175,7 +175,7 @@ def test_the_worker_holds_no_optimizer_and_no_gradient(teacher_path):
         worker = TeacherWorker(
             TeacherConfig(
                 model=TeacherModelConfig(path=str(teacher_path), override_config={"attn_implementation": "sdpa"}),
-                temperature=1.0,
+                temperature=TEMPERATURE,
                 use_remove_padding=False,
                 max_token_len_per_gpu=4096,
             )
@@ -184,6 +184,15 @@ def test_the_worker_holds_no_optimizer_and_no_gradient(teacher_path):
         assert worker.engine.optimizer is None and worker.engine.lr_scheduler is None
         assert not any(p.requires_grad for p in worker.engine.module.parameters())
         assert not worker.engine.module.training
+
+        # Three responses to a prompt with one image, and one to a prompt with three others.
+        patches = []
+        tower = worker.engine.module.model.visual
+        tower.patch_embed.register_forward_pre_hook(lambda module, inputs: patches.append(len(inputs[0])))
+        group = [rows[0], rows[6], rows[0], rows[0]]
+        scored = worker.compute_teacher_log_prob(as_batch(group))
+        assert_equal_to([expected[0], expected[6], expected[0], expected[0]], scored)
+        assert sum(patches) == sum(int(rows[i]["inputs"]["image_grid_thw"].prod(-1).sum()) for i in (0, 6))
     finally:
         torch.distributed.destroy_process_group()
         os.environ.clear()

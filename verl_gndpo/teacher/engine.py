@@ -12,7 +12,7 @@ from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from verl_gndpo.teacher.scoring import ScoringHead, response_rows
+from verl_gndpo.teacher.scoring import DistinctImages, ScoringHead, response_rows
 
 
 @dataclass
@@ -47,6 +47,9 @@ class TeacherEngine(FSDPEngineWithLMHead):
                     "projection; the chunked scorer can't reproduce that"
                 )
         self.head = ScoringHead(module.get_output_embeddings(), self.engine_config.logits_chunk_tokens)
+        tower = getattr(getattr(module, "model", None), "visual", None)
+        if tower is not None:
+            DistinctImages(tower)
         return module.requires_grad_(False).eval()
 
     def _build_optimizer(self, module):

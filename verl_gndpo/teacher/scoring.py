@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probs of response tokens without the logits of anything else.
+"""Log-probs of response tokens without the logits of anything else, and without encoding an image twice.
 
 A causal model's output at position p predicts the token at p + 1, so the log-probs of the R response tokens of a
 sequence of length L come from positions L-R-1 ... L-2. Only those rows of the last hidden state go through the output
@@ -8,6 +8,7 @@ the batch.
 """
 
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -76,3 +77,55 @@ class ScoringHead:
             chunk = slice(i, i + self._chunk_tokens)
             out[chunk] = token_log_probs(self._project(hidden[rows[chunk]]), token_ids[chunk], temperature)
         return out.unsqueeze(0)
+
+
+class DistinctImages:
+    """Lets a vision tower of the Qwen-VL kind encode each distinct image of a call once.
+
+    The n responses to a prompt each bring a copy of its images. As with `ScoringHead`, the tower's own forward is
+    replaced on the instance: it takes `pixel_values` (patches, features) and `grid_thw` (images, 3), and what it
+    returns holds rows of patches or of merged tokens, image by image.
+    """
+
+    def __init__(self, tower: torch.nn.Module):
+        self._encode = tower.forward
+        self._patches_per_token = tower.spatial_merge_size**2
+        tower.forward = self._forward
+
+    def _forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **options):
+        patches = grid_thw.prod(-1).tolist()
+        images = pixel_values.split(patches)
+        distinct, which = _distinct(images, grid_thw)
+        if len(distinct) == len(images):
+            return self._encode(pixel_values, grid_thw=grid_thw, **options)
+        encoded = self._encode(torch.cat([images[i] for i in distinct]), grid_thw=grid_thw[distinct], **options)
+        patches = [patches[i] for i in distinct]
+        return self._repeat(encoded, patches, which)
+
+    def _repeat(self, encoded: Any, patches: list[int], which: list[int]):
+        """Give each image of the call the rows of the distinct image that it equals."""
+        if isinstance(encoded, torch.Tensor):
+            rows = patches if len(encoded) == sum(patches) else [n // self._patches_per_token for n in patches]
+            parts = encoded.split(rows)
+            return torch.cat([parts[i] for i in which])
+        if isinstance(encoded, dict):
+            return type(encoded)(**{key: self._repeat(value, patches, which) for key, value in encoded.items()})
+        if isinstance(encoded, list | tuple):
+            return type(encoded)(self._repeat(value, patches, which) for value in encoded)
+        return encoded
+
+
+def _distinct(images: tuple[torch.Tensor, ...], grid_thw: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Indices of the distinct images, and for each image the position of its equal among them."""
+    distinct, which = [], []
+    seen: dict[tuple, list[int]] = {}
+    for i, (image, grid) in enumerate(zip(images, grid_thw.tolist(), strict=True)):
+        # The sum finds candidates; only equality makes two images one.
+        candidates = seen.setdefault((*grid, image.sum(dtype=torch.float64).item()), [])
+        position = next((p for p in candidates if torch.equal(images[distinct[p]], image)), None)
+        if position is None:
+            position = len(distinct)
+            distinct.append(i)
+            candidates.append(position)
+        which.append(position)
+    return distinct, which

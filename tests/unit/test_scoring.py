@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of response-only scoring that need no model; the whole of it is in integration/test_teacher_worker.py."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl_gndpo.teacher.scoring import DistinctImages, ScoringHead, response_rows, token_log_probs
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=5), st.integers(1, 7))
+@settings(max_examples=100, deadline=None)
+def test_chunked_rows_equal_all_logits(lengths, chunk):
+    """Any mixture of prompt and response lengths, any chunk: the log-probs of a full log-softmax."""
+    torch.manual_seed(0)
+    totals = torch.tensor([prompt + response for prompt, response in lengths])
+    responses = torch.tensor([response for _, response in lengths])
+    ids = torch.randint(0, 11, (int(totals.sum()),))
+    hidden = torch.randn(1, len(ids), 4, dtype=torch.float64).float()
+    lm_head = torch.nn.Linear(4, 11, bias=False)
+    with torch.no_grad():
+        full = (lm_head(hidden)[0] / 0.7).log_softmax(-1)
+        head = ScoringHead(lm_head, chunk)
+        rows = response_rows(totals.cumsum(0), responses)
+        with head.scoring(rows, ids[rows + 1], 0.7):
+            scored = lm_head(hidden)
+        expected, start = [], 0
+        for total, response in zip(totals.tolist(), responses.tolist(), strict=True):
+            positions = range(start + total - response, start + total)
+            expected += [full[p - 1, ids[p]] for p in positions]
+            start += total
+    torch.testing.assert_close(scored[0], torch.stack(expected), atol=1e-6, rtol=1e-6)
+    # Outside of the context it is an ordinary projection again.
+    assert lm_head(hidden).shape == (1, len(ids), 11)
+
+
+def test_log_probs_of_bfloat16_logits_are_computed_in_float32():
+    logits = torch.randn(5, 1000).bfloat16()
+    ids = torch.arange(5)
+    expected = logits.double().log_softmax(-1)[ids, ids]
+    scored = token_log_probs(logits, ids, 1.0)
+    assert scored.dtype == torch.float32
+    torch.testing.assert_close(scored.double(), expected, atol=1e-5, rtol=0)
+
+
+class Tower(torch.nn.Module):
+    """As a Qwen-VL tower: patches in, an output with rows of patches, of merged tokens, and a list of such."""
+
+    spatial_merge_size = 2
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, pixel_values, grid_thw):
+        self.seen.append(len(pixel_values))
+        merged = pixel_values.view(-1, 4, pixel_values.shape[-1]).mean(1)
+        return {"last_hidden_state": pixel_values * 2, "pooler_output": merged, "deepstack": [merged, merged + 1]}
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_each_distinct_image_is_encoded_once(order):
+    """Whatever the repetitions, the output is that of encoding every copy."""
+    torch.manual_seed(0)
+    grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 4, 2], [1, 2, 2]])
+    images = [torch.randn(int(grid.prod()), 3) for grid in grids]
+    pixels, grid = torch.cat([images[i] for i in order]), grids[order]
+    expected = Tower()(pixels, grid_thw=grid)
+    tower = Tower()
+    DistinctImages(tower)
+    encoded = tower(pixels, grid_thw=grid)
+    assert tower.seen == [sum(len(images[i]) for i in set(order))]
+    for key in ("last_hidden_state", "pooler_output"):
+        assert torch.equal(encoded[key], expected[key])
+    assert all(torch.equal(a, b) for a, b in zip(encoded["deepstack"], expected["deepstack"], strict=True))
+
+
+def test_images_with_one_sum_are_still_told_apart():
+    images = torch.tensor([[1.0], [2.0], [3.0], [4.0], [4.0], [3.0], [2.0], [1.0]])
+    tower = Tower()
+    DistinctImages(tower)
+    encoded = tower(images, grid_thw=torch.tensor([[1, 2, 2], [1, 2, 2]]))
+    assert torch.equal(encoded["last_hidden_state"], images * 2) and tower.seen == [8]
+
+
+@pytest.mark.parametrize("key", ["final_logit_softcapping", "logits_scaling", "logit_scale"])
+def test_models_that_change_logits_after_the_projection_are_refused(key, monkeypatch):
+    from types import SimpleNamespace
+
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    from verl_gndpo.teacher.engine import TeacherEngine
+
+    text_config = SimpleNamespace(**{key: 30.0})
+    module = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text_config))
+    monkeypatch.setattr(FSDPEngineWithLMHead, "_build_module", lambda self: module)
+    engine = object.__new__(TeacherEngine)
+    engine.model_config = SimpleNamespace(path="some/model")
+    with pytest.raises(NotImplementedError, match=f"some/model.*{key}"):
+        engine._build_module()
