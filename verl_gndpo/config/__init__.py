@@ -98,7 +98,7 @@ class TeacherConfig:
     max_token_len_per_gpu: int | None = None
     """Tokens of one micro-batch; null: `actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu`."""
 
-    logits_chunk_tokens: int = 512
+    logits_chunk_tokens: int = 256
     """Response tokens whose logits exist at the same time: the peak is this times the vocabulary, in float32."""
 
     fsdp: TeacherFSDPConfig = field(default_factory=TeacherFSDPConfig)

@@ -20,7 +20,7 @@ class TeacherEngineConfig(FSDPEngineConfig):
     """verl's FSDP settings plus the teacher's own; see `verl_gndpo.config.TeacherConfig`."""
 
     pack_sequences: bool = False
-    logits_chunk_tokens: int = 512
+    logits_chunk_tokens: int = 256
     temperature: float = 1.0
 
 
