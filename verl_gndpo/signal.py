@@ -28,6 +28,7 @@ class Moments:
     std: float
 
 
+@torch.no_grad()
 def log_ratio_advantages(
     teacher_log_probs: torch.Tensor,
     old_log_probs: torch.Tensor,

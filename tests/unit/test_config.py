@@ -59,7 +59,8 @@ def test_a_missing_section_means_the_defaults(algorithm):
         ({"clip": 0}, ["algorithm.gndpo.clip", "positive or null", "got 0"]),
         ({"clip": float("nan")}, ["algorithm.gndpo.clip", "nan"]),
         ({"clip": "wide"}, ["algorithm.gndpo.clip", "wide"]),
-        ({"std_floor": -1.0}, ["algorithm.gndpo.std_floor", ">= 0", "-1.0"]),
+        ({"std_floor": -1.0}, ["algorithm.gndpo.std_floor", "positive", "-1.0"]),
+        ({"std_floor": 0.0}, ["algorithm.gndpo.std_floor", "positive", "0.0"]),
         ({"center": "maybe"}, ["algorithm.gndpo.center", "maybe"]),
     ],
 )

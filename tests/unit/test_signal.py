@@ -205,6 +205,13 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(data, copies, strict=True))
 
 
+def test_advantages_carry_no_gradient():
+    """The signal is a constant of the policy loss; k1 must not be back-propagated."""
+    teacher, old, mask = batch()
+    advantages, _ = log_ratio_advantages(teacher.requires_grad_(), old.requires_grad_(), mask)
+    assert not advantages.requires_grad
+
+
 def test_raw_ratios_are_not_clamped():
     """Defect 2 of the released code: its naive baseline is clamped already. clip=null is the arm without a bound."""
     teacher, old, mask = batch(spread=10.0)

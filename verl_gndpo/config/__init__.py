@@ -41,8 +41,11 @@ class SignalConfig:
     def validate(self) -> None:
         if self.clip is not None and not self.clip > 0:
             raise ConfigError(f"algorithm.gndpo.clip must be positive or null (raw log-ratios), got {self.clip}")
-        if not self.std_floor >= 0:
-            raise ConfigError(f"algorithm.gndpo.std_floor must be >= 0, got {self.std_floor}")
+        if not self.std_floor > 0:
+            raise ConfigError(
+                f"algorithm.gndpo.std_floor must be positive, got {self.std_floor}: it is what is left to divide by "
+                "where all log-ratios are equal"
+            )
 
 
 @dataclass
