@@ -125,7 +125,8 @@ else
         +ray_kwargs.ray_init.object_store_memory=500000000
         transfer_queue.backend.SimpleStorage.num_data_storage_units=1
         data.dataloader_num_workers=0
-        data.filter_overlong_prompts_workers=1
+        # Any number would fork a process that has used torch's threads, and may hang.
+        data.filter_overlong_prompts_workers=null
         actor_rollout_ref.model.use_remove_padding=False
         +actor_rollout_ref.model.override_config.attn_implementation=sdpa
         actor_rollout_ref.model.enable_gradient_checkpointing=False

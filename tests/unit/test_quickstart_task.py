@@ -179,7 +179,7 @@ def test_rows_come_back_from_verls_dataset(dataset, processor, tokenizer):
             "image_key": "images",
             "max_prompt_length": 64,
             "filter_overlong_prompts": True,
-            "filter_overlong_prompts_workers": 1,
+            "filter_overlong_prompts_workers": None,
             "cache_dir": str(dataset / "cache"),
         }
     )
