@@ -73,10 +73,11 @@ def train(out: Path, models: Path, overrides: list[str]) -> None:
         "reward.custom_reward_function.name=compute_score",
         *overrides,
     ]
+    total = next(int(o.partition("=")[2]) for o in reversed(command) if o.startswith("trainer.total_training_steps="))
     with log.open("w") as sink:
         process = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
         try:
-            _show_progress(process, metrics)
+            _show_progress(process, metrics, total)
         finally:
             process.terminate()
             process.wait()
@@ -85,11 +86,11 @@ def train(out: Path, models: Path, overrides: list[str]) -> None:
         sys.exit(f"the training failed (exit code {process.returncode}); its whole output is in {log}")
 
 
-def _show_progress(process: subprocess.Popen, metrics: Path) -> None:
+def _show_progress(process: subprocess.Popen, metrics: Path, total: int) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
     seen = 0
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("GNDPO", total=None, state="starting Ray, verl and vLLM (about 4 minutes)")
+        task = progress.add_task("GNDPO", total=None, state="starting Ray, verl and vLLM (about 2 minutes)")
         while process.poll() is None:
             time.sleep(1)
             lines = read_metrics(metrics)
@@ -98,7 +99,7 @@ def _show_progress(process: subprocess.Popen, metrics: Path) -> None:
                     progress.console.print(f"  step {line['step']:3d}: held-out accuracy {line['data'][ACCURACY]:.3f}")
             if len(lines) > seen:
                 seen, last = len(lines), lines[-1]["step"]
-                progress.update(task, total=STEPS, completed=last, state=f"step {last} of {STEPS}")
+                progress.update(task, total=total, completed=last, state=f"step {last} of {total}")
 
 
 def summarise(lines: list[dict], teacher_accuracy: float, seconds: float) -> dict:
