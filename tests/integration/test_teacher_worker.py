@@ -159,7 +159,19 @@ def test_two_ranks_padded_small_chunks_equal_one_rank_packed_and_hugging_face(st
         packed_group.compute_teacher_log_prob(as_batch(broken))
 
 
-def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, rows, expected):
+@pytest.fixture
+def stock_forwards(monkeypatch):
+    """verl replaces the forward of these classes in a worker's process; here that is the process of all tests."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+
+    for module, prefix in ((modeling_qwen2_5_vl, "Qwen2_5_VL"), (modeling_qwen2_vl, "Qwen2VL")):
+        for name in ("Model", "ForConditionalGeneration"):
+            model = getattr(module, prefix + name)
+            monkeypatch.setattr(model, "forward", model.forward)
+
+
+def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, rows, expected, stock_forwards):
     """In this process, on one rank: what is inside the worker."""
     import os
     import socket
