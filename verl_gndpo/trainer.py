@@ -38,7 +38,8 @@ class GNDPOTrainerMixin:
             require(config)
             _honour_frozen_tower(config.actor_rollout_ref)
         super().__init__(config)
-        if self.uses_gndpo:
+        # A custom sampler (trainer.v1.sampler.custom_sampler) owns its polling and may have no such attribute.
+        if self.uses_gndpo and hasattr(self.replay_buffer, "poll_interval"):
             self.replay_buffer.poll_interval = min(self.replay_buffer.poll_interval, POLL_INTERVAL_S)
 
     def _setup(self):
