@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 if __package__:
@@ -52,18 +51,22 @@ def _problem_folders(split: Path) -> list[Path]:
 
 
 def _intergps_split(name: str, problems: list[Path], root: Path) -> _core.Split:
-    split = _core.SPLIT_ALIASES.get(name, name)
+    split = RECIPE.aliases.get(name, name)
 
     def rows() -> Iterator[_core.SourceRow]:
-        for position, problem in enumerate(problems):
-            index = int(problem.name) if problem.name.isdecimal() else position
-            yield _core.SourceRow(index, RECIPE.row_id(split, problem.name), partial(_intergps_problem, problem))
+        for position, folder in enumerate(problems):
+            index = int(folder.name) if folder.name.isdecimal() else position
+            try:
+                values = _intergps_row(folder)
+            except _core.DroppedRow as dropped:
+                values = dropped
+            yield _core.SourceRow(index, folder.name, values)
 
-    return _core.Split(split, len(problems), rows, (root / name).resolve())
+    return _core.Split(split, len(problems), rows, _core.ImageStore([root / name]), (root / name).resolve())
 
 
-def _intergps_problem(folder: Path) -> _core.Problem:
-    """The problem as hiyouga/geometry3k has it: annotated text, clean diagram, the text of the right choice."""
+def _intergps_row(folder: Path) -> dict:
+    """The row as hiyouga/geometry3k has it: annotated text, clean diagram, the text of the right choice."""
     try:
         record = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -73,7 +76,7 @@ def _intergps_problem(folder: Path) -> _core.Problem:
     question = record.get("annotat_text") or record.get("problem_text")
     if isinstance(question, str) and question.strip():
         question = _core.IMAGE_PLACEHOLDER + question
-    return _core.Problem(question, _chosen_text(record), [{"path": "img_diagram.png"}], folder)
+    return {"problem": question, "answer": _chosen_text(record), "images": [f"{folder.name}/img_diagram.png"]}
 
 
 def _chosen_text(record: dict) -> object:
@@ -86,20 +89,20 @@ def _chosen_text(record: dict) -> object:
     return choices[ord(letter) - ord("A")]
 
 
+def problem(row: dict) -> _core.Problem:
+    return _core.Problem(row["problem"], row["answer"], row["images"])
+
+
 RECIPE = _core.Recipe(
     name="geo3k",
     hub_id="hiyouga/geometry3k",
+    license="MIT",
+    columns=("problem", "images", "answer"),
+    problem=problem,
     id_prefix="geometry3k",
-    question="problem",
-    answer="answer",
-    images="images",
     open_folder=open_intergps,
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    return _core.main(RECIPE, __doc__.splitlines()[0], argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_core.main(RECIPE, __doc__.splitlines()[0]))

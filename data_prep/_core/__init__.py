@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every converter shares: open a source, check each row, write verl's parquet, read it back through verl.
 
-A converter states its data set as a `Recipe` and hands it to `main`. Rows stream from source to file in small batches,
-so memory does not grow with the data set. Files are written into a hidden folder beside their destination and moved
-into place only when every split has been converted and read back; a failure leaves what was there before.
+A converter states its data set as a `Recipe` and hands it to `main`. Rows stream from the source through worker
+processes into the file, so memory does not grow with the data set. Files are written into a hidden folder beside their
+destination and moved into place only when every split has been converted and read back; a failure leaves what was there
+before.
 
 verl's reader asserts on a bad row in the middle of training, or drops it without a word while it filters long prompts.
-The checks here (`verl_row`) are what makes that impossible; a row that fails one is counted and named, never repaired.
+The checks here (`convert_row`) are what makes that impossible: a fault with one right repair is repaired, any other row
+is dropped, and both are counted and named.
 """
 
-from .cli import INSTRUCTION, convert, main
+from .cli import convert, main
 from .errors import ConversionError, DroppedRow, SourceError
-from .row import IMAGE_PLACEHOLDER
-from .source import SPLIT_ALIASES, Problem, Recipe, SourceRow, Split
+from .images import ImageStore
+from .prompt import STYLES
+from .recipe import Problem, Recipe
+from .source import SourceRow, Split
+from .text import IMAGE_PLACEHOLDER, split_choices, tagged_answer
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
-    "INSTRUCTION",
-    "SPLIT_ALIASES",
+    "STYLES",
     "ConversionError",
     "DroppedRow",
+    "ImageStore",
     "Problem",
     "Recipe",
     "SourceError",
@@ -27,4 +32,6 @@ __all__ = [
     "Split",
     "convert",
     "main",
+    "split_choices",
+    "tagged_answer",
 ]

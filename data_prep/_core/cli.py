@@ -4,72 +4,160 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import math
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import ConversionError, one_line
-from .row import FOREIGN_PLACEHOLDERS, IMAGE_PLACEHOLDER
-from .source import Recipe, open_source
+from .errors import ConversionError, SourceError, one_line
+from .lengths import Limit, Measure, load_measure
+from .preview import write_preview
+from .prompt import STYLES, load_prompt
+from .recipe import Recipe
+from .report import Report, length_lines, report_table
+from .source import Split, open_source
 from .verify import import_reader, verify
-from .write import Report, check_dropped, report_table, write_split
+from .write import Converter, convert_all, worker_pool, write_split
 
-INSTRUCTION = (
-    "Work through the problem inside <think> </think> tags first. "
-    "After the closing tag, state only the final answer, written as \\boxed{answer}."
-)
+WORTH_A_POOL = 256
 
 
 def convert(
     source: str | None,
     save_dir: Path,
     recipe: Recipe,
-    instruction: str = INSTRUCTION,
-    max_dropped: float = 1.0,
+    *,
+    splits: list[str] | None = None,
+    image_path: Path | None = None,
+    prompt_style: str = "think_boxed",
+    limit: int | None = None,
+    seed: int | None = None,
+    num_proc: int = 1,
+    max_dropped: float = 0.01,
+    max_prompt_length: int | None = None,
+    rows_per_shard: int | None = None,
+    include_unlicensed: bool = False,
     skip_verify: bool = False,
     model: str | None = None,
+    preview: int = 0,
+    dry_run: bool = False,
 ) -> list[Report]:
     """Converts a source into `<save_dir>/<split>.parquet`, one file a split.
 
     Each file is replaced in one step, and none before all splits have been converted, are within `max_dropped` (a
-    fraction of the split's rows) and have been read back.
+    fraction of the split's rows) and have been read back. Arguments are those of the command line.
 
     Raises:
         ConversionError: the source cannot be read, too much was dropped, or a row does not come back from verl.
         OSError: `save_dir` cannot be written.
     """
-    splits = open_source(source, recipe)
+    prompt = load_prompt(prompt_style)
+    if max_prompt_length is not None and (model is None or skip_verify):
+        raise ConversionError("--max_prompt_length counts a model's tokens: give --model, and leave --skip_verify out.")
+    chosen = _chosen_splits(source, recipe, splits, image_path)
     save_dir = save_dir.expanduser().resolve()
-    if any(split.folder == save_dir for split in splits):
+    if any(split.folder == save_dir for split in chosen):
         raise ConversionError(f"{save_dir} is the source itself: choose another --local_save_dir.")
-    save_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{recipe.name}-", dir=save_dir) as staging:
-        staged = [(Path(staging) / f"{split.name}.parquet", split) for split in splits]
-        reports = [write_split(split, recipe, instruction, path) for path, split in staged]
-        print(report_table(reports))
+    if limit is not None:
+        chosen = [split.sample(limit, seed) for split in chosen]
+    workers = num_proc if sum(split.total for split in chosen) >= WORTH_A_POOL else 1
+    about = f"{recipe.hub_id}, licence: {recipe.license}"
+    with _staging(save_dir, recipe.name) as staging, contextlib.ExitStack() as stack:
+        pool = worker_pool(workers)
+        if pool is not None:
+            stack.callback(pool.shutdown, cancel_futures=True)
+        reader, measure = None, None
+        if max_prompt_length is not None:
+            reader, measure = _load_reader(model)
+            if measure is None:
+                raise ConversionError("--max_prompt_length needs verl to be installed.")
+        fits = Limit(measure, max_prompt_length) if measure else None
+        reports, files = [], {}
+        for split in chosen:
+            converter = Converter(recipe, prompt, split.name, split.images, include_unlicensed)
+            folder = staging / split.name
+            folder.mkdir()
+            metadata = {
+                "source": recipe.hub_id,
+                "license": recipe.license,
+                "converter": recipe.name,
+                "split": split.name,
+                "prompt_style": prompt.name,
+            }
+            outcomes = convert_all(split.rows(), converter, pool, workers)
+            reports.append(write_split(split, outcomes, metadata, folder, rows_per_shard, fits))
+            files[split.name] = sorted(folder.iterdir())
+        stack.close()  # verl needs the memory of the worker processes
+        print(report_table(reports, about))
         for report in reports:
-            check_dropped(report, max_dropped)
-        if skip_verify:
-            print("NOT read back through verl: --skip_verify")
+            report.check_dropped(max_dropped)
+        if not skip_verify and reader is None:
+            reader, measure = _load_reader(model)
+        if measure is None:
+            print("NOT read back through verl, and prompts not measured" + (": --skip_verify" if skip_verify else ""))
+        for report in reports if measure else []:
+            checked = verify(reader, files[report.split], report, staging, measure, num_proc)
+            print(f"{report.split}: {report.written} rows came back from verl ({checked})")
+            print(length_lines(report, measure.name))
+        if preview:
+            write_preview(save_dir / "preview.html", about, files, reports, preview)
+            print(f"wrote {save_dir / 'preview.html'}")
+        if dry_run:
+            print("nothing written: --dry_run")
         else:
-            _verify_all([path for path, _ in staged], reports, Path(staging) / "cache", model)
-        for path, _ in staged:
-            os.replace(path, save_dir / path.name)
-            print(f"wrote {save_dir / path.name}")
+            _publish(files, save_dir)
     return reports
 
 
-def _verify_all(paths: list[Path], reports: list[Report], cache: Path, model: str | None) -> None:
-    print("reading back through verl's RLHFDataset (importing verl takes a while)", file=sys.stderr)
+def _chosen_splits(source: str | None, recipe: Recipe, names: list[str] | None, image_path: Path | None) -> list[Split]:
+    if recipe.validation_only and "train" in (names or []):
+        raise SourceError(f"{recipe.hub_id} has no split to train on: {recipe.validation_only}")
+    found = open_source(source, recipe, image_path)
+    if recipe.validation_only and any(split.name == "train" for split in found):
+        raise SourceError(f"{source} holds a split named train. {recipe.hub_id}: {recipe.validation_only}")
+    known = {split.name: split for split in found}
+    if missing := [name for name in names or [] if name not in known]:
+        raise SourceError(f"--split {' '.join(missing)}: not in the source, which has {', '.join(known)}.")
+    wanted = names or [name for name in recipe.default_splits if name in known] or list(known)
+    return [known[name] for name in dict.fromkeys(wanted)]
+
+
+def _load_reader(model: str | None) -> tuple[type | None, Measure | None]:
+    print("reading back goes through verl's RLHFDataset (importing verl takes a while)", file=sys.stderr)
     reader, why = import_reader()
     if reader is None:
-        print(f"NOT read back through verl: it cannot be imported here ({why})")
-        return
-    for path, report in zip(paths, reports, strict=True):
-        checked = verify(reader, path, report, cache, model)
-        print(f"{report.split}: {report.written} rows came back from verl ({checked})")
+        print(f"verl cannot be imported here ({why})")
+        return None, None
+    return reader, load_measure(model)
+
+
+@contextlib.contextmanager
+def _staging(save_dir: Path, name: str) -> Iterator[Path]:
+    """A hidden folder beside the results; what a killed run left of its own is removed first."""
+    save_dir.mkdir(parents=True, exist_ok=True)
+    for left in save_dir.glob(f".{name}-*"):
+        with contextlib.suppress(OSError), (left / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the run that made it is alive
+            shutil.rmtree(left)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{name}-", dir=save_dir) as folder,
+        (Path(folder) / "lock").open("w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(folder)
+
+
+def _publish(files: dict[str, list[Path]], save_dir: Path) -> None:
+    for split, shards in files.items():
+        for number, path in enumerate(shards):
+            name = f"{split}.parquet" if len(shards) == 1 else f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
+            os.replace(path, save_dir / name)
+            print(f"wrote {save_dir / name}")
 
 
 def _fraction(text: str) -> float:
@@ -79,43 +167,46 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _instruction(text: str) -> str:
-    if marks := [mark for mark in (IMAGE_PLACEHOLDER, *FOREIGN_PLACEHOLDERS) if mark in text]:
-        raise argparse.ArgumentTypeError(f"{', '.join(marks)} in the instruction would be read as a placeholder")
-    return text
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def _parser(recipe: Recipe, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--local_dataset_path", help=f"local copy (file or folder) or hub id; when not given, {recipe.hub_id}")
+    add("--local_save_dir", default=f"~/data/{recipe.name}", help="folder for the parquet files")
+    add("--image_path", type=Path, help="folder or zip archive of the images, when they do not lie beside the source")
+    add("--split", nargs="+", help="convert these splits only")
+    add("--limit", type=_positive, help="at most this many rows of each split")
+    add("--seed", type=int, help="draw the rows of --limit at random; without it, the first ones")
+    add("--num_proc", type=_positive, default=min(os.cpu_count() or 1, 8), help="worker processes")
+    add("--prompt_style", default="think_boxed", help=f"{', '.join(STYLES)}, or a YAML file with user and system")
+    add("--max_dropped", type=_fraction, default=0.01, help="fraction of a split that may be dropped before it fails")
+    add("--max_prompt_length", type=_positive, help="drop prompts of more tokens than this; needs --model")
+    add("--rows_per_shard", type=_positive, help="write several files a split, with this many rows each")
+    add("--model", help="model whose tokenizer and processor measure the prompts and read them back")
+    add("--skip_verify", action="store_true", help="do not measure the prompts, nor read them back through verl")
+    add("--preview", type=int, default=0, metavar="N", help="write preview.html with N rows of each split")
+    add("--dry_run", action="store_true", help="do everything but write the parquet files")
+    if recipe.keep:
+        add("--include_unlicensed", action="store_true", help="keep rows that are flagged as not licensed")
+    return parser
 
 
 def main(recipe: Recipe, description: str, argv: list[str] | None = None) -> int:
     """Command line of a converter. Returns the exit code: 0, or 1 with one line on stderr that says why."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "--local_dataset_path", help=f"local copy (file or folder) or hub id; when not given, {recipe.hub_id}"
-    )
-    parser.add_argument("--local_save_dir", default=f"~/data/{recipe.name}", help="folder for the parquet files")
-    parser.add_argument("--instruction", type=_instruction, default=INSTRUCTION, help="text put after each question")
-    parser.add_argument(
-        "--max_dropped",
-        type=_fraction,
-        default=1.0,
-        help="fraction of a split that may be dropped before it fails (default: any, but not all)",
-    )
-    parser.add_argument("--skip_verify", action="store_true", help="do not read the result back through verl")
-    parser.add_argument("--model", help="model whose tokenizer and processor the reading back uses")
-    args = parser.parse_args(argv)
+    options = vars(_parser(recipe, description).parse_args(argv))
+    source, save_dir = options.pop("local_dataset_path"), options.pop("local_save_dir")
+    options["splits"] = options.pop("split")
     try:
-        convert(
-            args.local_dataset_path,
-            Path(args.local_save_dir),
-            recipe,
-            args.instruction,
-            args.max_dropped,
-            args.skip_verify,
-            args.model,
-        )
+        convert(source, Path(save_dir), recipe, **options)
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: cannot write to {args.local_save_dir} ({one_line(error)})", file=sys.stderr)
+        print(f"error: cannot write to {save_dir} ({one_line(error)})", file=sys.stderr)
         return 1
     return 0

@@ -21,8 +21,12 @@ class DroppedRow(Exception):
     """
 
     def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason} ({detail})" if detail else reason)
+        super().__init__(reason, detail)  # as its arguments, so that it survives the way back from a worker process
         self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
 def one_line(error: BaseException) -> str:

@@ -1,31 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One row: the checks, and verl's schema."""
+"""One row: from the words of its source, through every check, to verl's schema."""
 
 from __future__ import annotations
 
 import json
-import warnings
-from io import BytesIO
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import pyarrow as pa
-from PIL import ExifTags, Image, ImageOps
 
-from .errors import DroppedRow, one_line
-from .source import Recipe, SourceRow
-
-IMAGE_PLACEHOLDER = "<image>"
-# verl splits a message at these too, and asserts when the row has no such column.
-FOREIGN_PLACEHOLDERS = ("<video>", "<audio>")
-
-MAX_ASPECT_RATIO = 200
-# Sides are rounded to multiples of patch size x merge size before the image processor measures the ratio again:
-# 28 for Qwen2-VL and Qwen2.5-VL, 32 for Qwen3-VL.
-RESIZE_FACTORS = (28, 32)
+from .errors import DroppedRow
+from .images import ImageStore, Picture, image_bytes, image_entries, rgb_picture
+from .prompt import Prompt
+from .recipe import ANSWER_TYPES, Recipe
+from .source import SourceRow
+from .text import answer_type, checked_text, listed_choices, place_images, plain_answer, split_choices
 
 # The Image feature makes `datasets` hand verl decoded pictures, as for files of verl's own recipe. "Sequence" is
 # the one spelling of a list that old and new `datasets` both read.
-_HF_METADATA = {"info": {"features": {"images": {"feature": {"_type": "Image"}, "_type": "Sequence"}}}}
+HF_METADATA = {"info": {"features": {"images": {"feature": {"_type": "Image"}, "_type": "Sequence"}}}}
 # One schema for every data set: verl concatenates the files of `data.train_files`, and refuses when they differ.
 SCHEMA = pa.schema(
     [
@@ -43,124 +35,65 @@ SCHEMA = pa.schema(
                     ("id", pa.string()),
                     ("answer", pa.string()),
                     ("question", pa.string()),
+                    ("answer_type", pa.string()),
+                    ("choices", pa.list_(pa.string())),
+                    ("tolerance", pa.float64()),
+                    ("meta", pa.string()),
                 ]
             ),
         ),
     ],
-    metadata={"huggingface": json.dumps(_HF_METADATA)},
+    metadata={"huggingface": json.dumps(HF_METADATA)},
 )
 
 
-def image_bytes(entry: object, folder: Path | None) -> bytes:
-    """Bytes of an image entry, read from its path when the entry holds none.
+@dataclass
+class ConvertedRow:
+    """A row in verl's schema, with what its report needs: the pictures' sizes and digests, and what was repaired."""
 
-    Raises:
-        DroppedRow: there are no bytes to be had.
-    """
-    entry = entry if isinstance(entry, dict) else {}
-    if entry.get("bytes"):
-        return entry["bytes"]
-    path = entry.get("path")
-    if not path:
-        raise DroppedRow("image is empty", "neither bytes nor path")
-    file = Path(path) if folder is None else folder / path
-    try:
-        data = file.read_bytes() if file.is_file() else None
-    except OSError as error:
-        raise DroppedRow("image file is missing", one_line(error)) from error
-    if data is None:
-        raise DroppedRow("image file is missing", str(path))
-    if not data:
-        raise DroppedRow("image is empty", str(path))
-    return data
+    values: dict
+    pictures: list[Picture]
+    repairs: list[str] = field(default_factory=list)
 
 
-def rgb_image(data: bytes) -> bytes:
-    """`data` itself when it is an opaque, upright RGB PNG or JPEG, otherwise the same picture as RGB PNG.
-
-    verl's two image paths disagree on everything else: one lays transparency on white, the other drops the alpha
-    channel and shows whatever colour lies beneath; one obeys EXIF orientation, the other does not. Converted here, they
-    agree.
-
-    Raises:
-        DroppedRow: the image does not decode, is larger than Pillow allows, or has a shape or pixel format that
-            the vision processors cannot take.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(data))
-        _check_shape(*image.size)
-        image.load()
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise DroppedRow("image has an unsupported pixel format", f"{image.mode}: Pillow would clip it to white")
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        if image.format in ("PNG", "JPEG") and image.mode == "RGB" and upright and not image.has_transparency_data:
-            return data
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            flat = Image.new("RGB", image.size, "white")
-            flat.paste(image, mask=image.getchannel("A"))
-        else:
-            flat = image.convert("RGB")
-        buffer = BytesIO()
-        flat.save(buffer, "PNG")
-        return buffer.getvalue()
-    except DroppedRow:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DroppedRow("image is too large", one_line(error)) from error
-    except Exception as error:  # Pillow's decoders raise anything from struct.error to IndexError on broken bytes
-        raise DroppedRow("image does not decode", one_line(error)) from error
-
-
-def _check_shape(width: int, height: int) -> None:
-    if min(width, height) < 1:
-        raise DroppedRow("image does not decode", f"{width}x{height} pixels")
-    short, long = sorted((width, height))
-    ratios = [long / short] + [max(1, round(long / f)) / max(1, round(short / f)) for f in RESIZE_FACTORS]
-    # The processors accept a rounded ratio of exactly 200.
-    if ratios[0] >= MAX_ASPECT_RATIO or max(ratios) > MAX_ASPECT_RATIO:
-        raise DroppedRow(f"aspect ratio is not below {MAX_ASPECT_RATIO}", f"{width}x{height} pixels")
-
-
-def _text(value: object, what: str) -> str:
-    if value is None or (isinstance(value, str) and not value.replace(IMAGE_PLACEHOLDER, "").strip()):
-        raise DroppedRow(f"no {what}")
-    if not isinstance(value, str):
-        raise DroppedRow(f"{what} is not text", f"{type(value).__name__} {value!r:.40}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DroppedRow("text is not valid Unicode", one_line(error)) from error
-    return value
-
-
-def verl_row(row: SourceRow, split: str, recipe: Recipe, instruction: str) -> dict:
+def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, images: ImageStore) -> ConvertedRow:
     """The row in verl's schema (`SCHEMA`), with every image embedded.
 
     Raises:
-        DroppedRow: the row fails a check.
+        DroppedRow: the row fails a check that has no one right repair.
+        SourceError: an archive of images cannot be used.
     """
-    problem = row.load()
-    question = _text(problem.question, "question")
-    answer = _text(problem.answer, "answer").strip()
-    if foreign := [mark for mark in FOREIGN_PLACEHOLDERS if mark in question]:
-        raise DroppedRow("question has a video or audio placeholder", ", ".join(foreign))
-    placeholders = question.count(IMAGE_PLACEHOLDER)
-    if placeholders != len(problem.images):
-        raise DroppedRow(
-            "placeholders and images differ in number", f"{placeholders} placeholders, {len(problem.images)} images"
-        )
-    if not problem.images:
-        raise DroppedRow("no image")
-    images = [{"bytes": rgb_image(image_bytes(entry, problem.folder)), "path": None} for entry in problem.images]
-    return {
+    if isinstance(row.values, DroppedRow):
+        raise row.values
+    problem = recipe.problem(row.values)
+    repairs: list[str] = []
+    question = checked_text(problem.question, "question")
+    choices = tuple(checked_text(choice, "choice").strip() for choice in problem.choices)
+    ground_truth = plain_answer(problem.answer, repairs)
+    graded_as = problem.answer_type or answer_type(ground_truth)
+    assert graded_as in ANSWER_TYPES, f"{recipe.name} states the unknown answer type {graded_as!r}"
+    if not choices and graded_as in ("choice", "multi_choice"):
+        choices = split_choices(question)
+    if problem.list_choices and choices:
+        question = listed_choices(question, choices)
+    question, entries = place_images(question, image_entries(problem.images), repairs, recipe.placeholders)
+    pictures = [rgb_picture(*image_bytes(entry, images, repairs), repairs) for entry in entries]
+    values = {
         "data_source": recipe.hub_id,
-        "prompt": [{"role": "user", "content": f"{question} {instruction}"}],
-        "images": images,
+        "prompt": prompt.messages(question),
+        "images": [{"bytes": picture.data, "path": None} for picture in pictures],
         "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": answer},
-        "extra_info": {"split": split, "index": row.index, "id": row.id, "answer": answer, "question": question},
+        "reward_model": {"style": "rule", "ground_truth": ground_truth},
+        "extra_info": {
+            "split": split,
+            "index": row.index,
+            "id": recipe.row_id(split, row.key),
+            "answer": str(problem.answer).strip(),
+            "question": question,
+            "answer_type": graded_as,
+            "choices": list(choices),
+            "tolerance": problem.tolerance,
+            "meta": json.dumps({key: value for key, value in problem.meta.items() if value is not None}, default=str),
+        },
     }
+    return ConvertedRow(values, pictures, list(dict.fromkeys(repairs)))

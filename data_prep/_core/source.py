@@ -1,50 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening a source: parquet files, save_to_disk folders, the hub, or a layout of the data set's own."""
+"""Opening a source: parquet, JSON, save_to_disk folders, the hub, or a layout of the data set's own."""
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import DroppedRow, SourceError, one_line
+from .images import ImageStore
+from .recipe import Recipe
 
 READ_BATCH_ROWS = 16
-SPLIT_ALIASES = {"val": "validation"}
-SPLIT_FILE = re.compile(r"(train|validation|val|test)(?![A-Za-z])")
 SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TIMEOUT_S = 10
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One row in the words of its source; nothing about it has been checked.
-
-    `images` holds `{"bytes": ..., "path": ...}` entries; `folder` is where their relative paths start.
-    """
-
-    question: object
-    answer: object
-    images: list
-    folder: Path | None = None
+KINDS = (".parquet", ".jsonl", ".json")
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row before it is loaded. `index` and `id` depend on its place in the source alone, so they are the same in
-    every run and on every machine, and a dropped row leaves a gap. `load` raises DroppedRow when the record is broken.
+    """A row as its source has it: one value for each column of the recipe, or why it cannot be read.
+
+    `index` and `key` depend on the row's place in the source or on its own id alone, so they are the same in every run
+    and on every machine, and a dropped row leaves a gap.
     """
 
     index: int
-    id: str
-    load: Callable[[], Problem]
+    key: object
+    values: dict | DroppedRow
 
 
 @dataclass(frozen=True)
@@ -54,143 +47,191 @@ class Split:
     name: str
     total: int
     rows: Callable[[], Iterable[SourceRow]]
+    images: ImageStore
     folder: Path | None = None
 
+    def sample(self, limit: int, seed: int | None) -> Split:
+        """The first `limit` rows, or with a seed as many drawn at random, in the order of the source."""
+        if limit >= self.total:
+            return self
+        if seed is None:
+            return replace(self, total=limit, rows=lambda: islice(self.rows(), limit))
+        chosen = set(random.Random(f"{seed} {self.name}").sample(range(self.total), limit))
+        rows = self.rows
+        return replace(self, total=limit, rows=lambda: (row for place, row in enumerate(rows()) if place in chosen))
 
-@dataclass(frozen=True)
-class Recipe:
-    """A data set.
+
+def open_source(path_or_hub_id: str | None, recipe: Recipe, image_path: Path | None = None) -> list[Split]:
+    """Splits of a local copy or of a hub data set.
 
     Args:
-        name: folder name under ~/data, as in verl's recipes.
-        hub_id: source when none is given; also verl's `data_source`, which selects the reward.
-        id_prefix: first part of the row ids.
-        question, answer, images: column names.
-        open_folder: reads a layout of the data set's own, or returns None when a folder does not have that layout.
-    """
-
-    name: str
-    hub_id: str
-    id_prefix: str
-    question: str
-    answer: str
-    images: str
-    open_folder: Callable[[Path], list[Split] | None]
-
-    def row_id(self, split: str, key: int | str) -> str:
-        return f"{self.id_prefix}-{split}-{key}"
-
-
-def open_source(path_or_hub_id: str | None, recipe: Recipe) -> list[Split]:
-    """Splits of a local copy or of a hub data set.
+        path_or_hub_id: file, folder or hub id; None for the recipe's own hub id.
+        image_path: folder or zip archive of the images, where they do not lie beside the source.
 
     Raises:
         SourceError: the source is missing, empty, or in no layout that the recipe knows.
     """
-    if path_or_hub_id is None:
-        return _check_not_empty(_open_hub(recipe.hub_id, recipe), recipe.hub_id)
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        splits = _open_folder(path, recipe)
-    elif path.exists():
-        name = SPLIT_FILE.match(path.name)
-        splits = [_parquet_split(_split_name(name[1]) if name else "train", [path], recipe)]
-    elif HUB_ID.fullmatch(path_or_hub_id) and path.suffix != ".parquet":
-        splits = _open_hub(path_or_hub_id, recipe)
+    if image_path is not None and not image_path.expanduser().exists():
+        raise SourceError(f"--image_path {image_path} does not exist.")
+    beside = [] if image_path is None else [image_path.expanduser()]
+    name = path_or_hub_id or recipe.hub_id
+    path = Path(name).expanduser()
+    if path_or_hub_id is not None and path.is_dir():
+        splits = _open_folder(path, recipe, beside)
+    elif path_or_hub_id is not None and path.exists():
+        if path.suffix not in KINDS:
+            raise SourceError(f"{path} is none of {', '.join(KINDS)}.")
+        splits = [_file_split(_split_of(path, recipe) or recipe.default_split, [path], recipe, beside)]
+    elif HUB_ID.fullmatch(name) and path.suffix not in KINDS:
+        splits = _open_hub(name, recipe, beside)
     else:
         raise SourceError(f"{path} does not exist. --local_dataset_path takes a file, a folder or a hub id.")
-    return _check_not_empty(splits, path_or_hub_id)
-
-
-def _check_not_empty(splits: list[Split], source: str) -> list[Split]:
     empty = [split.name for split in splits if split.total == 0]
     if empty or not splits:
-        raise SourceError(f"{source} has no rows" + (f" in its split {', '.join(empty)}." if empty else "."))
+        raise SourceError(f"{name} has no rows" + (f" in its split {', '.join(empty)}." if empty else "."))
     return splits
 
 
-def _split_name(name: str) -> str:
-    return SPLIT_ALIASES.get(name, name)
+def _split_of(file: Path, recipe: Recipe) -> str | None:
+    """Split that a file's name states. "trainer.parquet" is none; "train-00000-of-00002" and "train_v2" are train."""
+    match = re.match(rf"({'|'.join(recipe.splits)})(?![A-Za-z])", file.name)
+    return recipe.aliases.get(match[1], match[1]) if match else None
 
 
-def _open_folder(folder: Path, recipe: Recipe) -> list[Split]:
-    own = recipe.open_folder(folder)
+def _open_folder(folder: Path, recipe: Recipe, beside: list[Path]) -> list[Split]:
+    own = recipe.open_folder(folder) if recipe.open_folder else None
     if own is not None:
         return own
     if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
-        return _open_saved(folder, recipe)
+        return _open_saved(folder, recipe, beside)
     # A clone of a hub repository keeps its files under data/.
     for candidate in (folder, folder / "data"):
-        shards: dict[str, list[Path]] = {}
-        for file in sorted(candidate.glob("*.parquet")):
-            if match := SPLIT_FILE.match(file.name):
-                shards.setdefault(_split_name(match[1]), []).append(file)
-            else:
-                print(f"note: {file.name} belongs to no split by its name; it is not read", file=sys.stderr)
-        if shards:
-            return [_parquet_split(name, files, recipe) for name, files in shards.items()]
+        for kind in KINDS:
+            files = sorted(candidate.glob(f"*{kind}"))
+            named: dict[str, list[Path]] = {}
+            for file in files:
+                if split := _split_of(file, recipe):
+                    named.setdefault(split, []).append(file)
+            if not named and len(files) == 1:
+                named = {recipe.default_split: files}
+            for file in files if named else []:
+                if not any(file in group for group in named.values()):
+                    print(f"note: {file.name} belongs to no split by its name; it is not read", file=sys.stderr)
+            if named:
+                return [_file_split(name, group, recipe, [*beside, folder]) for name, group in named.items()]
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise SourceError(
-        f"{folder} is in no known layout (train*.parquet / validation*.parquet / test*.parquet, a save_to_disk folder, "
-        f"or the data set's own folders); it holds {found}."
+        f"{folder} is in no known layout ({', '.join(f'{name}*' for name in recipe.splits)} as "
+        f"{', '.join(KINDS)}, a save_to_disk folder, or the data set's own folders); it holds {found}."
     )
 
 
-def _check_columns(schema: pa.Schema, recipe: Recipe, where: object) -> None:
-    expected = [recipe.question, recipe.images, recipe.answer]
-    if missing := [name for name in expected if name not in schema.names]:
+def _file_split(name: str, files: list[Path], recipe: Recipe, beside: list[Path]) -> Split:
+    folder = files[0].parent
+    images = ImageStore([*beside, folder])
+    if files[0].suffix == ".parquet":
+        return _parquet_split(name, files, recipe, images)
+    if len(files) > 1:
+        raise SourceError(f"split {name} is in several files: {', '.join(file.name for file in files)} of {folder}.")
+    records = _json_lines if files[0].suffix == ".jsonl" else _json_records
+    try:
+        total = sum(1 for _ in records(files[0]))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{files[0]} is no readable {files[0].suffix} file ({one_line(error)}).") from error
+    rows = partial(_record_rows, partial(records, files[0]), recipe)
+    return Split(name, total, rows, images, folder.resolve())
+
+
+def _json_lines(file: Path) -> Iterator[object]:
+    with file.open("rb") as stream:
+        for line in stream:
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    yield DroppedRow("record is unreadable", one_line(error))
+
+
+def _json_records(file: Path) -> Iterator[object]:
+    """Records of a JSON file: a list of them, or one object that holds them by their ids."""
+    content = json.loads(file.read_bytes())
+    if isinstance(content, dict):
+        yield from ({"id": key} | record if isinstance(record, dict) else record for key, record in content.items())
+    elif isinstance(content, list):
+        yield from content
+    else:
+        raise ValueError(f"it holds a {type(content).__name__}, not a list of records")
+
+
+def _record_rows(records: Callable[[], Iterable[object]], recipe: Recipe) -> Iterator[SourceRow]:
+    for index, record in enumerate(records()):
+        if isinstance(record, dict):
+            missing = [name for name in recipe.columns if name not in record]
+            values = {name: record.get(name) for name in (*recipe.columns, *recipe.optional)}
+            record = DroppedRow("record lacks a column", ", ".join(missing)) if missing else values
+        elif not isinstance(record, DroppedRow):
+            record = DroppedRow("record is unreadable", f"it is a {type(record).__name__}")
+        yield _source_row(index, record, recipe)
+
+
+def _source_row(index: int, values: dict | DroppedRow, recipe: Recipe) -> SourceRow:
+    parts = [values.get(column) for column in recipe.key] if isinstance(values, dict) else []
+    known = parts and all(part is not None and part != "" for part in parts)
+    return SourceRow(index, "-".join(map(str, parts)) if known else index, values)
+
+
+def _columns(found: list[str], recipe: Recipe, where: object) -> list[str]:
+    if missing := [name for name in recipe.columns if name not in found]:
         raise SourceError(
             f"{where} has no column {', '.join(missing)}: "
-            f"expected {', '.join(expected)}, found {', '.join(schema.names)}."
+            f"expected {', '.join(recipe.columns)}, found {', '.join(found)}."
         )
-    kind = schema.field(recipe.images).type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not (is_list and pa.types.is_struct(kind.value_type) and kind.value_type.get_field_index("bytes") >= 0):
-        raise SourceError(f"column {recipe.images} of {where} is {kind}: expected a list of structs of bytes and path.")
+    return [*recipe.columns, *(name for name in recipe.optional if name in found)]
 
 
-def _parquet_split(name: str, files: list[Path], recipe: Recipe) -> Split:
+def _parquet_split(name: str, files: list[Path], recipe: Recipe, images: ImageStore) -> Split:
     total = 0
     for file in files:
         try:
             metadata = pq.ParquetFile(file)
         except (OSError, pa.ArrowException) as error:
             raise SourceError(f"{file} is no readable parquet file ({one_line(error)}).") from error
-        _check_columns(metadata.schema_arrow, recipe, file)
+        _columns(metadata.schema_arrow.names, recipe, file)
         total += metadata.metadata.num_rows
     numbers = [match for file in files if (match := SHARD_NUMBER.search(file.name))]
-    if numbers and len(numbers) != int(numbers[0][2]):
+    if recipe.numbered_shards and numbers and len(numbers) != int(numbers[0][2]):
         raise SourceError(
             f"split {name} has {len(numbers)} of {int(numbers[0][2])} parquet files in {files[0].parent}."
         )
 
     def batches() -> Iterator[pa.RecordBatch]:
-        columns = [recipe.question, recipe.images, recipe.answer]
         for file in files:
-            # Without this, pyarrow reads ahead and keeps every row group that it has read.
-            yield from pq.ParquetFile(file, pre_buffer=False).iter_batches(batch_size=READ_BATCH_ROWS, columns=columns)
+            # Without pre_buffer=False, pyarrow reads ahead and keeps every row group that it has read.
+            opened = pq.ParquetFile(file, pre_buffer=False)
+            columns = _columns(opened.schema_arrow.names, recipe, file)
+            yield from opened.iter_batches(batch_size=READ_BATCH_ROWS, columns=columns)
 
-    folder = files[0].parent.resolve()
-    return Split(name, total, partial(_table_rows, batches, name, folder, recipe, files[0].parent), folder)
+    rows = partial(_table_rows, batches, name, recipe, files[0].parent)
+    return Split(name, total, rows, images, files[0].parent.resolve())
 
 
-def _open_saved(folder: Path, recipe: Recipe) -> list[Split]:
+def _open_saved(folder: Path, recipe: Recipe, beside: list[Path]) -> list[Split]:
     import datasets
 
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise SourceError(f"{folder} is no readable save_to_disk folder ({one_line(error)}).") from error
-    return _dataset_splits(loaded, recipe, folder)
+    return _dataset_splits(loaded, recipe, folder, ImageStore([*beside, folder]))
 
 
-def _open_hub(hub_id: str, recipe: Recipe) -> list[Split]:
+def _open_hub(hub_id: str, recipe: Recipe, beside: list[Path]) -> list[Split]:
     import datasets
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     print(f"loading {hub_id} from the Hugging Face hub", file=sys.stderr)
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    why = ""
+    why, loaded, folder = "", None, None
     try:
         try:
             HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S)
@@ -199,7 +240,10 @@ def _open_hub(hub_id: str, recipe: Recipe) -> list[Split]:
             # One failed question is enough: `datasets` would go on asking for half a minute before it looks at its
             # cache, which is the only place that can still have the data.
             constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        loaded = datasets.load_dataset(hub_id)
+        if recipe.hub_files and hub_id == recipe.hub_id:
+            folder = Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=list(recipe.hub_files)))
+        else:
+            loaded = datasets.load_dataset(hub_id, recipe.hub_config if hub_id == recipe.hub_id else None)
     except Exception as error:
         raise SourceError(
             f"{hub_id} is no local path, and cannot be loaded from the Hugging Face hub ({why or one_line(error)}). "
@@ -207,43 +251,42 @@ def _open_hub(hub_id: str, recipe: Recipe) -> list[Split]:
         ) from error
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-    return _dataset_splits(loaded, recipe, hub_id)
+    if folder is not None:
+        return _open_folder(folder, recipe, beside)
+    return _dataset_splits(loaded, recipe, hub_id, ImageStore(beside))
 
 
-def _dataset_splits(loaded, recipe: Recipe, where: object) -> list[Split]:
+def _dataset_splits(loaded, recipe: Recipe, where: object, images: ImageStore) -> list[Split]:
     """Splits of a `datasets.Dataset` or `DatasetDict`."""
-    by_name = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    by_name = loaded if isinstance(loaded, dict) else {str(loaded.split or recipe.default_split): loaded}
     folder = where.resolve() if isinstance(where, Path) else None
     splits = []
     for key, dataset in by_name.items():
-        _check_columns(dataset.data.schema, recipe, f"split {key} of {where}")
+        columns = _columns(dataset.column_names, recipe, f"split {key} of {where}")
         # The arrow format hands out stored bytes; the default one would decode every picture and lose them.
-        batches = partial(dataset.with_format("arrow").iter, batch_size=READ_BATCH_ROWS)
+        chosen = dataset.select_columns(columns).with_format("arrow")
         # A slice such as "train[:10%]" is a split's name too, but no file name that verl could open.
-        name = _split_name(re.match(r"\w*", str(key))[0] or "train")
-        splits.append(Split(name, len(dataset), partial(_table_rows, batches, name, folder, recipe, where)))
+        name = re.match(r"\w*", str(key))[0] or recipe.default_split
+        name = recipe.aliases.get(name, name)
+        rows = partial(_table_rows, partial(chosen.iter, batch_size=READ_BATCH_ROWS), name, recipe, where)
+        splits.append(Split(name, len(dataset), rows, images, folder))
     return splits
 
 
-def _table_rows(
-    batches: Callable[[], Iterable], split: str, folder: Path | None, recipe: Recipe, where: object
-) -> Iterator[SourceRow]:
+def _table_rows(batches: Callable[[], Iterable], split: str, recipe: Recipe, where: object) -> Iterator[SourceRow]:
     index = 0
     try:
         for batch in batches():
             for position in range(batch.num_rows):
-                load = partial(_table_problem, batch, position, folder, recipe)
-                yield SourceRow(index, recipe.row_id(split, index), load)
+                yield _source_row(index, _values(batch, position, recipe), recipe)
                 index += 1
     except (OSError, pa.ArrowException) as error:
         raise SourceError(f"split {split} of {where} breaks off after row {index} ({one_line(error)}).") from error
 
 
-def _table_problem(batch, position: int, folder: Path | None, recipe: Recipe) -> Problem:
+def _values(batch, position: int, recipe: Recipe) -> dict | DroppedRow:
+    values = dict.fromkeys(recipe.optional)
     try:
-        question, answer, images = (
-            batch.column(name)[position].as_py() for name in (recipe.question, recipe.answer, recipe.images)
-        )
+        return values | {name: batch.column(name)[position].as_py() for name in batch.schema.names}
     except UnicodeDecodeError as error:
-        raise DroppedRow("text is not valid Unicode", str(error)) from error
-    return Problem(question, answer, images or [], folder)
+        return DroppedRow("text is not valid Unicode", str(error))

@@ -5,36 +5,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
+import io
+import shutil
 import sys
 from collections.abc import Iterator
-from io import BytesIO
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
 from .errors import ConversionError, one_line
-from .row import IMAGE_PLACEHOLDER
-from .source import READ_BATCH_ROWS
-from .write import Report
+from .images import pixel_digest
+from .lengths import Measure
+from .report import Report
+from .text import IMAGE_PLACEHOLDER
 
-
-class _NoProcessor:
-    """Stands in for a model's processor: verl's message building asks only that there is one."""
-
-
-@contextlib.contextmanager
-def _datasets_cache(folder: Path) -> Iterator[None]:
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = folder
-    try:
-        yield
-    finally:
-        datasets.config.HF_DATASETS_CACHE = before
+SLICE_ROWS = 256
+SLICE_BYTES = 64 * 1024 * 1024
+DIGEST_BYTES = 16
 
 
 def import_reader() -> tuple[type | None, str]:
@@ -46,95 +37,172 @@ def import_reader() -> tuple[type | None, str]:
     return RLHFDataset, ""
 
 
-def verify(reader: type, path: Path, report: Report, cache: Path, model: str | None = None) -> str:
-    """Reads every row of `path` back through verl's RLHFDataset.
+def verify(reader: type, paths: list[Path], report: Report, scratch: Path, measure: Measure, workers: int = 1) -> str:
+    """Reads every row of a split back through verl's RLHFDataset, a slice at a time: neither memory nor disk space
+    grows with the set.
 
-    Always checked: the number of rows, and for each row its id, its ground truth, its message with the images in place,
-    and every image's pixels against the stored bytes. Where qwen_vl_utils is installed, each image also passes the
-    resizing that verl's agent loop applies. With `model`, verl's own prompt filter runs chat template, tokenizer and
-    image processor over each row (it drops a row that raises).
+    Checked of every row: its place, id, ground truth and messages, and every image's size and pixels against those
+    that were converted. Its length is reckoned from its text and the sizes of its images, and noted in the report. The
+    rows of each slice with the most extreme pictures and texts also go the whole way that verl's agent loop goes:
+    resizing, chat template, tokenizer and image processor; their length has to be the reckoned one.
 
     Args:
         reader: RLHFDataset.
-        path: file to read.
-        report: what was written into it.
-        cache: folder for the copies that `datasets` makes; the caller deletes it.
-        model: path or hub id of a model whose tokenizer and processor are used.
+        paths: files of the split, in order.
+        report: what was written into them.
+        scratch: folder for slices and the copies that `datasets` makes of them.
+        measure: tokenizer and processor.
+        workers: threads.
 
     Returns:
         What was checked, in words.
 
     Raises:
-        ConversionError: the model cannot be loaded, or a row does not come back as it was written.
+        ConversionError: a row does not come back as it was written.
     """
+    rows = images = tried = 0
+    digests = memoryview(report.digests).cast("B")
+    with (
+        _datasets_in(scratch / "cache"),
+        ThreadPoolExecutor(workers) as threads,
+        tqdm(total=report.written, desc=f"{report.split}: reading back", unit="row") as progress,
+    ):
+        for table in _slices(paths):
+            stored = table.to_pylist()
+            dataset = _open(reader, table, scratch, measure, report.split)
+            if len(dataset) != len(stored):
+                raise ConversionError(f"verl reads {len(dataset)} of {len(stored)} rows of split {report.split}.")
+            starts = []
+            for row in stored:
+                starts.append(images)
+                images += len(row["images"])
+            expected = [
+                bytes(digests[start * DIGEST_BYTES : (start + len(row["images"])) * DIGEST_BYTES])
+                for start, row in zip(starts, stored, strict=True)
+            ]
+            lengths = [_length(row, measure) for row in stored]
+            report.prompt_tokens.extend(prompt for prompt, _ in lengths)
+            report.image_tokens.extend(image for _, image in lengths)
+            whole_way = _extremes(stored, lengths)
+
+            def check(
+                index: int, dataset=dataset, stored=stored, expected=expected, lengths=lengths, whole_way=whole_way
+            ) -> None:
+                try:
+                    row = dataset[index]
+                    _compare(row, stored[index], expected[index])
+                    if index in whole_way:
+                        _process(reader, row, measure, lengths[index][0])
+                except Exception as error:
+                    row_id = stored[index]["extra_info"]["id"]
+                    raise ConversionError(f"row {row_id} does not come back from verl ({one_line(error)}).") from error
+
+            for _ in threads.map(check, range(len(stored))):
+                progress.update()
+            rows += len(stored)
+            tried += len(whole_way)
+            del dataset
+            shutil.rmtree(scratch / "cache")
+    if rows != report.written:
+        raise ConversionError(f"verl reads {rows} of the {report.written} rows written for split {report.split}.")
+    return f"messages, images, ground truths; {tried} of them through tokenizer and processor"
+
+
+def _slices(paths: list[Path]) -> Iterator[pa.Table]:
+    for path in paths:
+        file = pq.ParquetFile(path, pre_buffer=False)
+        groups: list[pa.Table] = []
+        for number in range(file.num_row_groups):
+            groups.append(file.read_row_group(number))
+            full = sum(len(group) for group in groups) >= SLICE_ROWS or sum(g.nbytes for g in groups) >= SLICE_BYTES
+            if full or number == file.num_row_groups - 1:
+                yield pa.concat_tables(groups)
+                groups.clear()
+
+
+def _open(reader: type, table: pa.Table, scratch: Path, measure: Measure, split: str):
     from omegaconf import OmegaConf
 
-    tokenizer, processor = (None, _NoProcessor()) if model is None else _load_model(model)
+    path = scratch / "slice.parquet"
+    pq.write_table(table, path)
     config = OmegaConf.create(
         {
-            "cache_dir": str(cache),
-            "filter_overlong_prompts": model is not None,
+            "cache_dir": str(scratch / "cache"),
+            "filter_overlong_prompts": False,
             "filter_overlong_prompts_workers": None,
             "max_prompt_length": sys.maxsize,
         }
     )
-    resize = importlib.util.find_spec("qwen_vl_utils") is not None
-    with _datasets_cache(cache):
-        try:
-            dataset = reader(str(path), tokenizer, config, processor=processor)
-        except Exception as error:
-            raise ConversionError(f"verl cannot open the file of split {report.split} ({one_line(error)}).") from error
-        if len(dataset) != report.written:
-            raise ConversionError(
-                f"verl reads {len(dataset)} of the {report.written} rows written for split {report.split}."
-            )
-        stored_rows = tqdm(_stored_rows(path), total=report.written, desc=f"{report.split}: reading back", unit="row")
-        for index, stored in enumerate(stored_rows):
-            try:
-                row = dataset[index]
-                _compare(row, stored)
-                if resize:
-                    asyncio.run(reader.process_vision_info(row["raw_prompt"], dataset.image_patch_size, config))
-            except Exception as error:
-                row_id = stored["extra_info"]["id"]
-                raise ConversionError(f"row {row_id} does not come back from verl ({one_line(error)}).") from error
-    return ", ".join(
-        [
-            "messages, images, ground truths",
-            "resizing" if resize else "not resizing: qwen_vl_utils is not installed",
-            f"tokenizer and processor of {model}" if model is not None else "not tokenized: no --model",
-        ]
-    )
-
-
-def _load_model(model: str) -> tuple:
-    from verl.utils import hf_processor, hf_tokenizer
-
     try:
-        tokenizer, processor = hf_tokenizer(model), hf_processor(model)
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces the length of every slice
+            return reader(str(path), measure.tokenizer, config, processor=measure.processor)
     except Exception as error:
-        raise ConversionError(f"--model {model} cannot be loaded ({one_line(error)}).") from error
-    if processor is None:
-        raise ConversionError(f"--model {model} has no processor that verl can load, so it cannot read images.")
-    return tokenizer, processor
+        raise ConversionError(f"verl cannot open the file of split {split} ({one_line(error)}).") from error
 
 
-def _stored_rows(path: Path) -> Iterator[dict]:
-    for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(batch_size=READ_BATCH_ROWS):
-        yield from batch.to_pylist()
+@contextlib.contextmanager
+def _datasets_in(folder: Path) -> Iterator[None]:
+    """Has `datasets` keep its copies in a folder, and not draw a progress bar for each."""
+    import datasets
+
+    cache, bars = datasets.config.HF_DATASETS_CACHE, datasets.are_progress_bars_disabled()
+    datasets.config.HF_DATASETS_CACHE = folder
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = cache
+        if not bars:
+            datasets.enable_progress_bars()
 
 
-def _compare(row: dict, stored: dict) -> None:
+def _length(row: dict, measure: Measure) -> tuple[int, int]:
+    try:
+        return measure(row["prompt"], [Image.open(io.BytesIO(image["bytes"])).size for image in row["images"]])
+    except Exception as error:
+        row_id = row["extra_info"]["id"]
+        raise ConversionError(f"row {row_id} does not come back from verl ({one_line(error)}).") from error
+
+
+def _extremes(stored: list[dict], lengths: list[tuple[int, int]]) -> set[int]:
+    """Rows of a slice that are most likely to upset a processor."""
+    places = range(len(stored))
+    chosen = set()
+    for score in (
+        lambda place: lengths[place][0],
+        lambda place: lengths[place][1],
+        lambda place: len(stored[place]["images"]),
+    ):
+        ordered = sorted(places, key=score)
+        chosen |= {ordered[0], *ordered[-2:]}
+    return chosen
+
+
+def _compare(row: dict, stored: dict, digests: bytes) -> None:
     for key in ("data_source", "reward_model", "extra_info"):
         if row[key] != stored[key]:
             raise ValueError(f"{key} is {row[key]!r}, stored was {stored[key]!r}")
-    (message,) = row["raw_prompt"]
-    parts = message["content"]
-    text = "".join(IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in parts)
-    if text != stored["prompt"][0]["content"]:
-        raise ValueError(f"the message reads {text!r}")
-    pictures = [part["image"] for part in parts if part["type"] == "image"]
-    for position, (picture, entry) in enumerate(zip(pictures, stored["images"], strict=True)):
-        original = Image.open(BytesIO(entry["bytes"]))
-        if (picture.mode, picture.size) != ("RGB", original.size) or picture.tobytes() != original.tobytes():
+    pictures = []
+    for message, written in zip(row["raw_prompt"], stored["prompt"], strict=True):
+        parts = message["content"]
+        if not isinstance(parts, str):
+            pictures += [part["image"] for part in parts if part["type"] == "image"]
+            parts = "".join(IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in parts)
+        if (message["role"], parts) != (written["role"], written["content"]):
+            raise ValueError(f"the message reads {parts!r}")
+    if len(pictures) != len(stored["images"]):
+        raise ValueError(f"{len(pictures)} images, stored were {len(stored['images'])}")
+    for position, picture in enumerate(pictures):
+        digest = digests[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]
+        if picture.mode != "RGB" or pixel_digest(picture) != digest:
             raise ValueError(f"image {position} has other pixels")
+
+
+def _process(reader: type, row: dict, measure: Measure, expected: int) -> None:
+    processor = measure.processor
+    patch = getattr(processor.image_processor, "patch_size", 14)
+    images, _ = asyncio.run(reader.process_vision_info(row["raw_prompt"], patch, {}))
+    text = processor.apply_chat_template(row["raw_prompt"], add_generation_prompt=True, tokenize=False)
+    length = len(processor(text=[text], images=images)["input_ids"][0])
+    if length != expected:
+        raise ValueError(f"its prompt has {length} tokens, reckoned were {expected}")

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing one split, and the report of what became of it."""
+"""Writing one split: rows are converted in worker processes, and written in the order of the source."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import sys
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,91 +19,144 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .errors import ConversionError, DroppedRow
-from .row import SCHEMA, verl_row
-from .source import Recipe, Split
+from .images import ImageStore
+from .prompt import Prompt
+from .recipe import Recipe
+from .report import UNLICENSED, Report
+from .row import SCHEMA, ConvertedRow, convert_row
+from .source import READ_BATCH_ROWS, SourceRow, Split
 
 ROW_GROUP_ROWS = 64
 ROW_GROUP_BYTES = 32 * 1024 * 1024
 NAMED_DROPS = 50
-TABLE_IDS = 5
+METADATA_KEY = b"verl_gndpo"
+
+Outcome = tuple[str, ConvertedRow | DroppedRow]
+"""Id of a row, and what became of it."""
 
 
-@dataclass
-class Report:
-    """What became of one split."""
+class Converter:
+    """Converts rows of one split; picklable, so that worker processes can have one."""
 
-    split: str
-    read: int = 0
-    written: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    first_ids: dict[str, list[str]] = field(default_factory=dict)
+    def __init__(self, recipe: Recipe, prompt: Prompt, split: str, images: ImageStore, include_unlicensed: bool):
+        self.recipe, self.prompt, self.split, self.images = recipe, prompt, split, images
+        self.include_unlicensed = include_unlicensed
 
-    @property
-    def dropped(self) -> int:
-        return sum(self.reasons.values())
+    def __call__(self, rows: list[SourceRow]) -> list[Outcome]:
+        return [(self.recipe.row_id(self.split, row.key), self._outcome(row)) for row in rows]
 
-    def drop(self, row_id: str, reason: str) -> None:
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        ids = self.first_ids.setdefault(reason, [])
-        if len(ids) < TABLE_IDS:
-            ids.append(row_id)
+    def _outcome(self, row: SourceRow) -> ConvertedRow | DroppedRow:
+        keep = self.recipe.keep
+        try:
+            if keep and not self.include_unlicensed and isinstance(row.values, dict) and not keep(row.values):
+                raise DroppedRow(UNLICENSED, "--include_unlicensed keeps it")
+            return convert_row(row, self.split, self.recipe, self.prompt, self.images)
+        except DroppedRow as dropped:
+            return dropped
 
 
-def write_split(split: Split, recipe: Recipe, instruction: str, path: Path) -> Report:
-    """Converts one split into the parquet file `path`, in row groups of at most `ROW_GROUP_ROWS` rows.
+def convert_all(
+    rows: Iterable[SourceRow], converter: Converter, pool: ProcessPoolExecutor | None, workers: int
+) -> Iterator[Outcome]:
+    """Outcomes of the rows in their order; a bounded number of rows is on its way at any time.
+
+    Raises:
+        ConversionError: a worker process died.
+    """
+    rows = iter(rows)
+    batches = iter(lambda: list(islice(rows, READ_BATCH_ROWS)), [])
+    if pool is None:
+        for batch in batches:
+            yield from converter(batch)
+        return
+    waiting: deque[Future] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(converter, batch))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ConversionError("a worker process died, perhaps for want of memory: try a lower --num_proc.") from error
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor | None:
+    """Processes that start clean, since verl and its threads live in this one; None for a single worker."""
+    if workers == 1:
+        return None
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def write_split(
+    split: Split,
+    outcomes: Iterable[Outcome],
+    metadata: dict,
+    folder: Path,
+    rows_per_shard: int | None = None,
+    fits: Callable[[ConvertedRow], DroppedRow | None] | None = None,
+) -> Report:
+    """Writes one split in row groups of at most `ROW_GROUP_ROWS` rows.
+
+    Args:
+        split: what is converted.
+        outcomes: of each of its rows.
+        metadata: kept in each file under the key `verl_gndpo`, as JSON.
+        folder: where to; the files are numbered.
+        rows_per_shard: rows of one file; None for one file.
+        fits: says why a row's prompt is too long, if it is.
 
     Raises:
         SourceError: the source breaks off.
     """
     report = Report(split.name)
-    with pq.ParquetWriter(path, SCHEMA) as writer:
-        group: list[dict] = []
-        size = 0
+    schema = SCHEMA.with_metadata({**SCHEMA.metadata, METADATA_KEY: json.dumps(metadata)})
+    seen: dict[str, int] = {}
+    group: list[dict] = []
+    size = shards = 0
+
+    with ExitStack() as stack:
+        writer = stack.enter_context(pq.ParquetWriter(folder / "00000.parquet", schema))
 
         def flush() -> None:
-            writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
-            report.written += len(group)
+            nonlocal size
+            if group:
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
             group.clear()
+            size = 0
 
-        for row in tqdm(split.rows(), total=split.total, desc=f"{split.name}: converting", unit="row"):
+        for row_id, outcome in tqdm(outcomes, total=split.total, desc=f"{split.name}: converting", unit="row"):
             report.read += 1
-            try:
-                converted = verl_row(row, split.name, recipe, instruction)
-            except DroppedRow as dropped:
-                report.drop(row.id, dropped.reason)
-                if report.dropped <= NAMED_DROPS:
-                    tqdm.write(f"dropped {row.id}: {dropped}", file=sys.stderr)
-                elif report.dropped == NAMED_DROPS + 1:
-                    tqdm.write("further dropped rows of this split are only counted", file=sys.stderr)
+            if isinstance(outcome, ConvertedRow) and fits is not None:
+                outcome = fits(outcome) or outcome
+            if isinstance(outcome, DroppedRow):
+                _drop(report, row_id, outcome)
                 continue
-            group.append(converted)
-            size += sum(len(image["bytes"]) for image in converted["images"])
+            # A source that gives several rows one id would make them one problem for whoever looks for the id.
+            seen[row_id] = seen.get(row_id, 0) + 1
+            if seen[row_id] > 1:
+                outcome.repairs.append("id that an earlier row has")
+                row_id = outcome.values["extra_info"]["id"] = f"{row_id}.{seen[row_id]}"
+            if rows_per_shard and report.written and report.written % rows_per_shard == 0:
+                flush()
+                shards += 1
+                stack.close()
+                writer = stack.enter_context(pq.ParquetWriter(folder / f"{shards:05d}.parquet", schema))
+            group.append(outcome.values)
+            size += sum(len(picture.data) for picture in outcome.pictures)
+            report.add(row_id, outcome)
             if len(group) >= ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES:
                 flush()
-                size = 0
-        if group:
-            flush()
+        flush()
     return report
 
 
-def check_dropped(report: Report, max_dropped: float) -> None:
-    """Raises ConversionError when more than the fraction `max_dropped` of a split was dropped, or all of it."""
-    if not report.written:
-        raise ConversionError(f"split {report.split}: all {report.read} rows dropped; nothing written.")
-    if report.dropped > max_dropped * report.read:
-        raise ConversionError(
-            f"split {report.split}: {report.dropped} of {report.read} rows dropped, above --max_dropped "
-            f"{max_dropped:g}; nothing written. Mend the source, or raise --max_dropped if these rows can be spared."
-        )
-
-
-def report_table(reports: list[Report]) -> str:
-    """Counts by split, then what was dropped by reason with the first ids."""
-    width = max(len("split"), *(len(report.split) for report in reports))
-    lines = [f"{'split':<{width}}  {'read':>7}  {'written':>7}  {'dropped':>7}"]
-    for report in reports:
-        lines.append(f"{report.split:<{width}}  {report.read:>7}  {report.written:>7}  {report.dropped:>7}")
-        for reason, count in sorted(report.reasons.items()):
-            ids = ", ".join(report.first_ids[reason]) + (", ..." if count > TABLE_IDS else "")
-            lines.append(f"{'':<{width}}    {count} x {reason}: {ids}")
-    return "\n".join(lines)
+def _drop(report: Report, row_id: str, dropped: DroppedRow) -> None:
+    report.dropped_by.add(row_id, dropped.reason)
+    if report.dropped <= NAMED_DROPS:
+        tqdm.write(f"dropped {row_id}: {dropped}", file=sys.stderr)
+    elif report.dropped == NAMED_DROPS + 1:
+        tqdm.write("further dropped rows of this split are only counted", file=sys.stderr)

@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep import _core, geo3k
+from data_prep._core import images as images_module
 from data_prep._core import row as row_module
 from data_prep._core import source as source_module
+from data_prep._core import text as text_module
+from data_prep._core.lengths import load_measure
+from data_prep._core.report import Report
 from data_prep._core.verify import import_reader, verify
-from data_prep._core.write import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "geometry3k"
@@ -75,6 +78,10 @@ def pixels(data: bytes) -> tuple[tuple[int, int], bytes]:
 def convert(source: Path | str | None, out: Path, **options) -> list[Report]:
     options = {"max_dropped": 1.0, "skip_verify": True} | options
     return _core.convert(None if source is None else str(source), out, geo3k.RECIPE, **options)
+
+
+def main(arguments: list[str]) -> int:
+    return _core.main(geo3k.RECIPE, "", arguments)
 
 
 def names(folder: Path) -> list[str]:
@@ -185,7 +192,9 @@ def test_a_row_has_verls_schema(tmp_path):
     (_, row) = converted(tmp_path / "out" / "test.parquet")
     assert row == {
         "data_source": "hiyouga/geometry3k",
-        "prompt": [{"role": "user", "content": f"<image>Find $x_{{2}}$. {_core.INSTRUCTION}"}],
+        "prompt": [
+            {"role": "user", "content": _core.STYLES["think_boxed"].replace("{question}", "<image>Find $x_{2}$.")}
+        ],
         "images": [{"bytes": picture(2), "path": None}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": "\\frac { 2 } { 7 }"},
@@ -195,6 +204,10 @@ def test_a_row_has_verls_schema(tmp_path):
             "id": "geometry3k-test-1",
             "answer": "\\frac { 2 } { 7 }",
             "question": "<image>Find $x_{2}$.",
+            "answer_type": "math",
+            "choices": [],
+            "tolerance": 0.0,
+            "meta": "{}",
         },
     }
 
@@ -210,7 +223,7 @@ def test_the_hub_is_asked_for_the_default_set(tmp_path, monkeypatch):
 
     asked = []
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **_: asked.append(name))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or dataset_dict())
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: asked.append(name) or dataset_dict())
     convert(None, tmp_path)
     assert asked == ["hiyouga/geometry3k"] * 2
     assert len(converted(tmp_path / "train.parquet")) == SPLIT_SIZES["train"]
@@ -225,7 +238,7 @@ def test_without_the_hub_its_cache_is_still_asked(tmp_path, monkeypatch):
 
     offline = []
 
-    def load_dataset(name):
+    def load_dataset(name, config):
         offline.append((datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE))
         return dataset_dict()
 
@@ -275,12 +288,6 @@ def wrong_columns(root: Path) -> Path:
     return write_source(root / "train.parquet", [{"question": "x"}], pa.schema([("question", pa.string())]))
 
 
-def plain_image_paths(root: Path) -> Path:
-    schema = pa.schema([("images", pa.list_(pa.string())), ("problem", pa.string()), ("answer", pa.string())])
-    row = {"images": ["a.png"], "problem": "<image>", "answer": "1"}
-    return write_source(root / "train.parquet", [row], schema)
-
-
 def no_rows(root: Path) -> Path:
     return write_source(root / "train.parquet", [])
 
@@ -322,7 +329,6 @@ def cut_parquet(root: Path) -> Path:
     [
         (no_parquet, "is no readable parquet file"),
         (wrong_columns, "no column problem, images, answer: expected problem, images, answer, found question"),
-        (plain_image_paths, "expected a list of structs of bytes and path"),
         (no_rows, "has no rows"),
         (unknown_folder, "no known layout .*it holds readme.txt"),
         (missing_shard, "1 of 3 parquet files"),
@@ -336,7 +342,7 @@ def test_an_unreadable_source_is_refused_in_one_line(make, says, tmp_path, capsy
     (tmp_path / "source").mkdir()
     source = make(tmp_path / "source")
     out = tmp_path / "out"
-    code = geo3k.main(["--local_dataset_path", str(source), "--local_save_dir", str(out), "--skip_verify"])
+    code = main(["--local_dataset_path", str(source), "--local_save_dir", str(out), "--skip_verify"])
     assert code == 1
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     with pytest.raises(_core.SourceError, match=says):
@@ -371,13 +377,18 @@ BROKEN = {
     "no answer": [good_row() | {"answer": text} for text in (None, "", " \n\t")],
     "no image": [good_row() | {"images": images, "problem": "Find x."} for images in (None, [])],
     "placeholders and images differ in number": [
-        good_row() | {"problem": "Find x."},
         good_row() | {"problem": "<image> or <image>?"},
+        good_row() | {"problem": "<image1> or <image2>?", "images": good_row()["images"] * 3},
+        good_row() | {"problem": "<image1>", "images": []},
         good_row() | {"images": []},
     ],
     "question has a video or audio placeholder": [good_row() | {"problem": "<image> <video>"}],
     "image is empty": [with_image(None), with_image(b""), good_row() | {"images": [None]}],
     "image file is missing": [with_image(None, "absent.png"), with_image(b"", ".")],
+    "image path leads out of the source": [
+        with_image(None, path) for path in ("../secret.png", "a/../../secret.png", "/etc/hostname", "C:\\secret.png")
+    ],
+    "box of the answer is not closed": [good_row() | {"answer": "\\boxed{\\left\\{ 3 \\right."}],
     "image does not decode": [
         with_image(b"no image at all"),
         with_image(picture(size=(400, 300))[:-200]),
@@ -411,8 +422,8 @@ def test_a_decompression_bomb_is_dropped(tmp_path, monkeypatch):
 
 
 def test_an_answer_that_is_no_text_is_dropped(tmp_path):
-    schema = SOURCE_SCHEMA.set(2, pa.field("answer", pa.int64()))
-    source = write_source(tmp_path / "train.parquet", [good_row() | {"answer": 7}], schema)
+    schema = SOURCE_SCHEMA.set(2, pa.field("answer", pa.list_(pa.int64())))
+    source = write_source(tmp_path / "train.parquet", [good_row() | {"answer": [7]}], schema)
     with pytest.raises(_core.ConversionError, match="all 1 rows dropped"):
         convert(source, tmp_path / "out")
     assert names(tmp_path / "out") == []
@@ -438,7 +449,7 @@ def test_text_that_is_no_utf8_is_dropped(tmp_path):
         ("answer names no choice", {"choices": []}),
         ("no answer", {"answer": None}),
         ("no answer", {"choices": ["1", "2", " ", "4"]}),
-        ("answer is not text", {"choices": [1, 2, 3, 4]}),
+        ("answer is not text", {"choices": [[1], [2], [3], [4]]}),
         ("no question", {"annotat_text": None, "problem_text": None}),
         ("question is not text", {"annotat_text": ["Find x."]}),
         ("text is not valid Unicode", {"annotat_text": "Find \ud800."}),
@@ -449,7 +460,7 @@ def test_a_broken_intergps_record_is_dropped(reason, changes, tmp_path):
     make_problem(tmp_path / "source" / "train" / "1", good_row(), **changes)
     (report,) = convert(tmp_path / "source", tmp_path / "out")
     assert (report.written, report.reasons) == (1, {reason: 1})
-    assert report.first_ids == {reason: ["geometry3k-train-1"]}
+    assert report.dropped_by.first_ids == {reason: ["geometry3k-train-1"]}
 
 
 @pytest.mark.parametrize(
@@ -479,12 +490,12 @@ def test_too_many_dropped_rows_write_nothing(tmp_path, capsys):
     write_source(tmp_path / "source" / "test.parquet", [good_row()])
     out = tmp_path / "out"
     arguments = ["--local_dataset_path", str(source.parent), "--local_save_dir", str(out), "--skip_verify"]
-    assert geo3k.main([*arguments, "--max_dropped", "0.01"]) == 1
+    assert main(arguments) == 1
     output = capsys.readouterr()
     assert "error: split train: 1 of 10 rows dropped, above --max_dropped 0.01" in output.err
     assert "1 x no answer: geometry3k-train-9" in output.out
     assert names(out) == []
-    assert geo3k.main(arguments) == 0
+    assert main([*arguments, "--max_dropped", "0.1"]) == 0
     assert names(out) == ["test.parquet", "train.parquet"]
 
 
@@ -518,7 +529,7 @@ def test_whatever_the_mix_every_row_is_written_or_dropped(mix, tmp_path_factory)
 def test_an_rgb_image_keeps_its_bytes():
     noise = Image.merge("RGB", [Image.effect_noise((50, 40), 80)] * 3)
     for data in (encoded(noise), encoded(noise, "JPEG"), encoded(noise, "JPEG", quality=20)):
-        assert row_module.rgb_image(data) is data
+        assert images_module.rgb_picture(data, "", []).data is data
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "L", "1", "CMYK"])
@@ -526,7 +537,7 @@ def test_other_modes_become_rgb_png_with_the_same_pixels(mode):
     image = Image.new("RGB", (20, 10), "black")
     image.paste("white", (0, 0, 10, 10))
     data = encoded(image.convert(mode), "TIFF" if mode == "CMYK" else "PNG")
-    result = Image.open(BytesIO(row_module.rgb_image(data)))
+    result = Image.open(BytesIO(images_module.rgb_picture(data, "", []).data))
     assert (result.format, result.mode) == ("PNG", "RGB")
     assert result.tobytes() == image.tobytes()
 
@@ -543,7 +554,7 @@ def test_transparency_becomes_white_whatever_lies_beneath(mode):
         image.putpixel((1, 1), (0, 0, 0))
         image = image.quantize(2) if mode == "P" else image
         data = encoded(image, transparency=image.getpixel((0, 0)))
-    result = rgb(row_module.rgb_image(data))
+    result = rgb(images_module.rgb_picture(data, "", []).data)
     assert result.getpixel((1, 1)) == (0, 0, 0)
     assert {result.getpixel((x, y)) for x in range(4) for y in range(4) if (x, y) != (1, 1)} == {(255, 255, 255)}
 
@@ -552,7 +563,7 @@ def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
-    assert rgb(row_module.rgb_image(data)).size == (10, 20)
+    assert rgb(images_module.rgb_picture(data, "", []).data).size == (10, 20)
 
 
 def test_an_image_path_is_read_beside_the_source_and_embedded(tmp_path):
@@ -578,7 +589,7 @@ def test_a_failure_leaves_no_parquet_and_an_older_file_untouched(tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, "write_table", full_disk)
-        assert geo3k.main(["--local_dataset_path", str(source), "--local_save_dir", str(out), "--skip_verify"]) == 1
+        assert main(["--local_dataset_path", str(source), "--local_save_dir", str(out), "--skip_verify"]) == 1
     assert names(out) == ["train.parquet"]
     assert (out / "train.parquet").read_bytes() == b"older"
     convert(source, out)
@@ -604,7 +615,7 @@ def test_reading_holds_a_small_part_of_the_file(tmp_path):
     assert path.stat().st_size > 9_000_000
     (split,) = source_module.open_source(str(path), geo3k.RECIPE)
     before = pa.total_allocated_bytes()
-    peak = max(pa.total_allocated_bytes() - before for row in split.rows() if row.load())
+    peak = max(pa.total_allocated_bytes() - before for _ in split.rows())
     assert peak < 3_000_000
 
 
@@ -682,7 +693,7 @@ def test_every_written_row_comes_back_from_verl_with_a_processor(tiny_model, rea
     ]
     source = write_source(tmp_path / "train.parquet", rows)
     arguments = ["--local_dataset_path", str(source), "--local_save_dir", str(tmp_path / "out"), "--max_dropped", "1"]
-    assert geo3k.main([*arguments, "--model", str(tiny_model)]) == 0
+    assert main([*arguments, "--model", str(tiny_model)]) == 0
     assert "train: 8 rows came back from verl" in capsys.readouterr().out
 
     # The same once more without the converter's own comparison.
@@ -710,47 +721,48 @@ def test_verls_reward_accepts_an_answer_in_the_form_that_the_instruction_asks_fo
     assert default_compute_score(geo3k.RECIPE.hub_id, response, answer) == pytest.approx(1.0)
     assert default_compute_score(geo3k.RECIPE.hub_id, "<think></think> \\boxed{8}", answer) == pytest.approx(0.1)
     for mark in ("<think>", "</think>", "\\boxed{"):
-        assert mark in _core.INSTRUCTION
+        assert mark in _core.STYLES["think_boxed"]
 
 
 def test_verify_fails_when_a_row_does_not_come_back(reader, tmp_path):
-    convert(write_source(tmp_path / "train.parquet", [good_row(1), good_row(2)]), tmp_path / "out")
-    path = tmp_path / "out" / "train.parquet"
-    report = Report("train", read=2, written=2)
-    assert "messages, images" in verify(reader, path, report, tmp_path / "cache")
+    (report,) = convert(write_source(tmp_path / "train.parquet", [good_row(1), good_row(2)]), tmp_path / "out")
+    path, measure = tmp_path / "out" / "train.parquet", load_measure(None)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    assert "messages, images" in verify(reader, [path], report, scratch, measure)
+    assert len(report.prompt_tokens) == 2
     with pytest.raises(_core.ConversionError, match="reads 2 of the 3 rows"):
-        verify(reader, path, Report("train", read=3, written=3), tmp_path / "cache")
+        verify(reader, [path], Report("train", read=3, written=3, digests=report.digests), scratch, measure)
     rows = converted(path)
-    rows[1]["images"][0]["bytes"] = picture(2)[:-60]
-    broken = tmp_path / "broken.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, schema=row_module.SCHEMA), broken)
-    with pytest.raises(_core.ConversionError, match="geometry3k-train-1 does not come back"):
-        verify(reader, broken, report, tmp_path / "cache")
+    for broken, says in ((picture(2)[:-60], "does not come back"), (picture(3), "image 0 has other pixels")):
+        rows[1]["images"][0]["bytes"] = broken
+        wrong = tmp_path / "wrong.parquet"
+        pq.write_table(pa.Table.from_pylist(rows, schema=row_module.SCHEMA), wrong)
+        with pytest.raises(_core.ConversionError, match=f"geometry3k-train-1 .*{says}"):
+            verify(reader, [wrong], report, scratch, measure)
 
 
 @pytest.mark.parametrize(
-    ("check", "row", "says"),
+    ("module", "check", "row"),
     [
-        ("FOREIGN_PLACEHOLDERS", good_row() | {"problem": "<image> <video>"}, "geometry3k-train-1 does not come back"),
+        (text_module, "FOREIGN_PLACEHOLDERS", good_row() | {"problem": "<image> <video>"}),
         # verl's prompt filter swallows what the image processor raises, and leaves the row out.
-        ("RESIZE_FACTORS", with_image(picture(size=(41, 8199))), "verl reads 1 of the 2 rows"),
+        (images_module, "RESIZE_FACTORS", with_image(picture(size=(41, 8199)))),
     ],
 )
-def test_what_a_missing_check_lets_through_is_caught_and_not_published(
-    check, row, says, tiny_model, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(row_module, check, ())
+def test_what_a_missing_check_lets_through_is_caught_and_not_published(module, check, row, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, check, ())
     source = write_source(tmp_path / "train.parquet", [good_row(1), row])
-    model = str(tiny_model) if check == "RESIZE_FACTORS" else None
-    with pytest.raises(_core.ConversionError, match=says):
-        convert(source, tmp_path / "out", skip_verify=False, model=model)
+    with pytest.raises(_core.ConversionError, match="geometry3k-train-1 does not come back"):
+        convert(source, tmp_path / "out", skip_verify=False)
     assert names(tmp_path / "out") == []
 
 
 def test_without_verl_the_files_are_written_and_the_gap_is_stated(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "verl.utils.dataset.rl_dataset", None)
     convert(write_source(tmp_path / "train.parquet", [good_row()]), tmp_path / "out", skip_verify=False)
-    assert "NOT read back through verl: it cannot be imported here (ModuleNotFoundError" in capsys.readouterr().out
+    assert "verl cannot be imported here (ModuleNotFoundError" in (output := capsys.readouterr().out)
+    assert "NOT read back through verl" in output
     assert names(tmp_path / "out") == ["train.parquet"]
 
 

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the prompts are, in the tokens of a model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConversionError, DroppedRow, one_line
+from .report import OVERLONG
+from .row import ConvertedRow
+from .text import IMAGE_PLACEHOLDER
+
+_SPECIAL = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def structured(messages: list[dict]) -> list[dict]:
+    """Messages with their placeholders as image parts, as chat templates take them."""
+    result = []
+    for message in messages:
+        parts = [
+            {"type": "image"} if part == IMAGE_PLACEHOLDER else {"type": "text", "text": part}
+            for part in re.split(f"({IMAGE_PLACEHOLDER})", message["content"])
+            if part
+        ]
+        result.append({"role": message["role"], "content": parts})
+    return result
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Lengths by a model's tokenizer and processor, or by ones built here: bytes for text, Qwen2.5-VL's for images.
+
+    Args:
+        tokenizer, processor: of transformers.
+        name: what they are, for the report.
+        exact: whether the tokens of the text are a real model's. Bytes are an upper bound for any of Qwen's.
+    """
+
+    tokenizer: Any
+    processor: Any
+    name: str
+    exact: bool
+
+    def __call__(self, messages: list[dict], sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """Tokens of the whole prompt, and those of them that stand for images; pixels are not needed.
+
+        Args:
+            messages: as stored, with placeholders in the text.
+            sizes: (width, height) of each image.
+
+        Raises:
+            Exception: whatever the processor raises on a shape that it refuses.
+        """
+        text = self.processor.apply_chat_template(structured(messages), add_generation_prompt=True, tokenize=False)
+        tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        resized = [self._resized(width, height) for width, height in sizes]
+        images = sum(self.processor._get_num_multimodal_tokens(image_sizes=resized)["num_image_tokens"])
+        return tokens - len(sizes) + images, images
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) after the resizing that verl's agent loop applies ahead of the processor."""
+        from qwen_vl_utils import vision_process
+
+        patch = getattr(self.processor.image_processor, "patch_size", 14)
+        return vision_process.smart_resize(height, width, factor=patch * vision_process.SPATIAL_MERGE_SIZE)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Says why a row's prompt is too long, if it has more than `tokens` tokens."""
+
+    measure: Measure
+    tokens: int
+
+    def __call__(self, row: ConvertedRow) -> DroppedRow | None:
+        try:
+            tokens, _ = self.measure(row.values["prompt"], [picture.size for picture in row.pictures])
+        except Exception as error:  # what verl's own prompt filter would swallow, leaving the row out
+            return DroppedRow("processor refuses the row", one_line(error))
+        return DroppedRow(OVERLONG, f"{tokens} tokens") if tokens > self.tokens else None
+
+
+def load_measure(model: str | None) -> Measure:
+    """Tokenizer and processor of `model`, or built ones when it is None.
+
+    Raises:
+        ConversionError: the model cannot be loaded, or its processor cannot count image tokens.
+    """
+    if model is None:
+        return Measure(*_built(), "bytes as text tokens, an upper bound, and Qwen2.5-VL's image tokens", exact=False)
+    from verl.utils import hf_processor, hf_tokenizer
+
+    try:
+        tokenizer, processor = hf_tokenizer(model), hf_processor(model)
+    except Exception as error:
+        raise ConversionError(f"--model {model} cannot be loaded ({one_line(error)}).") from error
+    if processor is None:
+        raise ConversionError(f"--model {model} has no processor that verl can load, so it cannot read images.")
+    if not hasattr(processor, "_get_num_multimodal_tokens"):
+        raise ConversionError(f"--model {model}: {type(processor).__name__} cannot say how many tokens an image takes.")
+    return Measure(tokenizer, processor, f"tokenizer and processor of {model}", exact=True)
+
+
+def _built() -> tuple:
+    """A tokenizer that knows bytes and special tokens only, and Qwen2.5-VL's processor: nothing to download."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2_5_VLProcessor, Qwen2Tokenizer
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    tokenizer = Qwen2Tokenizer(
+        vocab={symbol: number for number, symbol in enumerate(sorted(ByteLevel.alphabet()))},
+        merges=[],
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(_SPECIAL),
+        chat_template=_CHAT_TEMPLATE,
+    )
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16384 * 28 * 28}
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=dict(size)),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=dict(size)),
+        chat_template=_CHAT_TEMPLATE,
+    )
+    return tokenizer, processor

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a question is put to the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .errors import ConversionError, one_line
+from .text import FOREIGN_PLACEHOLDERS, IMAGE_PLACEHOLDER
+
+QUESTION = "{question}"
+STYLES = {
+    # The published recipe's form, think first and box the answer, which verl's Geometry3K reward scores.
+    "think_boxed": (
+        "{question} Work through the problem inside <think> </think> tags first. "
+        "After the closing tag, state only the final answer, written as \\boxed{answer}."
+    ),
+    "boxed": "{question} Reason step by step, and write the final answer as \\boxed{answer}.",
+    "plain": "{question}",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt template: `{question}` in `user` stands for the question; no system message when `system` is empty."""
+
+    name: str
+    user: str
+    system: str = ""
+
+    def messages(self, question: str) -> list[dict]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.user.replace(QUESTION, question)}]
+
+
+def load_prompt(style: str) -> Prompt:
+    """A style by its name, or a YAML file with `user` and, if wanted, `system`.
+
+    Raises:
+        ConversionError: there is no such style or file, or the template would not survive verl's reader.
+    """
+    if style in STYLES:
+        return Prompt(style, STYLES[style])
+    path = Path(style).expanduser()
+    if not path.is_file():
+        raise ConversionError(f"--prompt_style {style}: neither one of {', '.join(STYLES)} nor a file.")
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConversionError(f"--prompt_style {style} is no readable YAML file ({one_line(error)}).") from error
+    if not isinstance(fields, dict) or not set(fields) <= {"user", "system"}:
+        found = ", ".join(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
+        raise ConversionError(f"--prompt_style {style}: expected the keys user and system, found {found}.")
+    prompt = Prompt(path.name, fields.get("user", ""), fields.get("system") or "")
+    if not (isinstance(prompt.user, str) and isinstance(prompt.system, str)) or prompt.user.count(QUESTION) != 1:
+        raise ConversionError(f"--prompt_style {style}: user has to be text that holds {QUESTION} once.")
+    marks = (IMAGE_PLACEHOLDER, *FOREIGN_PLACEHOLDERS)
+    if found := [mark for mark in marks if mark in prompt.user or mark in prompt.system]:
+        raise ConversionError(f"--prompt_style {style}: {', '.join(found)} would be read as a placeholder.")
+    return prompt

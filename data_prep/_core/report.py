@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of a split: read, written, repaired and dropped by kind, and how long the prompts are."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .errors import ConversionError
+from .row import ConvertedRow
+
+TABLE_IDS = 5
+UNLICENSED = "not licensed for reuse"
+OVERLONG = "prompt is over-long"
+# Left out because the user, or the licence, said so: no sign of a broken source.
+ON_PURPOSE = (UNLICENSED, OVERLONG)
+LENGTH_MARKS = (1024, 2048, 4096, 8192)
+
+
+@dataclass
+class Counts:
+    """How often each kind of thing happened, and the first ids that it happened to."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    first_ids: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, row_id: str, kind: str) -> None:
+        self.rows[kind] = self.rows.get(kind, 0) + 1
+        ids = self.first_ids.setdefault(kind, [])
+        if len(ids) < TABLE_IDS:
+            ids.append(row_id)
+
+    def lines(self, verb: str) -> list[str]:
+        return [
+            f"  {verb} {count} x {kind}: {', '.join(self.first_ids[kind])}{', ...' if count > TABLE_IDS else ''}"
+            for kind, count in sorted(self.rows.items())
+        ]
+
+
+@dataclass
+class Report:
+    """What became of one split. Lengths are in tokens, one of each row that was read back."""
+
+    split: str
+    read: int = 0
+    written: int = 0
+    dropped_by: Counts = field(default_factory=Counts)
+    repaired_by: Counts = field(default_factory=Counts)
+    repaired: int = 0
+    prompt_tokens: array = field(default_factory=lambda: array("I"))
+    image_tokens: array = field(default_factory=lambda: array("I"))
+    digests: array = field(default_factory=lambda: array("B"))
+    """Pixel digests of all written images, 16 bytes each, for the comparison after reading back."""
+
+    def add(self, row_id: str, row: ConvertedRow) -> None:
+        """Counts a row that is written."""
+        self.written += 1
+        self.repaired += bool(row.repairs)
+        for repair in row.repairs:
+            self.repaired_by.add(row_id, repair)
+        for picture in row.pictures:
+            self.digests.frombytes(picture.digest)
+
+    @property
+    def dropped(self) -> int:
+        return sum(self.dropped_by.rows.values())
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        return self.dropped_by.rows
+
+    def check_dropped(self, max_dropped: float) -> None:
+        """Raises ConversionError when more than the fraction `max_dropped` of the rows was dropped, or all of them.
+
+        Rows left out on purpose, for their licence or their length, don't count against the limit.
+        """
+        if not self.written:
+            raise ConversionError(f"split {self.split}: all {self.read} rows dropped; nothing written.")
+        broken = sum(count for kind, count in self.reasons.items() if kind not in ON_PURPOSE)
+        if broken > max_dropped * self.read:
+            raise ConversionError(
+                f"split {self.split}: {broken} of {self.read} rows dropped, above --max_dropped {max_dropped:g}; "
+                "nothing written. Mend the source, or raise --max_dropped if these rows can be spared."
+            )
+
+
+def report_table(reports: list[Report], about: str) -> str:
+    """Counts by split, then what was repaired and dropped by kind with the first ids.
+
+    Args:
+        reports: one a split.
+        about: source and licence, the first line.
+    """
+    width = max(len("split"), *(len(report.split) for report in reports))
+    lines = [about, f"{'split':<{width}}  {'read':>7}  {'written':>7}  {'repaired':>8}  {'dropped':>7}"]
+    for report in reports:
+        counts = f"{report.read:>7}  {report.written:>7}  {report.repaired:>8}  {report.dropped:>7}"
+        lines.append(f"{report.split:<{width}}  {counts}")
+        lines += report.repaired_by.lines("repaired") + report.dropped_by.lines("dropped")
+    return "\n".join(lines)
+
+
+def length_lines(report: Report, measured_by: str) -> str:
+    """How long a split's prompts are, and how many exceed the usual limits."""
+
+    def spread(values: array) -> str:
+        median, high = np.percentile(np.asarray(values), (50, 95))
+        return f"median {median:.0f}, 95 % {high:.0f}, max {max(values)}"
+
+    over = [(mark, sum(length > mark for length in report.prompt_tokens)) for mark in LENGTH_MARKS]
+    above = ", ".join(f"{count} above {mark}" for mark, count in over if count) or f"none above {LENGTH_MARKS[0]}"
+    return "\n".join(
+        [
+            f"  tokens of a prompt: {spread(report.prompt_tokens)}; {above}",
+            f"  of them for images: {spread(report.image_tokens)}",
+            f"  counted with: {measured_by}",
+        ]
+    )

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MathVista to verl's parquet, for validation only: its licence forbids training on it."""
+
+from __future__ import annotations
+
+import sys
+
+if __package__:
+    from data_prep._core import DroppedRow, Problem, Recipe, main
+else:  # as a plain script: this folder is on the path, its parent is not
+    from _core import DroppedRow, Problem, Recipe, main
+
+
+def problem(row: dict) -> Problem:
+    choices, answer, kind = tuple(row["choices"] or ()), row["answer"], None
+    if row["question_type"] == "multi_choice":
+        if choices.count(answer) != 1:
+            raise DroppedRow(
+                "answer names no choice", f"{answer!r} is {choices.count(answer)} of {len(choices)} choices"
+            )
+        answer, kind = chr(ord("A") + choices.index(answer)), "choice"
+    elif row["answer_type"] in ("integer", "float"):
+        kind = "number"
+    elif row["answer_type"] == "list":
+        kind = "list"
+    unit = f" (Unit: {row['unit']})" if row["unit"] else ""
+    return Problem(
+        question=row["question"] + unit if isinstance(row["question"], str) else row["question"],
+        answer=answer,
+        images=row["decoded_image"] or row["image"],
+        choices=choices,
+        list_choices=True,
+        answer_type=kind,
+        # An answer counts that rounds to the stated one at the stated number of decimals.
+        tolerance=0.5 * 10 ** -int(row["precision"]) if kind == "number" and row["precision"] else 0.0,
+        meta=row["metadata"] or {},
+    )
+
+
+RECIPE = Recipe(
+    name="mathvista",
+    hub_id="AI4Math/MathVista",
+    license="CC BY-SA 4.0, for evaluation only",
+    validation_only="its authors allow it for evaluation only, so verl must see it in data.val_files alone.",
+    columns=("pid", "question", "answer", "question_type", "answer_type"),
+    optional=("decoded_image", "image", "choices", "unit", "precision", "metadata"),
+    problem=problem,
+    placeholders=False,
+    key=("pid",),
+    splits=("train", "testmini", "test"),
+    # The answers of the test split are not published.
+    default_splits=("testmini",),
+    default_split="testmini",
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE, __doc__))

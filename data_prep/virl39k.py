@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ViRL39K to verl's parquet: a collection over many sources, with its images in a zip archive."""
+
+from __future__ import annotations
+
+import sys
+
+if __package__:
+    from data_prep._core import Problem, Recipe, main
+else:  # as a plain script: this folder is on the path, its parent is not
+    from _core import Problem, Recipe, main
+
+
+def problem(row: dict) -> Problem:
+    return Problem(
+        question=row["question"],
+        answer=row["answer"],
+        images=row["image"],
+        meta={name: row[name] for name in ("category", "source", "PassRate_32BTrained", "PassRate_7BBase")},
+    )
+
+
+RECIPE = Recipe(
+    name="virl39k",
+    hub_id="TIGER-Lab/ViRL39K",
+    license="MIT",
+    columns=("qid", "question", "answer", "image"),
+    optional=("category", "source", "PassRate_32BTrained", "PassRate_7BBase"),
+    problem=problem,
+    key=("qid",),
+    # datasets.load_dataset takes images.zip for the data.
+    hub_files=("39Krelease.parquet", "images.zip"),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE, __doc__))
