@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 if __package__:
@@ -12,8 +13,9 @@ else:  # as a plain script: this folder is on the path, its parent is not
 
 
 def problem(row: dict) -> Problem:
-    # Problems with several blanks have one answer a line, or several between semicolons.
-    several = isinstance(row["answer"], str) and ("\n" in row["answer"].strip() or ";" in row["answer"])
+    # Problems with several blanks have their answers on lines or between semicolons; some answers are whole proofs.
+    parts = re.split(r"[\n;]+", row["answer"].strip()) if isinstance(row["answer"], str) else []
+    several = len(parts) > 1 and all(len(part) <= 40 for part in parts)
     return Problem(
         question=row["question"],
         answer=row["answer"],

@@ -13,7 +13,7 @@ from .images import ImageStore, Picture, image_bytes, image_entries, rgb_picture
 from .prompt import Prompt
 from .recipe import ANSWER_TYPES, Recipe
 from .source import SourceRow
-from .text import answer_type, checked_text, listed_choices, place_images, plain_answer, split_choices
+from .text import answer_type, checked_text, listed_choices, place_images, plain_answer, plain_choices, split_choices
 
 # The Image feature makes `datasets` hand verl decoded pictures, as for files of verl's own recipe. "Sequence" is
 # the one spelling of a list that old and new `datasets` both read.
@@ -68,7 +68,7 @@ def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, imag
     problem = recipe.problem(row.values)
     repairs: list[str] = []
     question = checked_text(problem.question, "question")
-    choices = tuple(checked_text(choice, "choice").strip() for choice in problem.choices)
+    choices = plain_choices(problem.choices)
     ground_truth = plain_answer(problem.answer, repairs)
     graded_as = problem.answer_type or answer_type(ground_truth)
     assert graded_as in ANSWER_TYPES, f"{recipe.name} states the unknown answer type {graded_as!r}"

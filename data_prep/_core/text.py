@@ -21,8 +21,11 @@ WRAPPINGS = (
     re.compile(r"\\\[((?:(?!\\\[).)+)\\\]", re.DOTALL),
 )
 LATEX_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-# "(A) x (B) y", "A. x B. y", "A: x; B: y": a marker stands at the start, after white space or punctuation.
-CHOICE_MARK = re.compile(r"(?:^|(?<=[\s;,.:?)\]】]))(?:\(([A-J])\)|([A-J])[.:、](?!\d))\s*")
+# "(A) x (B) y", "A. x; B. y", "A) x B) y", or one a line as "A:40°": a marker follows white space or punctuation.
+CHOICE_MARK = re.compile(
+    r"(?:^|(?<=[\s;,.:?)\]】]))(?:\((?P<round>[A-J])\)|(?P<plain>[A-J])[.:、)](?!\d))\s*|^(?P<first>[A-J])[.:、)]\s*",
+    re.MULTILINE,
+)
 
 
 def checked_text(value: object, what: str) -> str:
@@ -144,16 +147,30 @@ def answer_type(answer: str) -> str:
     return "choice" if re.fullmatch(r"[A-J]", answer) else "math"
 
 
+def plain_choices(choices: tuple) -> tuple[str, ...]:
+    """Texts of the choices without the letters that some sources repeat in them: "A. 5" and "(A) 5" become "5".
+
+    Raises:
+        DroppedRow: a choice is no text.
+    """
+    plain = []
+    for number, choice in enumerate(choices):
+        letter = chr(ord("A") + number)
+        text = checked_text(choice, "choice").strip()
+        plain.append(re.sub(rf"^(?:\({letter}\)|{letter}[.:、)])\s*(?=\S)", "", text))
+    return tuple(plain)
+
+
 def listed_choices(question: str, choices: tuple[str, ...]) -> str:
     """The question with its choices below it, one a line."""
-    lines = [f"({chr(ord('A') + number)}) {choice.strip()}" for number, choice in enumerate(choices)]
+    lines = [f"({chr(ord('A') + number)}) {choice}" for number, choice in enumerate(choices)]
     return "\n".join([question.rstrip(), "Choices:", *lines])
 
 
 def split_choices(text: str) -> tuple[str, ...]:
     """Texts of the choices that a text lists as "(A) .. (B) ..", "A. ..; B. .." or the like; () when it has no list
     that starts at A and counts on from there."""
-    marks = [(match.start(), match.end(), match[1] or match[2]) for match in CHOICE_MARK.finditer(text)]
+    marks = [(match.start(), match.end(), match[match.lastgroup]) for match in CHOICE_MARK.finditer(text)]
     letters = [letter for _, _, letter in marks]
     # A list that starts anew, as in "choose from A. B. (A) .. (B) ..", counts from its last A.
     start = len(letters) - 1 - letters[::-1].index("A") if "A" in letters else 0

@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The converters, one a data set: what becomes of a row with each trap of its source, and of the real samples."""
+
+import importlib
+import json
+import subprocess
+import sys
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_prep import _core
+from data_prep._core.report import UNLICENSED
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = ROOT.parent / "shared" / "data"
+SETS = (
+    "clevr_count",
+    "dynamath",
+    "geo3k",
+    "geoqa",
+    "logicvista",
+    "mathverse",
+    "mathvision",
+    "mathvista",
+    "mmk12",
+    "openr1_8k",
+    "virl39k",
+    "wemath",
+)
+
+
+def recipe(name: str) -> _core.Recipe:
+    return importlib.import_module(f"data_prep.{name}").RECIPE
+
+
+def png(number: int = 0) -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (40, 30), (number % 256, 120, 200)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def image(number: int = 0) -> dict:
+    return {"bytes": png(number), "path": None}
+
+
+# A row of each set, as the set has it. Those of the sets that no sample of is at hand follow their cards and users.
+ROWS = {
+    "clevr_count": {"images": [image()], "problem": "<image>How many items are there?", "answer": "3"},
+    "dynamath": {
+        "id": "7",
+        "question": "Is the function even? choice: (A) Yes (B) No",
+        "image": "image/image7.png",
+        "decoded_image": image(),
+        "ground_truth": "B",
+        "answer_type": "multiple choice",
+        "subject": "algebra",
+        "knowledge_level": "high school",
+    },
+    "geo3k": {"images": [image()], "problem": "<image>Find $x$.", "answer": "4 \\frac { 4 } { 11 }"},
+    "geoqa": {"image": image(), "problem": "What is angle B?", "solution": "<answer> 145° </answer>"},
+    "logicvista": {
+        "id": "v1_1",
+        "question": "Which belong together? Select from A-D",
+        "answer": "A, C",
+        "reasoning": "...",
+        "skill": ["inductive"],
+        "image": image(),
+        "liscenced": "true",
+    },
+    "mathverse": {
+        "sample_index": "9",
+        "problem_index": "3",
+        "problem_version": "Text Dominant",
+        "question": "What is angle CED?\nChoices:\nA:40°\nB:60°\nC:120°\nD:140°",
+        "image": image(),
+        "answer": "D",
+        "question_type": "multi-choice",
+        "metadata": {"subject": "Plane Geometry"},
+        "query_wo": "...",
+        "query_cot": "...",
+    },
+    "mathvision": {
+        "id": "1050",
+        "question": "Which one is it?\n<image1>",
+        "options": ["I and III", "all", "none"],
+        "image": "images/1050.jpg",
+        "decoded_image": image(),
+        "answer": "B",
+        "solution": None,
+        "level": 3,
+        "subject": "topology",
+    },
+    "mathvista": {
+        "pid": "3",
+        "question": "How many degrees has the angle?",
+        "image": "images/3.jpg",
+        "decoded_image": image(),
+        "choices": ["135°", "140°", "145°", "150°"],
+        "unit": None,
+        "precision": None,
+        "answer": "145°",
+        "question_type": "multi_choice",
+        "answer_type": "text",
+        "metadata": {"task": "geometry problem solving"},
+    },
+    "mmk12": {"id": "2a0d", "question": "How long is AB?", "answer": "$$6$$", "subject": "math", "image": image()},
+    "openr1_8k": {
+        "image": image(),
+        "problem": "How long is AB?",
+        "solution": "<think>3 + 4 <answer>?</answer></think><answer> 7 </answer>",
+        "original_question": "...",
+        "original_answer": "The answer is 7",
+    },
+    "virl39k": {
+        "qid": "q-1",
+        "question": "<image>What is the area?",
+        "answer": "\\boxed{\\frac{1}{2}}",
+        "image": ["images/a.png"],
+        "category": "(GradeSchool) Geometric",
+        "source": "Processed",
+        "PassRate_32BTrained": 0.5,
+        "PassRate_7BBase": -1.0,
+    },
+    "wemath": {
+        "ID": "2steps_247",
+        "split": "testmini",
+        "knowledge concept": "Area of Rectangles",
+        "question": "What is its area?",
+        "option": "A. 80°;B. 100° ;C. a; b;D. 270°; E. No correct answer",
+        "answer": "C",
+        "key": "2steps_2",
+        "image_path": image(),
+    },
+}
+
+
+def source_file(name: str, folder: Path, rows: list[dict]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{recipe(name).default_split}.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    if name == "virl39k":
+        with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+            for number, letter in enumerate("abc"):
+                archive.writestr(f"images/{letter}.png", png(number))
+    return path
+
+
+def convert(name: str, folder: Path, rows: list[dict], **options) -> tuple[list[dict], "_core.cli.Report"]:
+    source = source_file(name, folder / "source", rows)
+    options = {"skip_verify": True, "max_dropped": 1.0} | options
+    (report,) = _core.convert(str(source), folder / "out", recipe(name), **options)
+    return pq.read_table(folder / "out" / f"{report.split}.parquet").to_pylist(), report
+
+
+def one(name: str, folder: Path, **changes) -> dict:
+    (row,), _ = convert(name, folder, [ROWS[name] | changes])
+    info = row["extra_info"]
+    return {
+        "question": info["question"],
+        "answer": row["reward_model"]["ground_truth"],
+        "type": info["answer_type"],
+        "choices": info["choices"],
+        "tolerance": info["tolerance"],
+        "id": info["id"],
+        "meta": json.loads(info["meta"]),
+        "images": len(row["images"]),
+    }
+
+
+def dropped(name: str, folder: Path, **changes) -> dict[str, int]:
+    _, report = convert(name, folder, [ROWS[name], ROWS[name] | changes])
+    return report.reasons
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_row_of_each_set_comes_back_from_verl(name, tmp_path):
+    rows, report = convert(name, tmp_path, [ROWS[name]], skip_verify=False)
+    assert (report.read, report.written, report.reasons) == (1, 1, {})
+    (row,) = rows
+    assert row["data_source"] == recipe(name).hub_id
+    assert row["prompt"][-1]["content"].count("<image>") == len(row["images"]) == 1
+    assert row["extra_info"]["question"] in row["prompt"][-1]["content"]
+    assert row["extra_info"]["id"].startswith(recipe(name).id_prefix or name)
+    assert report.prompt_tokens[0] > report.image_tokens[0] > 0
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_states_its_licence_in_the_parquets_metadata(name, tmp_path):
+    convert(name, tmp_path, [ROWS[name]])
+    (path,) = (tmp_path / "out").glob("*.parquet")
+    metadata = json.loads(pq.read_schema(path).metadata[b"verl_gndpo"])
+    assert metadata["source"] == recipe(name).hub_id and metadata["license"] == recipe(name).license
+    assert metadata["split"] == path.stem and metadata["prompt_style"] == "think_boxed"
+
+
+def test_all_sets_share_one_schema(tmp_path):
+    """verl concatenates the files of data.train_files, and refuses when they differ."""
+    schemas = set()
+    for name in SETS:
+        convert(name, tmp_path / name, [ROWS[name]])
+        (path,) = (tmp_path / name / "out").glob("*.parquet")
+        schemas.add(str(pq.read_schema(path).remove_metadata()))
+    assert len(schemas) == 1
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_converter_is_a_script(name):
+    run = subprocess.run(
+        [sys.executable, f"data_prep/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert "--local_dataset_path" in run.stdout and recipe(name).hub_id in run.stdout.replace("\n", " ")
+    assert ("--include_unlicensed" in run.stdout) == (name == "logicvista")
+
+
+# geo3k
+
+
+@pytest.mark.parametrize("answer", ["4 \\frac { 4 } { 11 }", "A D and B E", "10 \\pi", "18.8"])
+def test_geo3k_keeps_its_answers_as_they_are(answer, tmp_path):
+    assert one("geo3k", tmp_path, answer=answer)["answer"] == answer
+
+
+# mmk12
+
+
+@pytest.mark.parametrize(
+    ("answer", "bare", "kind"),
+    [
+        ("$$6$$", "6", "math"),
+        ("25°.", "25°", "math"),
+        ("$\\frac{2}{5}$.", "\\frac{2}{5}", "math"),
+        ("$$A$$", "A", "choice"),
+        ("120\n70\n12\n6", "120\n70\n12\n6", "list"),
+        ("1;10.5", "1;10.5", "list"),
+        ("a proof that goes on for far longer than an answer would;\nand on", None, "math"),
+        ("$a$ and $b$", "$a$ and $b$", "math"),
+        ("2n+1.", "2n+1", "math"),
+    ],
+)
+def test_mmk12_answers_are_unwrapped(answer, bare, kind, tmp_path):
+    row = one("mmk12", tmp_path, answer=answer)
+    assert (row["answer"], row["type"]) == (answer if bare is None else bare, kind)
+
+
+def test_mmk12_test_split_is_multiple_choice(tmp_path):
+    question = "How long is AB?\nA. $$10.5$$\nB.2.3.\nC. 5 cm\nD. none"
+    row = one("mmk12", tmp_path, question=question, answer="B")
+    assert (row["type"], row["choices"]) == ("choice", ["$$10.5$$", "2.3.", "5 cm", "none"])
+    assert row["question"] == f"<image>{question}" and row["id"] == "mmk12-train-2a0d"
+
+
+# virl39k
+
+
+def test_virl39k_takes_its_images_from_the_zip_archive(tmp_path):
+    rows, report = convert(
+        "virl39k",
+        tmp_path,
+        [
+            ROWS["virl39k"] | {"question": "Is <image> like <image>?", "image": ["images/b.png", "images/c.png"]},
+            ROWS["virl39k"]
+            | {"qid": "q-2", "question": "Is it like <image>?", "image": ["images/b.png", "images/c.png"]},
+            ROWS["virl39k"] | {"qid": "q-3", "image": ["images/missing.png"]},
+            ROWS["virl39k"] | {"qid": "q-4", "image": [], "question": "What is 2 + 2?"},
+            ROWS["virl39k"] | {"qid": "q-5", "answer": "\\boxed{\\left\\{\\eqalign{x}\\right."},
+        ],
+    )
+    assert [[entry["bytes"] for entry in row["images"]] for row in rows] == [[png(1), png(2)]] * 2
+    assert rows[1]["extra_info"]["question"] == "<image>Is it like <image>?"
+    assert report.repaired_by.rows == {"answer unwrapped": 2, "placeholder added": 1}
+    assert report.dropped_by.first_ids == {
+        "image file is missing": ["virl39k-train-q-3"],
+        "no image": ["virl39k-train-q-4"],
+        "box of the answer is not closed": ["virl39k-train-q-5"],
+    }
+
+
+def test_virl39k_boxes_are_opened(tmp_path):
+    assert one("virl39k", tmp_path)["answer"] == "\\frac{1}{2}"
+    assert one("virl39k", tmp_path)["meta"]["PassRate_32BTrained"] == 0.5
+
+
+def test_virl39k_is_found_under_the_name_that_its_file_has(tmp_path):
+    source_file("virl39k", tmp_path / "source", [ROWS["virl39k"]]).rename(tmp_path / "source" / "39Krelease.parquet")
+    (report,) = _core.convert(str(tmp_path / "source"), tmp_path / "out", recipe("virl39k"), skip_verify=True)
+    assert (report.split, report.written) == ("train", 1)
+
+
+def test_virl39k_is_fetched_file_by_file(tmp_path, monkeypatch):
+    """datasets.load_dataset takes the archive for the data."""
+    import huggingface_hub
+
+    source_file("virl39k", tmp_path / "hub", [ROWS["virl39k"]]).rename(tmp_path / "hub" / "39Krelease.parquet")
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **_: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (report,) = _core.convert(None, tmp_path / "out", recipe("virl39k"), skip_verify=True)
+    assert report.written == 1
+    assert (asked["name"], asked["repo_type"]) == ("TIGER-Lab/ViRL39K", "dataset")
+    assert set(asked["allow_patterns"]) == {"39Krelease.parquet", "images.zip"}
+
+
+# geoqa, openr1_8k
+
+
+@pytest.mark.parametrize("name", ["geoqa", "openr1_8k"])
+def test_the_answer_stands_in_the_last_tag_of_the_solution(name, tmp_path):
+    assert one(name, tmp_path)["answer"] == {"geoqa": "145°", "openr1_8k": "7"}[name]
+    assert dropped(name, tmp_path / "no", solution="The answer is 7.") == {"solution has no <answer>": 1}
+    assert dropped(name, tmp_path / "open", solution="<answer> 7") == {"solution has no <answer>": 1}
+    assert dropped(name, tmp_path / "none", solution=None) == {"no answer": 1}
+    assert dropped(name, tmp_path / "empty", solution="<answer> </answer>") == {"no answer": 1}
+
+
+# mathvision
+
+
+def test_mathvision_several_placeholders_for_one_file(tmp_path):
+    row = one("mathvision", tmp_path, question="A necklace:\n<image1>\nWhich is the same?\n<image2>")
+    assert row["question"].startswith(
+        "<image>A necklace:\n[image 1]\nWhich is the same?\n[image 2]\nChoices:\n(A) I and"
+    )
+    assert row["images"] == 1
+
+
+def test_mathvision_a_question_that_names_no_image(tmp_path):
+    rows, report = convert("mathvision", tmp_path, [ROWS["mathvision"] | {"question": "Which one is it?"}])
+    assert rows[0]["extra_info"]["question"].startswith("<image>Which one is it?")
+    assert report.repaired_by.rows == {"placeholder added": 1}
+
+
+def test_mathvision_choices(tmp_path):
+    row = one("mathvision", tmp_path)
+    assert row["question"].endswith("Choices:\n(A) I and III\n(B) all\n(C) none")
+    assert (row["answer"], row["type"], row["choices"]) == ("B", "choice", ["I and III", "all", "none"])
+    for drawn in (["A", "B", "C", "D", "E"], ["(A)", "(B)", "(C)"]):
+        row = one("mathvision", tmp_path / drawn[0], options=drawn)
+        assert "Choices" not in row["question"] and (row["type"], row["choices"]) == ("choice", [])
+    row = one("mathvision", tmp_path / "free", options=[], answer="12")
+    assert (row["type"], row["choices"], row["id"]) == ("math", [], "mathvision-test-1050")
+
+
+# mathverse
+
+
+def test_mathverse_vision_only_has_its_question_in_the_picture(tmp_path):
+    row = one("mathverse", tmp_path, problem_version="Vision Only", question="")
+    assert row["question"].startswith("<image>The problem is written in the picture")
+    assert dropped("mathverse", tmp_path / "other", question="") == {"no question": 1}
+
+
+def test_mathverse_choices_are_in_the_question(tmp_path):
+    row = one("mathverse", tmp_path)
+    assert row["question"].count("Choices") == 1
+    assert (row["type"], row["choices"]) == ("choice", ["40°", "60°", "120°", "140°"])
+    assert row["meta"] == {"problem_index": "3", "problem_version": "Text Dominant", "subject": "Plane Geometry"}
+    row = one("mathverse", tmp_path / "free", question="Find d.", answer="$h=58$")
+    assert (row["answer"], row["type"]) == ("h=58", "math")
+
+
+def test_mathverse_choices_in_a_column_of_their_own(tmp_path):
+    row = one("mathverse", tmp_path, question="Which?", choices=["A:$Q=1$", "B:$Q=2$"], answer="B")
+    assert row["question"] == "<image>Which?\nChoices:\n(A) $Q=1$\n(B) $Q=2$"
+    assert row["choices"] == ["$Q=1$", "$Q=2$"]
+
+
+# mathvista
+
+
+def test_mathvista_cannot_be_trained_on(tmp_path, capsys):
+    source = source_file("mathvista", tmp_path, [ROWS["mathvista"]])
+    out = tmp_path / "out"
+    arguments = ["--local_dataset_path", str(source), "--local_save_dir", str(out), "--skip_verify"]
+    assert _core.main(recipe("mathvista"), "", [*arguments, "--split", "train"]) == 1
+    assert "evaluation only" in capsys.readouterr().err
+    source.rename(tmp_path / "train.parquet")
+    assert _core.main(recipe("mathvista"), "", ["--local_dataset_path", str(tmp_path), *arguments[2:]]) == 1
+    assert "evaluation only" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_mathvista_names_the_letter_of_a_choice(tmp_path):
+    row = one("mathvista", tmp_path)
+    assert (row["answer"], row["type"], row["choices"][2]) == ("C", "choice", "145°")
+    assert row["question"].endswith("Choices:\n(A) 135°\n(B) 140°\n(C) 145°\n(D) 150°")
+    assert dropped("mathvista", tmp_path / "none", answer="9") == {"answer names no choice": 1}
+    assert dropped("mathvista", tmp_path / "twice", choices=["145°", "145°"]) == {"answer names no choice": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "answer", "graded", "tolerance"),
+    [
+        ("float", 1.0, "1.2", "number", 0.05),
+        ("integer", None, "1000", "number", 0.0),
+        ("list", None, "[0, 1]", "list", 0.0),
+    ],
+)
+def test_mathvista_free_answers(kind, precision, answer, graded, tolerance, tmp_path):
+    row = one(
+        "mathvista", tmp_path, choices=None, question_type="free_form", answer_type=kind, precision=precision,
+        answer=answer, unit="g",
+    )  # fmt: skip
+    assert (row["answer"], row["type"], row["tolerance"]) == (answer, graded, tolerance)
+    assert row["question"].endswith("(Unit: g)") and row["choices"] == []
+
+
+# wemath, logicvista, dynamath
+
+
+def test_wemath_options_are_one_string(tmp_path):
+    row = one("wemath", tmp_path)
+    assert (row["answer"], row["choices"]) == ("C", ["80°", "100°", "a; b", "270°", "No correct answer"])
+    assert row["id"] == "wemath-testmini-2steps_247-2steps_2"  # the steps of a problem share its ID
+
+
+def test_logicvista_licence_flags(tmp_path, capsys):
+    flagged = [
+        ROWS["logicvista"] | {"id": f"v1_{n}", "liscenced": flag} for n, flag in enumerate(("true", "false", ""))
+    ]
+    rows, report = convert("logicvista", tmp_path, flagged, max_dropped=0.0)
+    assert [row["extra_info"]["id"] for row in rows] == ["logicvista-test-v1_0"]
+    assert report.reasons == {UNLICENSED: 2}
+    rows, report = convert("logicvista", tmp_path / "all", flagged, include_unlicensed=True)
+    assert (len(rows), report.reasons) == (3, {})
+    renamed = ROWS["logicvista"] | {"licensed": "true"}
+    del renamed["liscenced"]
+    assert len(convert("logicvista", tmp_path / "renamed", [renamed])[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"), [("A, C", "multi_choice"), ("B;D", "multi_choice"), ("C", "choice"), ("3", "math")]
+)
+def test_logicvista_answers(answer, kind, tmp_path):
+    assert one("logicvista", tmp_path, answer=answer)["type"] == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "graded", "tolerance"),
+    [("float", "24.9356", "number", 1e-3), ("multiple choice", "B", "choice", 0.0), ("text", "5:0", "text", 0.0)],
+)
+def test_dynamath_answer_type_decides_the_grader(kind, answer, graded, tolerance, tmp_path):
+    row = one("dynamath", tmp_path, answer_type=kind, ground_truth=answer)
+    assert (row["type"], row["tolerance"]) == (graded, tolerance)
+    assert row["choices"] == (["Yes", "No"] if graded == "choice" else [])
+
+
+def test_dynamath_files_of_the_hub(tmp_path):
+    """sample3-00000-of-00003 is all of its split, not one file of three."""
+    source = source_file("dynamath", tmp_path / "hub" / "data", [ROWS["dynamath"]])
+    source.rename(source.with_name("sample3-00000-of-00003.parquet"))
+    (report,) = _core.convert(str(tmp_path / "hub"), tmp_path / "out", recipe("dynamath"), skip_verify=True)
+    assert (report.split, report.written) == ("sample_variant3", 1)
+    assert dropped("dynamath", tmp_path, answer_type="essay") == {"answer type is unknown": 1}
+
+
+# The real samples
+
+SAMPLES = {
+    "dynamath": ("dynamath", 32),
+    "logicvista": ("logicvista", 26),
+    "mathverse": ("mathverse", 40),
+    "mathvision": ("mathvision", 32),
+    "mmk12": ("mmk12", 42),
+    "wemath": ("wemath", 32),
+}
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real samples lie outside the repository")
+@pytest.mark.parametrize("name", SAMPLES)
+def test_real_samples_lose_no_row(name, tmp_path):
+    folder, size = SAMPLES[name]
+    (report,) = _core.convert(str(REAL / folder), tmp_path, recipe(name), max_dropped=0.0)
+    assert (report.read, report.written) == (size, size)
+    (path,) = tmp_path.glob("*.parquet")
+    source = pq.read_table(next((REAL / folder).glob("*.parquet"))).to_pylist()
+    column = "ground_truth" if name == "dynamath" else "answer"
+    rows = pq.read_table(path).to_pylist()
+    assert [row["extra_info"]["answer"] for row in rows] == [row[column].strip() for row in source]
+    assert len({row["extra_info"]["id"] for row in rows}) == size
+    for row in rows:
+        info = row["extra_info"]
+        assert row["prompt"][0]["content"].count("<image>") == 1
+        if info["answer_type"] == "choice" and info["choices"]:
+            assert ord(row["reward_model"]["ground_truth"]) - ord("A") < len(info["choices"])
+    kinds = {info["answer_type"] for info in (row["extra_info"] for row in rows)}
+    assert (
+        kinds
+        == {
+            "dynamath": {"number", "choice", "text"},
+            "logicvista": {"choice"},
+            "mathverse": {"math", "choice"},
+            "mathvision": {"math", "choice"},
+            "mmk12": {"math", "choice", "list"},
+            "wemath": {"choice"},
+        }[name]
+    )
