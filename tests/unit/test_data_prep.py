@@ -1,0 +1,616 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core that all converters share: further sources, archives, options, repairs, and runs that are cut short."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_prep import _core, mmk12
+from data_prep._core import images as images_module
+from data_prep._core.errors import DroppedRow
+from data_prep._core.images import ImageStore
+from data_prep._core.lengths import load_measure
+from data_prep._core.prompt import load_prompt
+from data_prep._core.report import OVERLONG, Report
+from data_prep._core.text import place_images, plain_answer, plain_choices, split_choices
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def png(number: int = 0, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", size, (number % 256, number // 256 % 256, 200)).convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def record(number: int, **changes) -> dict:
+    return {
+        "id": f"r{number}",
+        "question": f"How long is side {number}?",
+        "answer": str(number),
+        "subject": "math",
+        "image": {"bytes": png(number), "path": None},
+    } | changes
+
+
+def parquet(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def convert(source: Path, out: Path, **options) -> list[Report]:
+    return _core.convert(str(source), out, mmk12.RECIPE, **{"skip_verify": True, "max_dropped": 1.0} | options)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return pq.read_table(path).to_pylist()
+
+
+def ids_of(path: Path) -> list[str]:
+    return [row["extra_info"]["id"] for row in rows_of(path)]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+# JSON sources, with images in a folder or an archive
+
+
+def by_path(number: int) -> dict:
+    return record(number, image=f"images/{number}.png")
+
+
+def write_records(folder: Path, kind: str, records: list[dict]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ("train.jsonl" if kind == "lines" else "train.json")
+    if kind == "lines":
+        path.write_text("".join(json.dumps(row) + "\n\n" for row in records))
+    elif kind == "list":
+        path.write_text(json.dumps(records))
+    else:
+        path.write_text(json.dumps({row.pop("id"): row for row in map(dict, records)}))
+    return path
+
+
+def put_images(folder: Path, place: str, count: int) -> None:
+    if place == "folder":
+        (folder / "images").mkdir()
+        for number in range(count):
+            (folder / "images" / f"{number}.png").write_bytes(png(number))
+        return
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for number in range(count):
+            archive.writestr(f"images/{number}.png" if place == "zip" else f"{number}.png", png(number))
+
+
+@pytest.mark.parametrize("kind", ["lines", "list", "by id"])
+@pytest.mark.parametrize("place", ["folder", "zip", "flat zip"])
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_json_with_images_beside_it(kind, place, whole_folder, tmp_path):
+    source = write_records(tmp_path / "source", kind, [by_path(number) for number in range(3)])
+    put_images(tmp_path / "source", place, 3)
+    convert(tmp_path / "source" if whole_folder else source, tmp_path / "out")
+    rows = rows_of(tmp_path / "out" / "train.parquet")
+    assert [row["images"][0]["bytes"] for row in rows] == [png(number) for number in range(3)]
+    assert [row["extra_info"]["id"] for row in rows] == [f"mmk12-train-r{number}" for number in range(3)]
+
+
+@pytest.mark.parametrize("place", ["folder", "zip"])
+def test_images_that_lie_elsewhere_are_found_with_image_path(place, tmp_path):
+    source = write_records(tmp_path / "source", "lines", [by_path(0)])
+    (tmp_path / "elsewhere").mkdir()
+    put_images(tmp_path / "elsewhere", place, 1)
+    where = tmp_path / "elsewhere" / ("images.zip" if place == "zip" else "")
+    (report,) = convert(source, tmp_path / "out", image_path=where)
+    assert (report.written, report.reasons) == (1, {})
+    with pytest.raises(_core.SourceError, match="--image_path .* does not exist"):
+        convert(source, tmp_path / "out", image_path=tmp_path / "nowhere")
+
+
+def test_a_hub_clone_with_its_images_at_the_top(tmp_path):
+    write_records(tmp_path / "clone" / "data", "lines", [by_path(0)])
+    put_images(tmp_path / "clone", "folder", 1)
+    (report,) = convert(tmp_path / "clone", tmp_path / "out")
+    assert report.written == 1
+
+
+def test_broken_lines_of_json_are_dropped_and_named(tmp_path):
+    source = write_records(tmp_path, "lines", [by_path(0)])
+    put_images(tmp_path, "folder", 1)
+    short = {key: value for key, value in by_path(0).items() if key != "subject"}
+    with source.open("a") as stream:
+        stream.write('{"id": \n[1, 2]\n' + json.dumps(short) + "\n")
+    (report,) = convert(source, tmp_path / "out")
+    assert (report.read, report.written) == (4, 1)
+    assert report.reasons == {"record is unreadable": 2, "record lacks a column": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("train.json", "{", "no readable .json file"),
+        ("train.json", '"text"', "holds a str, not a list of records"),
+        ("train.jsonl", "", "has no rows"),
+        ("train.csv", "id,question\n", "none of .parquet, .jsonl, .json"),
+    ],
+)
+def test_an_unreadable_json_source_is_refused(name, content, says, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(_core.SourceError, match=says):
+        convert(tmp_path / name, tmp_path / "out")
+
+
+# What must not be read
+
+
+def write_zip(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+        if link:
+            info = zipfile.ZipInfo(link)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, "/etc/hostname")
+    return path
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "a/../../evil.png", "..\\evil.png", "C:\\evil.png"])
+def test_an_archive_with_a_name_that_leads_out_is_refused(name, tmp_path):
+    source = write_records(tmp_path, "lines", [by_path(0)])
+    write_zip(tmp_path / "images.zip", {"images/0.png": png(), name: png()})
+    with pytest.raises(_core.SourceError, match=r"images\.zip holds .*evil\.png.*leads out of it"):
+        convert(source, tmp_path / "out")
+
+
+def test_an_archive_with_a_symbolic_link_is_refused(tmp_path):
+    source = write_records(tmp_path, "lines", [by_path(0)])
+    write_zip(tmp_path / "images.zip", {"images/0.png": png()}, link="images/link.png")
+    with pytest.raises(_core.SourceError, match=r"images\.zip holds 'images/link\.png', a symbolic link"):
+        convert(source, tmp_path / "out")
+
+
+def test_an_archive_that_is_none_is_refused(tmp_path):
+    source = write_records(tmp_path, "lines", [by_path(0)])
+    (tmp_path / "images.zip").write_bytes(b"PK no archive")
+    with pytest.raises(_core.SourceError, match=r"images\.zip is no readable zip archive"):
+        convert(source, tmp_path / "out")
+
+
+def test_a_member_that_unpacks_to_more_than_an_image_may_have_is_dropped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images_module, "MAX_IMAGE_BYTES", 1 << 20)
+    source = write_records(tmp_path, "lines", [by_path(0), by_path(1)])
+    write_zip(tmp_path / "images.zip", {"images/0.png": b"\0" * (8 << 20), "images/1.png": png(1)})
+    assert (tmp_path / "images.zip").stat().st_size < 1 << 20
+    (report,) = convert(source, tmp_path / "out")
+    assert (report.written, report.reasons) == (1, {"image is too large": 1})
+    assert "images/0.png" in capsys.readouterr().err
+
+
+def test_a_broken_member_is_dropped(tmp_path):
+    source = write_records(tmp_path, "lines", [by_path(0), by_path(1)])
+    archive = write_zip(tmp_path / "images.zip", {f"images/{number}.png": os.urandom(3000) for number in range(2)})
+    data = bytearray(archive.read_bytes())
+    data[200:260] = b"\xff" * 60
+    archive.write_bytes(data)
+    with pytest.raises(_core.ConversionError, match="all 2 rows dropped"):
+        convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("../secret.png", "image path leads out of the source"),
+        ("images/../../secret.png", "image path leads out of the source"),
+        ("{outside}/secret.png", "image path leads out of the source"),
+        ("images/link.png", "image path leads out of the source"),
+        ("images/none.png", "image file is missing"),
+        ("images", "image file is missing"),
+        ("images/text.png", "image does not decode"),
+        ("images/bomb.png", "image is too large"),
+        ("images/nul\0.png", "image path leads out of the source"),
+        ("x" * 5000, "image file is unreadable"),
+    ],
+)
+def test_a_file_that_is_no_image_of_the_source_is_dropped_by_name(path, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    (tmp_path / "secret.png").write_bytes(png())
+    path = path.replace("{outside}", str(tmp_path))
+    folder = tmp_path / "source"
+    source = write_records(folder, "lines", [by_path(0), record(1, image=path)])
+    put_images(folder, "folder", 1)
+    (folder / "images" / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "images" / "text.png").write_text("no image")
+    (folder / "images" / "bomb.png").write_bytes(png(size=(200, 100)))
+    (report,) = convert(source, tmp_path / "out")
+    assert (report.written, report.reasons) == (1, {reason: 1})
+    assert path[:200] in capsys.readouterr().err.replace("\\x00", "\0")
+
+
+def test_links_inside_the_source_and_in_the_hubs_cache_are_followed(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png())
+    (folder / "b.png").symlink_to("a.png")
+    assert ImageStore([folder]).read("b.png") == png()
+    snapshot = tmp_path / "hub" / "snapshots" / "main"
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "blobs" / "abc").write_bytes(png(1))
+    (snapshot / "a.png").symlink_to(tmp_path / "hub" / "blobs" / "abc")
+    assert ImageStore([snapshot]).read("a.png") == png(1)
+
+
+# Repairs
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "placed", "order"),
+    [
+        ("Find x.", 1, "<image>Find x.", [0]),
+        ("Find x.", 2, "<image><image>Find x.", [0, 1]),
+        ("Is <image> it?", 2, "<image>Is <image> it?", [0, 1]),
+        ("<image1> and <image2>", 2, "<image> and <image>", [0, 1]),
+        ("<image2> before <image 1>", 2, "<image> before <image>", [1, 0]),
+        ("<image_1>", 1, "<image>", [0]),
+        ("see <image3>", 1, "see <image>", [0]),
+        ("<image1>, <image2>", 1, "<image>[image 1], [image 2]", [0]),
+    ],
+)
+def test_placeholders_with_one_right_repair(question, images, placed, order):
+    repairs: list[str] = []
+    assert place_images(question, list(range(images)), repairs) == (placed, order)
+    assert repairs
+
+
+@pytest.mark.parametrize(
+    ("question", "images"),
+    [
+        ("<image> <image>", 1),
+        ("<image>", 0),
+        ("<image1>", 0),
+        ("Find x.", 0),
+        ("<image1> <image3>", 2),
+        ("<image> <image1>", 2),
+        ("<video>", 1),
+    ],
+)
+def test_placeholders_without_one(question, images):
+    with pytest.raises(DroppedRow):
+        place_images(question, list(range(images)), [])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    parts=st.lists(st.sampled_from(["<image>", "<image1>", "<image2>", "<image 3>", "text", "<", ">", "<video>"])),
+    images=st.integers(0, 4),
+)
+def test_whatever_is_placed_has_as_many_placeholders_as_images(parts, images):
+    try:
+        question, placed = place_images(" ".join(parts), list(range(images)), [])
+    except DroppedRow:
+        return
+    assert question.count("<image>") == len(placed) == images
+    assert sorted(placed) == list(range(images))
+    assert not any(mark in question for mark in ("<video>", "<image1>", "<image2>", "<image 3>"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "plain"),
+    [
+        ("6", "6"),
+        (" $$6$$ ", "6"),
+        ("$\\frac{2}{5}$.", "\\frac{2}{5}"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("So it is \\boxed{5}.", "5"),
+        ("<answer> $\\boxed{B}$ </answer>", "B"),
+        ("\\(x\\)", "x"),
+        ("\\[x\\]", "x"),
+        ("$a$ and $b$", "$a$ and $b$"),
+        ("\\(a\\) or \\(b\\)", "\\(a\\) or \\(b\\)"),
+        ("1.5", "1.5"),
+        ("and so on...", "and so on..."),
+        ("$$ $$", "$$ $$"),
+        (".", "."),
+        (7, "7"),
+        (7.0, "7"),
+        (0.25, "0.25"),
+        (-3, "-3"),
+    ],
+)
+def test_answers_are_unwrapped(answer, plain):
+    repairs: list[str] = []
+    assert plain_answer(answer, repairs) == plain
+    assert bool(repairs) == (not isinstance(answer, str) or plain != answer.strip())
+
+
+@pytest.mark.parametrize("answer", [None, "", " ", float("nan"), float("inf"), True, [1], {}, b"6", "\\boxed{6"])
+def test_answers_that_are_none(answer):
+    with pytest.raises(DroppedRow):
+        plain_answer(answer, [])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(alphabet="$\\{}boxed().<>/answer 12x\n", max_size=30))
+def test_unwrapping_ends_and_changes_nothing_twice(text):
+    try:
+        plain = plain_answer(text, [])
+    except DroppedRow:
+        return
+    assert plain and plain_answer(plain, []) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "choices"),
+    [
+        ("Select. (A) True (B)False (C)Not known", ("True", "False", "Not known")),
+        ("A. 80°;B. 100° ;C. a; b;D. 270°; E. None", ("80°", "100°", "a; b", "270°", "None")),
+        ("What?\nA:40°\nB:60°", ("40°", "60°")),
+        ("What?\nA.2.3.\nB.5", ("2.3.", "5")),
+        ("Which is it? A) 10 B) 12", ("10", "12")),
+        ("Choose from A. B. C. (A) one (B) two", ("one", "two")),
+        ("Choose (A) one (C) two", ()),
+        ("Is angle (A) right?", ()),
+        ("Nothing to choose", ()),
+        ("", ()),
+    ],
+)
+def test_choices_in_a_text(text, choices):
+    assert split_choices(text) == choices
+
+
+def test_letters_repeated_in_choices_are_taken_off():
+    assert plain_choices(("A. 5", "(B) 6", "C:7", "D", "Ant")) == ("5", "6", "7", "D", "Ant")
+
+
+def test_ids_that_a_source_repeats_stay_apart(tmp_path):
+    source = parquet(tmp_path / "train.parquet", [record(1), record(2), record(1), record(1)])
+    (report,) = convert(source, tmp_path / "out")
+    assert ids_of(tmp_path / "out" / "train.parquet") == [f"mmk12-train-{key}" for key in ("r1", "r2", "r1.2", "r1.3")]
+    assert report.repaired_by.rows == {"id that an earlier row has": 2}
+
+
+# Options
+
+
+def test_splits_limits_and_seeds(tmp_path):
+    for split in ("train", "test"):
+        parquet(tmp_path / "source" / f"{split}.parquet", [record(number) for number in range(50)])
+    source = tmp_path / "source"
+    convert(source, tmp_path / "one", splits=["test"], limit=5)
+    assert names(tmp_path / "one") == ["test.parquet"]
+    assert ids_of(tmp_path / "one" / "test.parquet") == [f"mmk12-test-r{number}" for number in range(5)]
+    drawn = []
+    for seed, out in ((1, "a"), (1, "b"), (2, "c")):
+        convert(source, tmp_path / out, splits=["train"], limit=5, seed=seed)
+        drawn.append(ids_of(tmp_path / out / "train.parquet"))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == sorted(drawn[0], key=lambda name: int(name.rpartition("r")[2]))
+    with pytest.raises(_core.SourceError, match="--split dev: not in the source, which has test, train"):
+        convert(source, tmp_path / "out", splits=["dev"])
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    source = parquet(tmp_path / "train.parquet", [record(0)])
+    (report,) = convert(source, tmp_path / "out", dry_run=True, skip_verify=False)
+    assert report.written == 1 and names(tmp_path / "out") == []
+    output = capsys.readouterr().out
+    assert "nothing written: --dry_run" in output and "1 rows came back from verl" in output
+
+
+def test_shards(tmp_path):
+    source = parquet(tmp_path / "train.parquet", [record(number) for number in range(150)])
+    convert(source, tmp_path / "out", rows_per_shard=70, skip_verify=False)
+    files = names(tmp_path / "out")
+    assert files == [f"train-0000{number}-of-00003.parquet" for number in range(3)]
+    assert [len(ids_of(tmp_path / "out" / file)) for file in files] == [70, 70, 10]
+    joined = sum((ids_of(tmp_path / "out" / file) for file in files), [])
+    assert joined == [f"mmk12-train-r{number}" for number in range(150)]
+
+
+def test_worker_processes_give_the_same_file(tmp_path):
+    """More rows than the pool is worth starting for; broken ones among them come back from the workers, too."""
+    rows = [record(number, **({"answer": None} if number % 50 == 7 else {})) for number in range(300)]
+    source = parquet(tmp_path / "train.parquet", rows)
+    reports = [convert(source, tmp_path / out, num_proc=workers)[0] for out, workers in (("a", 1), ("b", 2))]
+    assert reports[0].reasons == reports[1].reasons == {"no answer": 6}
+    assert (tmp_path / "a" / "train.parquet").read_bytes() == (tmp_path / "b" / "train.parquet").read_bytes()
+
+
+def test_prompt_styles(tmp_path):
+    source = parquet(tmp_path / "train.parquet", [record(0)])
+    style = tmp_path / "style.yaml"
+    style.write_text("system: Be brief.\nuser: |-\n  {question}\n  Put it in \\boxed{}.\n")
+    written = {}
+    for name in ("think_boxed", "boxed", "plain", str(style)):
+        convert(source, tmp_path / "out", prompt_style=name, skip_verify=False)
+        (row,) = rows_of(tmp_path / "out" / "train.parquet")
+        written[name] = [(message["role"], message["content"]) for message in row["prompt"]]
+    question = "<image>How long is side 0?"
+    assert written["plain"] == [("user", question)]
+    assert written["boxed"][0][1].startswith(question) and "\\boxed" in written["boxed"][0][1]
+    assert "<think>" in written["think_boxed"][0][1]
+    assert written[str(style)] == [("system", "Be brief."), ("user", f"{question}\nPut it in \\boxed{{}}.")]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "neither one of think_boxed, boxed, plain nor a file"),
+        ("user: [", "no readable YAML"),
+        ("- a\n", "expected the keys user and system, found list"),
+        ("user: '{question}'\nassistant: x\n", "found user, assistant"),
+        ("user: Answer it.\n", "holds {question} once"),
+        ("system: x\n", "holds {question} once"),
+        ("user: '<image>{question}'\n", "<image> would be read as a placeholder"),
+    ],
+)
+def test_a_prompt_style_that_cannot_work_is_refused(content, says, tmp_path):
+    path = tmp_path / "style.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(_core.ConversionError, match=says):
+        load_prompt(str(path))
+
+
+def test_over_long_prompts_are_dropped_by_the_models_tokens(tmp_path):
+    measure = load_measure(None)
+    measure.processor.save_pretrained(tmp_path / "model")
+    from transformers import Qwen2_5_VLConfig
+
+    Qwen2_5_VLConfig().save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    source = parquet(tmp_path / "train.parquet", [record(0), record(1, question="long " * 200), record(2)])
+    (report,) = convert(source, tmp_path / "all", skip_verify=False, model=model)
+    lengths = list(report.prompt_tokens)
+    assert lengths[1] > max(lengths[0], lengths[2])
+    (report,) = convert(
+        source, tmp_path / "out", skip_verify=False, model=model, max_prompt_length=lengths[0], max_dropped=0.0
+    )
+    assert report.reasons == {OVERLONG: 1} and report.dropped_by.first_ids == {OVERLONG: ["mmk12-train-r1"]}
+    assert list(report.prompt_tokens) == [lengths[0], lengths[2]]
+    with pytest.raises(_core.ConversionError, match="give --model"):
+        convert(source, tmp_path / "out", max_prompt_length=10)
+
+
+def test_lengths_are_those_of_the_processor():
+    """The reckoning from sizes, over shapes that are enlarged, reduced and kept."""
+    measure = load_measure(None)
+    from qwen_vl_utils import process_vision_info
+
+    for size in ((1, 1), (28, 28), (30, 900), (640, 480), (3000, 20)):
+        messages = [{"role": "user", "content": "<image>What is it? <image>"}]
+        image = Image.new("RGB", size)
+        parts = [{"type": "image", "image": image}, {"type": "text", "text": "What is it? "}]
+        structured = [{"role": "user", "content": [*parts, {"type": "image", "image": image}]}]
+        images, _ = process_vision_info(structured, image_patch_size=14)
+        text = measure.processor.apply_chat_template(structured, add_generation_prompt=True, tokenize=False)
+        inputs = measure.processor(text=[text], images=images)["input_ids"][0]
+        pad = measure.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        assert measure(messages, [size, size]) == (len(inputs), sum(token == pad for token in inputs))
+
+
+def test_a_model_without_a_processor_is_refused(tmp_path):
+    source = parquet(tmp_path / "train.parquet", [record(0)])
+    with pytest.raises(_core.ConversionError, match="--model .*nowhere cannot be loaded"):
+        convert(source, tmp_path / "out", skip_verify=False, model=str(tmp_path / "nowhere"))
+    assert names(tmp_path / "out") == []
+
+
+def test_the_preview_shows_rows_and_lets_no_markup_through(tmp_path):
+    rows = [record(number, question=f"Is <b>{number}</b> & <script>alert(1)</script>?") for number in range(20)]
+    convert(parquet(tmp_path / "train.parquet", rows), tmp_path / "out", preview=4, skip_verify=False)
+    page = (tmp_path / "out" / "preview.html").read_text()
+    assert page.count("<article>") == page.count("data:image/png;base64,") == 4
+    assert "train: 4 of 20 rows" in page and "mmk12-train-r15" in page
+    assert "&lt;script&gt;" in page and "<script>" not in page and "http" not in page
+    assert "tokens<dd>" in page
+
+
+# Runs that are cut short
+
+
+def test_a_killed_run_leaves_no_parquet_and_the_next_one_completes(tmp_path):
+    rows = [record(number, image={"bytes": png(number, (900, 900), "RGBA"), "path": None}) for number in range(400)]
+    source = parquet(tmp_path / "source" / "train.parquet", rows)
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "data_prep/mmk12.py", "--local_dataset_path", str(source), "--local_save_dir", str(out),
+        "--skip_verify", "--num_proc", "2",
+    ]  # fmt: skip
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    started = time.monotonic()
+    while not (list(out.glob(".mmk12-*/train/*.parquet")) if out.exists() else []):
+        assert run.poll() is None and time.monotonic() - started < 60
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert not list(out.glob("*.parquet")) and list(out.glob(".mmk12-*"))
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert names(out) == ["train.parquet"]
+    assert len(ids_of(out / "train.parquet")) == 400
+
+
+def test_a_run_that_is_still_going_keeps_its_folder(tmp_path):
+    source = parquet(tmp_path / "source" / "train.parquet", [record(0)])
+    with _core.cli._staging(tmp_path / "out", "mmk12") as staging:
+        convert(source, tmp_path / "out")
+        assert staging.is_dir()
+    assert names(tmp_path / "out") == ["train.parquet"]
+
+
+# Whatever goes in
+
+BREAKS = {
+    "question": [None, "", "<image> <image>", "<image2> <image3> <image>", "<video>", "\x00", "x" * 20_000],
+    "answer": [None, "", "\\boxed{", "$$ $$", "."],
+    "image": [
+        None,
+        {"bytes": None, "path": None},
+        {"bytes": b"", "path": "../../etc/passwd"},
+        {"bytes": b"junk", "path": None},
+        {"bytes": png()[:-20], "path": None},
+        {"bytes": png(size=(600, 2)), "path": None},
+        {"bytes": png(mode="P"), "path": None},
+        {"bytes": png(mode="RGBA"), "path": None},
+        {"bytes": None, "path": "nowhere.png"},
+    ],
+    "id": [None, "", "r0", "odd / id"],
+}
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.one_of(
+            st.just({}),
+            st.sampled_from([(name, value) for name, values in BREAKS.items() for value in values]).map(
+                lambda x: {x[0]: x[1]}
+            ),
+        ),
+        max_size=25,
+    )
+)
+def test_whatever_goes_in_every_row_is_accounted_for_and_verl_reads_the_rest(changes):
+    import tempfile
+
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("question", pa.string()),
+            ("answer", pa.string()),
+            ("subject", pa.string()),
+            ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ]
+    )
+    rows = [record(1000), *(record(number, **change) for number, change in enumerate(changes))]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = Path(folder) / "train.parquet"
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), source)
+        (report,) = convert(source, Path(folder) / "out", skip_verify=False)  # reads back, or raises
+        written = rows_of(Path(folder) / "out" / "train.parquet")
+    assert report.read == len(rows) == report.written + report.dropped
+    assert len(written) == report.written == len(report.prompt_tokens)
+    assert len({row["extra_info"]["id"] for row in written}) == len(written)
+    for row in written:
+        assert row["prompt"][0]["content"].count("<image>") == len(row["images"]) >= 1
+        assert row["reward_model"]["ground_truth"].strip()
