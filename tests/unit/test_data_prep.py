@@ -120,7 +120,7 @@ def test_images_that_lie_elsewhere_are_found_with_image_path(place, tmp_path):
     where = tmp_path / "elsewhere" / ("images.zip" if place == "zip" else "")
     (report,) = convert(source, tmp_path / "out", image_path=where)
     assert (report.written, report.reasons) == (1, {})
-    with pytest.raises(_core.SourceError, match="--image_path .* does not exist"):
+    with pytest.raises(_core.SourceError, match=r"--image_path .* does not exist"):
         convert(source, tmp_path / "out", image_path=tmp_path / "nowhere")
 
 
@@ -420,8 +420,9 @@ def test_shards(tmp_path):
     files = names(tmp_path / "out")
     assert files == [f"train-0000{number}-of-00003.parquet" for number in range(3)]
     assert [len(ids_of(tmp_path / "out" / file)) for file in files] == [70, 70, 10]
-    joined = sum((ids_of(tmp_path / "out" / file) for file in files), [])
-    assert joined == [f"mmk12-train-r{number}" for number in range(150)]
+    assert [name for file in files for name in ids_of(tmp_path / "out" / file)] == [
+        f"mmk12-train-r{number}" for number in range(150)
+    ]
 
 
 def test_worker_processes_give_the_same_file(tmp_path):
@@ -508,7 +509,7 @@ def test_lengths_are_those_of_the_processor():
 
 def test_a_model_without_a_processor_is_refused(tmp_path):
     source = parquet(tmp_path / "train.parquet", [record(0)])
-    with pytest.raises(_core.ConversionError, match="--model .*nowhere cannot be loaded"):
+    with pytest.raises(_core.ConversionError, match=r"--model .*nowhere cannot be loaded"):
         convert(source, tmp_path / "out", skip_verify=False, model=str(tmp_path / "nowhere"))
     assert names(tmp_path / "out") == []
 
@@ -582,9 +583,7 @@ BREAKS = {
     st.lists(
         st.one_of(
             st.just({}),
-            st.sampled_from([(name, value) for name, values in BREAKS.items() for value in values]).map(
-                lambda x: {x[0]: x[1]}
-            ),
+            st.sampled_from([{name: value} for name, values in BREAKS.items() for value in values]),
         ),
         max_size=25,
     )
