@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Graders for multimodal reasoning sets, for verl's `reward.custom_reward_function`.
+
+    reward.custom_reward_function.path=pkg://verl_gndpo.rewards
+    reward.custom_reward_function.name=compute_score
+
+verl 0.9.1 calls a plain function like this one from the executor threads of its reward workers, so it has to be safe
+in threads and must not wait for long; what needs computer algebra goes to a helper process (`symbolic`). Every key of
+the returned dict becomes a validation metric, `acc` the main one, and all rows must have the same keys.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .extract import answer_of, well_formed
+from .graders import GRADERS, grade
+
+# What an answer of each data set is, for rows whose `extra_info.answer_type` doesn't say. A row that has choices, or
+# whose answer is a single capital letter, is a choice wherever the table has "math".
+ANSWER_TYPES = {
+    "hiyouga/geometry3k": "math",
+    "FanqingM/MMK12": "math",
+    "TIGER-Lab/ViRL39K": "math",
+    "lmms-lab/multimodal-open-r1-8k-verified": "math",
+    "leonardPKU/GEOQA_R1V_Train_8K": "math",
+    "BUAADreamer/clevr_count_70k": "number",
+    "MathLLMs/MathVision": "math",
+    "AI4Math/MathVerse": "math",
+    "AI4Math/MathVista": "math",
+    "We-Math/We-Math": "choice",
+    "lscpku/LogicVista": "multi_choice",
+    "DynaMath/DynaMath_Sample": "math",
+}
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    format_score: float = 0.1,
+    **kwargs: Any,
+) -> dict[str, float]:
+    """Grade one response; weighs answer and format as verl's own geo3k reward does.
+
+    Args:
+        data_source: the row's data set, a key of `ANSWER_TYPES` unless `extra_info` names the answer's type.
+        solution_str: the model's response. Whatever it is, it is graded, never an error.
+        ground_truth: the row's answer, as its data set writes it.
+        extra_info: may hold `answer_type` (a key of `graders.GRADERS`; "" for the table's), `choices` (the texts of
+            the choices A, B, C, ... in order) and `tolerance` (absolute, for numbers; 0 for the default).
+        format_score: weight of the format; `reward.custom_reward_function.reward_kwargs.format_score` sets it.
+        kwargs: what else verl passes (the reward model's address and tokenizer), unused.
+
+    Returns:
+        score: `(1 - format_score) * acc + format_score * format`.
+        acc: 1.0 if the answer is right, else 0.0.
+        format: 1.0 for `<think>...</think>...\\boxed{...}`, else 0.0.
+
+    Raises:
+        ValueError: no answer type for this data source, an unknown answer type, or a row without a ground truth.
+        RuntimeError: the helper process for symbolic comparison doesn't start.
+    """
+    if not isinstance(ground_truth, str) or not ground_truth.strip():
+        raise ValueError(
+            f"reward_model.ground_truth of a row of data_source {data_source!r} is {ground_truth!r}: "
+            "it must be a non-empty string; drop the row or fix it where the parquet file is written"
+        )
+    extra_info = extra_info or {}
+    choices = [str(choice) for choice in _given(extra_info, "choices", [])]
+    answer_type = _answer_type(data_source, ground_truth, choices, extra_info)
+    text = solution_str if isinstance(solution_str, str) else ""
+    answer = answer_of(text)
+    tolerance = float(_given(extra_info, "tolerance", 0.0))
+    acc = float(answer is not None and grade(answer_type, answer, ground_truth, choices, tolerance))
+    form = float(well_formed(text))
+    return {"score": (1.0 - format_score) * acc + format_score * form, "acc": acc, "format": form}
+
+
+def _given(extra_info: Mapping[str, Any], key: str, default: Any) -> Any:
+    # Parquet fills with None what a row doesn't have.
+    value = extra_info.get(key)
+    return default if value is None else value
+
+
+def _answer_type(data_source: str, ground_truth: str, choices: list[str], extra_info: Mapping[str, Any]) -> str:
+    named = _given(extra_info, "answer_type", "")
+    if named:
+        if named not in GRADERS:
+            raise ValueError(
+                f"extra_info.answer_type {named!r} of a row of data_source {data_source!r} is unknown: "
+                f"it must be one of {', '.join(GRADERS)}"
+            )
+        return named
+    if data_source not in ANSWER_TYPES:
+        raise ValueError(
+            f"no answer type is known for data_source {data_source!r}: write extra_info.answer_type into its rows "
+            f"(one of {', '.join(GRADERS)}) or use a data_source of verl_gndpo.rewards.ANSWER_TYPES"
+        )
+    default = ANSWER_TYPES[data_source]
+    letter = ground_truth.strip().strip("$").strip()
+    if default == "math" and (choices or (len(letter) == 1 and "A" <= letter <= "Z")):
+        return "choice"
+    return default

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the helper process of `symbolic` runs: math-verify on what no cheaper comparison decides."""
+
+import re
+
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic, Float, Union
+
+from .graders import same
+from .quantity import Quantity, agree, quantity
+
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*°")
+# Units are taken care of before; math-verify's own rule takes letters for them that are variables.
+_EXTRACTION = [LatexExtractionConfig(normalization_config=NormalizationConfig(boxed="none"))]
+_OR = re.compile(r"\s+or\s+")
+
+
+def compare(answer: str, truth: str, tolerance: float) -> bool:
+    """`graders.same` with computer algebra."""
+    return same(answer, truth, tolerance, _equal)
+
+
+def _equal(answer: str, truth: str, tolerance: float) -> bool:
+    given, wanted = _parse(answer), _parse(truth)
+    if given is None or wanted is None:
+        return False
+    number, number_truth = quantity(answer) or _constant(given), quantity(truth) or _constant(wanted)
+    if number is not None and number_truth is not None:
+        return agree(number, number_truth, tolerance)
+    return verify(wanted, given, timeout_seconds=None, allow_set_relation_comp=True)
+
+
+def _parse(text: str) -> Basic | None:
+    alternatives = _OR.split(text)
+    if len(alternatives) > 1:
+        # x < 1 or x > 2 is a union of intervals.
+        return Union(*(_parse(alternative).as_set() for alternative in alternatives))
+    # Degrees count only under a function; elsewhere they are a unit.
+    text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})" if _TRIGONOMETRIC.search(text) else r"\1", text)
+    found = parse(f"${text}$", _EXTRACTION, fallback_mode="no_fallback", parsing_timeout=None)
+    return found[0] if found else None
+
+
+def _constant(expression: Basic) -> Quantity | None:
+    if not getattr(expression, "is_number", False):
+        return None
+    value = expression.evalf(20)
+    if not (value.is_real and value.is_finite):
+        return None
+    return Quantity(float(value), not expression.has(Float))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One spelling for what LaTeX, Unicode and plain text write in many ways. No meaning is looked at here."""
+
+import re
+import unicodedata
+
+_SCRIPTS = [
+    (re.compile(f"[{characters}]+"), mark, str.maketrans(characters, "0123456789-"))
+    for mark, characters in (("^", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"), ("_", "₀₁₂₃₄₅₆₇₈₉₋"))
+]
+_VULGAR_FRACTION = re.compile("([\u00bc-\u00be\u2150-\u215e])")
+_SYMBOLS = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "⁄": "/",
+        "×": r"\times ",
+        "⋅": r"\cdot ",
+        "·": r"\cdot ",
+        "∙": r"\cdot ",
+        "÷": r"\div ",
+        "π": r"\pi ",
+        "√": r"\sqrt ",
+        "∞": r"\infty ",
+        "≤": r"\le ",
+        "⩽": r"\le ",
+        "≥": r"\ge ",
+        "⩾": r"\ge ",
+        "≈": "=",
+        "≠": r"\ne ",
+        "±": r"\pm ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∈": r"\in ",
+        "∠": r"\angle ",
+        "△": r"\triangle ",
+        "∶": ":",
+        "、": ",",
+        "。": ".",
+        "º": "°",
+        "˚": "°",
+        "\0": " ",
+    }
+)
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\\$|\$", ""),
+        (r"\\[()\[\]]", ""),
+        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\s*\.?", ""),
+        # Thin spaces and {,} inside a number group its digits.
+        (r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})", ""),
+        (r"\\[,;:! ]|~|\\q?quad(?![a-zA-Z])", " "),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\(?:leq|leqslant)(?![a-zA-Z])", r"\\le"),
+        (r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge"),
+        (r"\\(?:approx|simeq|thickapprox)(?![a-zA-Z])", "="),
+        (r"\^\s*\{?\s*\\circ(?!led)\s*\}?|\\degree(?![a-zA-Z])|\^\s*\{?\s*°\s*\}?", "°"),
+        (r"\\%", "%"),
+        (r"\*\*(?=\S)(?<=\S\*\*)", "^"),
+        (r"^\*+|\*+$", ""),
+        (r"(?<![\\a-zA-Z])sqrt(?![a-zA-Z])", r"\\sqrt"),
+        (r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|cot|csc|ln|log)(?![a-zA-Z])", r"\\\1"),
+        (r"\\sqrt\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?))", r"\\sqrt{\1\2}"),
+        (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+    )
+]
+_UPRIGHT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|bm|boldsymbol|operatorname|mbox|number|boxed|fbox)"
+    r"\s*\{([^{}]*)\}"
+)
+_UNITARY_GROUP = re.compile(r"\{([^\\{}])\}")
+_SPACE_BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
+
+
+def clean(text: str) -> str:
+    """Unicode and LaTeX variants in one spelling, without dollars, spacing commands, text wrappers and a full stop.
+
+    `°` stands for degrees, `**` between operands becomes `^`, an approximation sign becomes `=`.
+    """
+    for script, mark, plain in _SCRIPTS:
+        text = script.sub(lambda m, mark=mark, plain=plain: f"{mark}{{{m[0].translate(plain)}}}", text)
+    text = unicodedata.normalize("NFKC", _VULGAR_FRACTION.sub(r" \1", text)).translate(_SYMBOLS)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    unwrapped = None
+    while unwrapped != text:
+        # Innermost first. Spaces, so that `3\mathrm{m}` keeps a unit apart from a variable.
+        unwrapped, text = text, _UPRIGHT.sub(r" \1 ", text)
+    return text.strip().rstrip(".,; \n")
+
+
+def canonical(cleaned: str) -> str:
+    """A key that two spellings of one expression share: no space that has no meaning, no braces round one character."""
+    text = _SPACE_BETWEEN_DIGITS.sub("\0", cleaned)
+    text = _UNITARY_GROUP.sub(r"\1", re.sub(r"\s+", "", text))
+    return text.replace("\0", " ")
