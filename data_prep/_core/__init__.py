@@ -11,6 +11,7 @@ The checks here (`convert_row`) are what makes that impossible: a fault with one
 is dropped, and both are counted and named.
 """
 
+from .cli import _staging as staging
 from .cli import convert, main
 from .errors import ConversionError, DroppedRow, SourceError
 from .images import ImageStore
@@ -33,5 +34,6 @@ __all__ = [
     "convert",
     "main",
     "split_choices",
+    "staging",
     "tagged_answer",
 ]
