@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import stat
 import warnings
 import zipfile
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
+import xxhash
 from PIL import ExifTags, Image, ImageOps
 
 from .errors import DroppedRow, SourceError, one_line
@@ -207,7 +207,7 @@ def rgb_picture(data: bytes, name: str, repairs: list[str]) -> Picture:
 
 def pixel_digest(image: Image.Image) -> bytes:
     """16 bytes that are the same for pictures with the same size and RGB pixels, whatever file format held them."""
-    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
+    digest = xxhash.xxh3_128(repr(image.size))
     digest.update(image.tobytes())
     return digest.digest()
 

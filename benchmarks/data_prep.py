@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converting Geometry3K: verl's own recipe (`datasets.map`, then `to_parquet`) against data_prep/geo3k.py with all its
+checks, which include reading every row back through verl. Targets: at least as fast, at most half the peak memory, and
+a peak that does not grow with the set.
+
+    python benchmarks/data_prep.py [--json OUT] [--data FILE] [--rows 4000] [--growth 4] [--num_proc 2 8]
+
+The rows of `--data` (by default the real sample, where there is one, else drawn diagrams) are repeated up to `--rows`.
+Each conversion is a process of its own with a fresh cache, the methods in turns. `peak_gb` sums over the process and
+its children what each alone holds plus its share of what it has in common with others (PSS), sampled every 50 ms; that
+counts pages of mapped files, too, which `peak_anonymous_gb` leaves out.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from io import BytesIO
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from _common import machine, print_table, write_json
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "data" / "geometry3k" / "train.parquet"
+SAMPLE_S = 0.05
+
+# What verl's recipe for Geometry3K does with each row, and how it writes them.
+RECIPE = """
+import sys
+import datasets
+
+source, out, workers = sys.argv[1:]
+
+def convert(row, index):
+    question, answer, images = row.pop("problem"), row.pop("answer"), row.pop("images")
+    return {
+        "data_source": "hiyouga/geometry3k",
+        "prompt": [{"role": "user", "content": question + " Think first, then box the answer."}],
+        "images": images,
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": answer},
+        "extra_info": {"split": "train", "index": index, "answer": answer, "question": question},
+    }
+
+rows = datasets.load_dataset("parquet", data_files=source, split="train")
+rows.map(convert, with_indices=True, num_proc=int(workers)).to_parquet(out)
+"""
+
+
+def repeated(data: Path | None, rows: int, folder: Path) -> Path:
+    """`rows` rows in the schema of hiyouga/geometry3k: those of `data`, or drawn ones, again and again."""
+    path = folder / "train.parquet"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True)
+    table = pq.read_table(data) if data else drawn(192)
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for start in range(0, rows, len(table)):
+            writer.write_table(table.slice(0, min(len(table), rows - start)), row_group_size=100)
+    return path
+
+
+def drawn(rows: int) -> pa.Table:
+    """Line drawings of the size of Geometry3K's, with an alpha channel as most of those have."""
+    seed = random.Random(0)
+    made = []
+    for number in range(rows):
+        width, height = seed.randrange(200, 700), seed.randrange(150, 500)
+        image = Image.new("RGBA", (width, height), "white")
+        canvas = ImageDraw.Draw(image)
+        for _ in range(40):
+            ends = [seed.randrange(side) for side in (width, height) * 2]
+            canvas.line(ends, fill=(seed.randrange(256), 0, 0, 255), width=2)
+        buffer = BytesIO()
+        image.save(buffer, "PNG")
+        images = [{"bytes": buffer.getvalue(), "path": None}]
+        made.append({"images": images, "problem": f"<image>Find side {number}.", "answer": str(number)})
+    return pa.Table.from_pylist(made)
+
+
+def measure(command: list[str], cache: Path) -> tuple[float, float, float]:
+    """Seconds, and the peaks of PSS and of its anonymous part in bytes, of a process with its children."""
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    peak = peak_anonymous = 0
+    with tempfile.TemporaryFile() as log:
+        start = time.perf_counter()
+        process = psutil.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
+        while process.poll() is None:
+            pss, anonymous = proportional([process, *children(process)])
+            peak, peak_anonymous = max(peak, pss), max(peak_anonymous, anonymous)
+            time.sleep(SAMPLE_S)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{command} failed:\n{log.read().decode()[-3000:]}")
+    return seconds, peak, peak_anonymous
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def proportional(processes: list[psutil.Process]) -> tuple[int, int]:
+    total = {"Pss:": 0, "Pss_Anon:": 0}
+    for process in processes:
+        try:
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        for line in lines:
+            name, *value = line.split()
+            if name in total:
+                total[name] += int(value[0]) * 1024
+    return total["Pss:"], total["Pss_Anon:"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--data", type=Path, default=REAL if REAL.exists() else None)
+    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--growth", type=int, default=4, help="ours also converts this many times the rows; 1: not")
+    parser.add_argument("--num_proc", type=int, nargs="+", default=[8, 2], help="verl's recipe has 8")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+
+        def call(method: str, workers: int, rows: int) -> dict:
+            source = repeated(args.data, rows, scratch / str(rows))
+            out, cache = scratch / "out", scratch / "cache"
+            if method == "verl_recipe":
+                command = [sys.executable, "-c", RECIPE, str(source), str(out / "train.parquet"), str(workers)]
+            else:
+                command = [sys.executable, "data_prep/geo3k.py", "--local_dataset_path", str(source)]
+                command += ["--local_save_dir", str(out), "--num_proc", str(workers)]
+            out.mkdir()
+            seconds, peak, anonymous = measure(command, cache)
+            written = pq.ParquetFile(out / "train.parquet").metadata.num_rows
+            shutil.rmtree(out)
+            shutil.rmtree(cache, ignore_errors=True)
+            if written != rows:
+                raise SystemExit(f"{method} wrote {written} of {rows} rows")
+            return {"seconds": seconds, "peak_gb": peak / 1e9, "peak_anonymous_gb": anonymous / 1e9}
+
+        runs = [(method, workers, args.rows) for workers in args.num_proc for method in ("verl_recipe", "ours")]
+        if args.growth > 1:
+            runs.append(("ours", args.num_proc[-1], args.rows * args.growth))
+        samples = {run: [] for run in runs}
+        for _ in range(args.rounds):
+            for run in runs:
+                samples[run].append(call(*run))
+    figures = tuple(samples[runs[0]][0])
+    results = [
+        {"method": method, "num_proc": workers, "rows": rows}
+        | {name: statistics.median(sample[name] for sample in samples[method, workers, rows]) for name in figures}
+        for method, workers, rows in runs
+    ]
+    by_run = dict(zip(runs, results, strict=True))
+    for (method, workers, rows), result in by_run.items():
+        if method == "ours" and rows == args.rows:
+            rival = by_run["verl_recipe", workers, rows]
+            result["speedup_vs_recipe"] = rival["seconds"] / result["seconds"]
+            result["memory_vs_recipe"] = result["peak_gb"] / rival["peak_gb"]
+        elif method == "ours":
+            result["memory_vs_fewer_rows"] = result["peak_gb"] / by_run["ours", workers, args.rows]["peak_gb"]
+    columns = [*figures, "speedup_vs_recipe", "memory_vs_recipe", "memory_vs_fewer_rows"]
+    print_table(
+        "Converting Geometry3K",
+        ["method, processes, rows", *columns],
+        [[f"{r['method']}, {r['num_proc']}, {r['rows']}", *(r.get(column, "") for column in columns)] for r in results],
+    )
+    write_json(args.json, {"machine": machine(), "results": results})
+
+
+if __name__ == "__main__":
+    main()
