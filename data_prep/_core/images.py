@@ -169,34 +169,39 @@ def rgb_picture(data: bytes, name: str, repairs: list[str]) -> Picture:
             the vision processors cannot take.
     """
     where = f"{name}: " if name else ""
+    image, kind, upright = _decoded(data, where)
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise DroppedRow("image has an unsupported pixel format", f"{where}{image.mode}: Pillow clips it to white")
+    if kind in ("PNG", "JPEG") and image.mode == "RGB" and upright and not image.has_transparency_data:
+        return Picture(data, image.size, pixel_digest(image))
+    repair = f"{kind} image of mode {image.mode} to RGB PNG" if upright else "image turned upright"
+    if image.has_transparency_data:
+        image, repair = image.convert("RGBA"), "alpha channel laid on white"
+        alpha = image.getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            flat = image.convert("RGB")
+        else:
+            flat = Image.new("RGB", image.size, "white")
+            flat.paste(image, mask=alpha)
+    else:
+        flat = image.convert("RGB")
+    buffer = BytesIO()
+    flat.save(buffer, "PNG", compress_level=PNG_LEVEL)
+    repairs.append(repair)
+    return Picture(buffer.getvalue(), flat.size, pixel_digest(flat))
+
+
+def _decoded(data: bytes, where: str) -> tuple[Image.Image, str, bool]:
+    """The image, turned upright; its file format; and whether it was upright before."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(BytesIO(data), formats=FORMATS)
         _check_shape(*image.size, where)
         image.load()
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise DroppedRow("image has an unsupported pixel format", f"{where}{image.mode}: Pillow clips it to white")
+        kind = image.format
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        if image.format in ("PNG", "JPEG") and image.mode == "RGB" and upright and not image.has_transparency_data:
-            return Picture(data, image.size, pixel_digest(image))
-        repair = f"{image.format} image of mode {image.mode} to RGB PNG"
-        if not upright:
-            image, repair = ImageOps.exif_transpose(image), "image turned upright"
-        if image.has_transparency_data:
-            image, repair = image.convert("RGBA"), "alpha channel laid on white"
-            alpha = image.getchannel("A")
-            if alpha.getextrema() == (255, 255):
-                flat = image.convert("RGB")
-            else:
-                flat = Image.new("RGB", image.size, "white")
-                flat.paste(image, mask=alpha)
-        else:
-            flat = image.convert("RGB")
-        buffer = BytesIO()
-        flat.save(buffer, "PNG", compress_level=PNG_LEVEL)
-        repairs.append(repair)
-        return Picture(buffer.getvalue(), flat.size, pixel_digest(flat))
+        return image if upright else ImageOps.exif_transpose(image), kind, upright
     except DroppedRow:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -207,7 +212,7 @@ def rgb_picture(data: bytes, name: str, repairs: list[str]) -> Picture:
 
 def pixel_digest(image: Image.Image) -> bytes:
     """16 bytes that are the same for pictures with the same size and RGB pixels, whatever file format held them."""
-    digest = xxhash.xxh3_128(repr(image.size))
+    digest = xxhash.xxh3_128(repr(image.size).encode())
     digest.update(image.tobytes())
     return digest.digest()
 
