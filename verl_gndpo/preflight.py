@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 from verl_gndpo import ESTIMATORS, SUPPORTED_VERL
 from verl_gndpo.config import ConfigError, read_signal_config, read_teacher_config, uses_gndpo
 from verl_gndpo.platforms import without_accelerator
+from verl_gndpo.rewards import ANSWER_TYPES
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def run_checks(config: Any = None) -> list[Check]:
         checks += [*check_estimator(config), *check_verl_settings(config)]
         if uses_gndpo(config):
             checks += [*check_settings(config), *check_models(config)]
-    return checks + check_data(config)
+    return [*checks, *check_data(config), *check_rewards(config)]
 
 
 def require(config: Any) -> None:
@@ -446,6 +447,61 @@ def check_data(config: Any) -> list[Check]:
             detail = f"data.train_files has {rows} rows, not enough for data.train_batch_size={data.train_batch_size}"
             checks.append(Check("data", "error", detail, f"data.train_batch_size={rows} or less, or more data"))
     return checks
+
+
+def check_rewards(config: Any) -> list[Check]:
+    """Every data source of the files has a reward function; verl finds out after the first rollout."""
+    path = _get(config, "reward.custom_reward_function.path") or _get(config, "custom_reward_function.path")
+    manager = _get(config, "reward.reward_manager.name", "naive")
+    ours = path is not None and path.split("://")[-1].startswith("verl_gndpo.rewards")
+    if (path is not None and not ours) or manager != "naive" or _get(config, "reward.reward_model.enable"):
+        return []
+    unrewarded = sorted(source for source, typed in _data_sources(config) if not _has_reward(source, typed, ours))
+    if not unrewarded:
+        return []
+    if ours:
+        detail = f"verl_gndpo.rewards knows no answer type for data_source {', '.join(unrewarded)}"
+        remedy = "write extra_info.answer_type into these rows, as the converters in data_prep do"
+    else:
+        detail = f"verl has no reward function for data_source {', '.join(unrewarded)}"
+        remedy = (
+            "reward.custom_reward_function.path=pkg://verl_gndpo.rewards "
+            "reward.custom_reward_function.name=compute_score"
+        )
+    return [Check("reward", "error", detail, remedy)]
+
+
+def _data_sources(config: Any) -> set[tuple[str, bool]]:
+    """Data sources of the local parquet files, each with whether its file says how answers are graded."""
+    found = set()
+    for key in ("train_files", "val_files"):
+        files = config.data.get(key)
+        for file in [files] if isinstance(files, str) else list(files or ()):
+            column = _get(config, "data.reward_fn_key", "data_source")
+            # A file that can't be read is what `check_data` tells of.
+            with contextlib.suppress(pa.ArrowException, OSError), pq.ParquetFile(Path(file).expanduser()) as parquet:
+                if column not in parquet.schema_arrow.names:
+                    continue
+                typed = "extra_info.answer_type" in (
+                    parquet.schema.column(i).path for i in range(parquet.metadata.num_columns)
+                )
+                for batch in parquet.iter_batches(columns=[column]):
+                    found |= {(source, typed) for source in pc.unique(batch[column]).to_pylist() if source}
+    return found
+
+
+def _has_reward(source: str, typed: bool, ours: bool) -> bool:
+    if ours:
+        return typed or source in ANSWER_TYPES
+    from verl.utils.reward_score import default_compute_score
+
+    try:
+        default_compute_score(source, "", "")
+    except NotImplementedError:
+        return False
+    except Exception:  # it has one, which doesn't like an empty answer
+        return True
+    return True
 
 
 def _check_file(key: str, file: str | None, config: Any) -> tuple[Check, int | None]:

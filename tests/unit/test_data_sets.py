@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_prep import _core
 from data_prep._core.report import UNLICENSED
+from verl_gndpo.rewards import ANSWER_TYPES, compute_score
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data"
@@ -199,6 +200,11 @@ def test_every_set_states_its_licence_in_the_parquets_metadata(name, tmp_path):
     assert metadata["split"] == path.stem and metadata["prompt_style"] == "think_boxed"
 
 
+def test_every_set_has_a_grader():
+    assert {recipe(name).hub_id for name in SETS} == set(ANSWER_TYPES)
+    assert sorted(SETS) == sorted(path.stem for path in (ROOT / "data_prep").glob("[a-z]*.py") if path.stem != "mix")
+
+
 def test_all_sets_share_one_schema(tmp_path):
     """verl concatenates the files of data.train_files, and refuses when they differ."""
     schemas = set()
@@ -217,6 +223,25 @@ def test_every_converter_is_a_script(name):
     assert run.returncode == 0, run.stderr
     assert "--local_dataset_path" in run.stdout and recipe(name).hub_id in run.stdout.replace("\n", " ")
     assert ("--include_unlicensed" in run.stdout) == (name == "logicvista")
+
+
+# Rewards
+
+
+def scores(row: dict, response: str) -> dict[str, float]:
+    return compute_score(row["data_source"], response, row["reward_model"]["ground_truth"], row["extra_info"])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_grader_of_a_set_accepts_what_the_converter_writes(name, tmp_path):
+    (row,), _ = convert(name, tmp_path, [ROWS[name]])
+    truth = row["reward_model"]["ground_truth"]
+    assert scores(row, f"<think>So.</think> \\boxed{{{truth}}}") == {"score": 1.0, "acc": 1.0, "format": 1.0}
+    assert scores(row, "<think>So.</think> \\boxed{-77}")["acc"] == 0.0
+    assert scores(row, "")["score"] == 0.0
+    if row["extra_info"]["choices"] and len(truth) == 1:
+        text = row["extra_info"]["choices"][ord(truth) - ord("A")]
+        assert scores(row, f"\\boxed{{{text}}}")["acc"] == 1.0
 
 
 # geo3k
@@ -494,6 +519,10 @@ def test_real_samples_lose_no_row(name, tmp_path):
         assert row["prompt"][0]["content"].count("<image>") == 1
         if info["answer_type"] == "choice" and info["choices"]:
             assert ord(row["reward_model"]["ground_truth"]) - ord("A") < len(info["choices"])
+        assert scores(row, f"\\boxed{{{row['reward_model']['ground_truth']}}}")["acc"] == 1.0, info
+        assert scores(row, f"\\boxed{{{info['answer']}}}")["acc"] == 1.0, info
+        wrong = "Z" if info["answer_type"] in ("choice", "multi_choice") else "-771.5"
+        assert scores(row, f"\\boxed{{{wrong}}}")["acc"] == 0.0, info
     kinds = {info["answer_type"] for info in (row["extra_info"] for row in rows)}
     assert (
         kinds

@@ -694,3 +694,44 @@ def test_fewer_rows_than_a_batch(make_config):
     assert "4 rows" in error.detail and "data.train_batch_size=8" in error.detail
     (error,) = data_errors(make_config, "data.train_max_samples=3")
     assert "3 rows" in error.detail and "data.train_batch_size=4" in error.detail
+
+
+# ---- rewards
+
+
+def write_sources(path, sources, **extra_info):
+    table = pa.table({"data_source": sources} | ({"extra_info": [extra_info] * len(sources)} if extra_info else {}))
+    pq.write_table(table, path)
+
+
+OURS = (
+    "reward.custom_reward_function.path=pkg://verl_gndpo.rewards",
+    "reward.custom_reward_function.name=compute_score",
+)
+
+
+def test_a_data_source_without_a_reward(make_config, tmp_path):
+    config = make_config()
+    write_sources(tmp_path / "train.parquet", ["hiyouga/geometry3k", "FanqingM/MMK12", "FanqingM/MMK12"])
+    write_sources(tmp_path / "test.parquet", ["We-Math/We-Math"])
+    words = ("data_source FanqingM/MMK12, We-Math/We-Math", *OURS)
+    expect(preflight.check_rewards(config), "error", *words)
+    assert preflight.check_rewards(make_config(*OURS)) == []
+    assert preflight.check_rewards(make_config("reward.custom_reward_function.path=mine.py")) == []
+    assert preflight.check_rewards(make_config("reward.reward_manager.name=dapo")) == []
+
+
+def test_a_data_source_that_our_graders_do_not_know(make_config, tmp_path):
+    config = make_config(*OURS)
+    write_sources(tmp_path / "train.parquet", ["mine/own", "DynaMath/DynaMath_Sample"])
+    expect(
+        preflight.check_rewards(config), "error", "no answer type for data_source mine/own", "extra_info.answer_type"
+    )
+    write_sources(tmp_path / "train.parquet", ["mine/own"], answer_type="number")
+    assert preflight.check_rewards(config) == []
+
+
+def test_sources_that_verl_rewards_itself(make_config, tmp_path):
+    config = make_config()
+    write_sources(tmp_path / "train.parquet", ["hiyouga/geometry3k", "openai/gsm8k", "math_dapo"])
+    assert preflight.check_rewards(config) == []
