@@ -11,14 +11,14 @@ The checks here (`convert_row`) are what makes that impossible: a fault with one
 is dropped, and both are counted and named.
 """
 
-from .cli import _staging as staging
-from .cli import convert, main
+from .cli import convert, main, staging
 from .errors import ConversionError, DroppedRow, SourceError
 from .images import ImageStore
 from .prompt import STYLES
 from .recipe import Problem, Recipe
 from .source import SourceRow, Split
 from .text import IMAGE_PLACEHOLDER, split_choices, tagged_answer
+from .write import RowGroups
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
@@ -28,6 +28,7 @@ __all__ = [
     "ImageStore",
     "Problem",
     "Recipe",
+    "RowGroups",
     "SourceError",
     "SourceRow",
     "Split",

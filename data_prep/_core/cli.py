@@ -67,7 +67,7 @@ def convert(
         chosen = [split.sample(limit, seed) for split in chosen]
     workers = num_proc if sum(split.total for split in chosen) >= WORTH_A_POOL else 1
     about = f"{recipe.hub_id}, licence: {recipe.license}"
-    with _staging(save_dir, recipe.name) as staging, contextlib.ExitStack() as stack:
+    with staging(save_dir, recipe.name) as staged, contextlib.ExitStack() as stack:
         pool = worker_pool(workers)
         if pool is not None:
             stack.callback(pool.shutdown, cancel_futures=True)
@@ -80,7 +80,7 @@ def convert(
         reports, files = [], {}
         for split in chosen:
             converter = Converter(recipe, prompt, split.name, split.images, include_unlicensed)
-            folder = staging / split.name
+            folder = staged / split.name
             folder.mkdir()
             metadata = {
                 "source": recipe.hub_id,
@@ -88,6 +88,7 @@ def convert(
                 "converter": recipe.name,
                 "split": split.name,
                 "prompt_style": prompt.name,
+                "validation_only": recipe.validation_only,
             }
             outcomes = convert_all(split.rows(), converter, pool, workers)
             reports.append(write_split(split, outcomes, metadata, folder, rows_per_shard, fits))
@@ -101,7 +102,7 @@ def convert(
         if measure is None:
             print("NOT read back through verl, and prompts not measured" + (": --skip_verify" if skip_verify else ""))
         for report in reports if measure else []:
-            checked = verify(reader, files[report.split], report, staging, measure, num_proc)
+            checked = verify(reader, files[report.split], report, staged, measure, num_proc)
             print(f"{report.split}: {report.written} rows came back from verl ({checked})")
             print(length_lines(report, measure.name))
         if preview:
@@ -137,7 +138,7 @@ def _load_reader(model: str | None) -> tuple[type | None, Measure | None]:
 
 
 @contextlib.contextmanager
-def _staging(save_dir: Path, name: str) -> Iterator[Path]:
+def staging(save_dir: Path, name: str) -> Iterator[Path]:
     """A hidden folder beside the results; what a killed run left of its own is removed first."""
     save_dir.mkdir(parents=True, exist_ok=True)
     for left in save_dir.glob(f".{name}-*"):

@@ -91,6 +91,42 @@ def worker_pool(workers: int) -> ProcessPoolExecutor | None:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
+class RowGroups:
+    """Writes rows into a parquet file in groups of at most `ROW_GROUP_ROWS` rows and `ROW_GROUP_BYTES` of images, so
+    that neither writer nor reader holds more; one row may be larger.
+
+    Args:
+        path: of the file.
+        metadata: kept in the file under the key `verl_gndpo`, as JSON.
+    """
+
+    def __init__(self, path: Path, metadata: dict):
+        self.schema = SCHEMA.with_metadata({**SCHEMA.metadata, METADATA_KEY: json.dumps(metadata)})
+        self.writer = pq.ParquetWriter(path, self.schema)
+        self.group: list[dict] = []
+        self.size = 0
+
+    def __enter__(self) -> RowGroups:
+        return self
+
+    def __exit__(self, failure: type | None, *_: object) -> None:
+        if failure is None:
+            self._flush()
+        self.writer.close()
+
+    def add(self, row: dict) -> None:
+        size = sum(len(image["bytes"]) for image in row["images"])
+        if len(self.group) == ROW_GROUP_ROWS or self.size + size > ROW_GROUP_BYTES:
+            self._flush()
+        self.group.append(row)
+        self.size += size
+
+    def _flush(self) -> None:
+        if self.group:
+            self.writer.write_table(pa.Table.from_pylist(self.group, schema=self.schema))
+        self.group, self.size = [], 0
+
+
 def write_split(
     split: Split,
     outcomes: Iterable[Outcome],
@@ -99,12 +135,12 @@ def write_split(
     rows_per_shard: int | None = None,
     fits: Callable[[ConvertedRow], DroppedRow | None] | None = None,
 ) -> Report:
-    """Writes one split in row groups of at most `ROW_GROUP_ROWS` rows.
+    """Writes one split.
 
     Args:
         split: what is converted.
         outcomes: of each of its rows.
-        metadata: kept in each file under the key `verl_gndpo`, as JSON.
+        metadata: of each file.
         folder: where to; the files are numbered.
         rows_per_shard: rows of one file; None for one file.
         fits: says why a row's prompt is too long, if it is.
@@ -113,21 +149,9 @@ def write_split(
         SourceError: the source breaks off.
     """
     report = Report(split.name)
-    schema = SCHEMA.with_metadata({**SCHEMA.metadata, METADATA_KEY: json.dumps(metadata)})
     seen: dict[str, int] = {}
-    group: list[dict] = []
-    size = shards = 0
-
     with ExitStack() as stack:
-        writer = stack.enter_context(pq.ParquetWriter(folder / "00000.parquet", schema))
-
-        def flush() -> None:
-            nonlocal size
-            if group:
-                writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            group.clear()
-            size = 0
-
+        writer = stack.enter_context(RowGroups(folder / "00000.parquet", metadata))
         for row_id, outcome in tqdm(outcomes, total=split.total, desc=f"{split.name}: converting", unit="row"):
             report.read += 1
             if isinstance(outcome, ConvertedRow) and fits is not None:
@@ -141,16 +165,11 @@ def write_split(
                 outcome.repairs.append("id that an earlier row has")
                 row_id = outcome.values["extra_info"]["id"] = f"{row_id}.{seen[row_id]}"
             if rows_per_shard and report.written and report.written % rows_per_shard == 0:
-                flush()
-                shards += 1
                 stack.close()
-                writer = stack.enter_context(pq.ParquetWriter(folder / f"{shards:05d}.parquet", schema))
-            group.append(outcome.values)
-            size += sum(len(picture.data) for picture in outcome.pictures)
+                number = report.written // rows_per_shard
+                writer = stack.enter_context(RowGroups(folder / f"{number:05d}.parquet", metadata))
+            writer.add(outcome.values)
             report.add(row_id, outcome)
-            if len(group) >= ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES:
-                flush()
-        flush()
     return report
 
 

@@ -552,7 +552,7 @@ def test_a_killed_run_leaves_no_parquet_and_the_next_one_completes(tmp_path):
 
 def test_a_run_that_is_still_going_keeps_its_folder(tmp_path):
     source = parquet(tmp_path / "source" / "train.parquet", [record(0)])
-    with _core.cli._staging(tmp_path / "out", "mmk12") as staging:
+    with _core.staging(tmp_path / "out", "mmk12") as staging:
         convert(source, tmp_path / "out")
         assert staging.is_dir()
     assert names(tmp_path / "out") == ["train.parquet"]

@@ -7,6 +7,7 @@ stays idle and forks a child that does the work; a child that runs out of time o
 its successor is there in milliseconds, with everything imported. Both end when the grading process does.
 """
 
+import atexit
 import functools
 import io
 import json
@@ -121,6 +122,7 @@ class _Helper:
 
 
 _helper = _Helper()
+atexit.register(lambda: _helper.close())
 
 
 def _after_fork():
