@@ -27,9 +27,18 @@ class Run:
     @property
     def steps(self) -> list[dict]:
         """The metrics of the finished steps, by verl's file logger; a line that is being written is left out."""
+        return [metrics for metrics in self._metrics if "training/global_step" in metrics]
+
+    @property
+    def validation(self) -> dict:
+        """The metrics of the first validation."""
+        return next(metrics for metrics in self._metrics if any(name.startswith("val-core/") for name in metrics))
+
+    @property
+    def _metrics(self) -> list[dict]:
         path = self.out / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line)["data"] for line in lines if line.endswith("\n") and '"training/global_step"' in line]
+        return [json.loads(line)["data"] for line in lines if line.endswith("\n")]
 
     @property
     def log(self) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from tests.end_to_end.harness import REPO, Run
 
-REAL_GEOMETRY3K = REPO.parent / "shared" / "data" / "geometry3k"
+REAL_SETS = REPO.parent / "shared" / "data"
 REWARD = [
     f"reward.custom_reward_function.path={REPO / 'examples' / 'quickstart' / 'reward.py'}",
     "reward.custom_reward_function.name=compute_score",
@@ -142,17 +142,47 @@ def test_training_changes_the_student_but_not_its_frozen_vision_tower(killed_and
     assert compared == len(before) and changed > 10
 
 
-@pytest.mark.skipif(
-    not REAL_GEOMETRY3K.is_dir(), reason="needs the Geometry3K sample, which is not part of this project"
-)
-def test_two_steps_on_real_geometry3k_diagrams(models, tmp_path):
-    convert = [sys.executable, "data_prep/geo3k.py", "--local_dataset_path", str(REAL_GEOMETRY3K)]
-    subprocess.run([*convert, "--local_save_dir", str(tmp_path / "data")], cwd=REPO, check=True)
+VALIDATED = {
+    "dynamath": "DynaMath/DynaMath_Sample",
+    "logicvista": "lscpku/LogicVista",
+    "mathverse": "AI4Math/MathVerse",
+    "mathvision": "MathLLMs/MathVision",
+    "wemath": "We-Math/We-Math",
+}
+
+
+@pytest.mark.skipif(not REAL_SETS.is_dir(), reason="needs the real samples, which are not part of this project")
+def test_two_steps_on_a_mix_of_real_sets_with_validation_on_others(models, tmp_path):
+    def convert(name: str, folder: str, *more: str) -> None:
+        command = [sys.executable, f"data_prep/{name}.py", "--local_dataset_path", str(REAL_SETS / folder), *more]
+        command += ["--local_save_dir", str(tmp_path / "sets" / name), "--prompt_style", "boxed", "--skip_verify"]
+        subprocess.run(command, cwd=REPO, check=True)
+
+    convert("geo3k", "geometry3k")
+    convert("mmk12", "mmk12")
+    for name in VALIDATED:
+        convert(name, name, "--limit", "6")
+    train = [tmp_path / "sets" / "geo3k" / "train.parquet", tmp_path / "sets" / "mmk12" / "test.parquet"]
+    val = [next((tmp_path / "sets" / name).glob("*.parquet")) for name in VALIDATED]
+    mix = [sys.executable, "data_prep/mix.py", "--train", *train, "--weights", "1", "1", "--val", *val]
+    subprocess.run([*mix, "--local_save_dir", tmp_path / "data"], cwd=REPO, check=True)
+
     arguments = overrides(2, tmp_path / "checkpoints", "trainer.save_freq=-1", "trainer.resume_mode=disable")
-    # Geometry3K is graded by verl's own reward for it.
-    arguments = [a for a in arguments if a not in REWARD]
-    run = Run(tmp_path / "run", settings(models, tmp_path / "data", MAX_PROMPT="1024", N="2"), arguments).finish()
+    arguments = [a for a in arguments if a not in REWARD and "val_before_train" not in a]
+    arguments += [
+        "reward.custom_reward_function.path=pkg://verl_gndpo.rewards",
+        "reward.custom_reward_function.name=compute_score",
+        "trainer.val_before_train=True",
+    ]
+    files = {name: str(tmp_path / "data" / f"{name}.parquet") for name in ("train", "val")}
+    more = {"TRAIN_FILE": files["train"], "VAL_FILE": files["val"], "MAX_PROMPT": "1024", "N": "2"}
+    run = Run(tmp_path / "run", settings(models, tmp_path / "data", **more), arguments).finish()
     assert_healthy(run, [1, 2])
+    # Random models know nothing; what counts is that every set is graded, each under its own name.
+    validation = run.validation
+    for source in VALIDATED.values():
+        assert 0 <= validation[f"val-core/{source}/acc/mean@1"] <= 1
+        assert 0 <= validation[f"val-aux/{source}/format/mean@1"] <= 1
     grids = {tuple(row["multi_modal_inputs"]["image_grid_thw"].flatten().tolist()) for row in run.captured(1)}
     assert len(grids) > 1, "real diagrams differ in size"
     row = run.captured(1)[0]
