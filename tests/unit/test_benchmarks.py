@@ -39,6 +39,15 @@ def test_teacher_scoring(tmp_path):
         assert row["speedup_vs_full_logits"] > 0 and row["memory_vs_full_logits"] > 0
 
 
+def test_data_prep(tmp_path):
+    arguments = ("--rows", "200", "--growth", "--num_proc", "1", "--rounds", "1")
+    results = run("data_prep", tmp_path / "data_prep.json", *arguments)["results"]
+    assert [(row["method"], row["rows"]) for row in results] == [("verl_recipe", 200), ("ours", 200)]
+    for row in results:
+        assert row["seconds"] > 0 and row["peak_gb"] >= row["peak_anonymous_gb"] > 0
+    assert results[1]["speedup_vs_recipe"] > 0 and results[1]["memory_vs_recipe"] > 0
+
+
 def test_step_summary_drops_the_warm_up(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from step import STAGES, median_seconds

@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -535,3 +536,19 @@ def test_real_samples_lose_no_row(name, tmp_path):
             "wemath": {"choice"},
         }[name]
     )
+
+
+def test_the_converter_shown_in_the_docs_works(tmp_path):
+    text = (ROOT / "docs" / "data.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 40
+    (tmp_path / "my_set.py").write_text(code)
+    row = {"uid": "u1", "text": "Which?", "solution": "$B$", "figure": image(), "options": ["one", "two"], "level": 3}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
+    command = [sys.executable, "my_set.py", "--local_dataset_path", "train.parquet", "--local_save_dir", "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "data_prep")}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    (written,) = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    assert written["extra_info"]["id"] == "my_set-train-u1" and written["reward_model"]["ground_truth"] == "B"
+    assert written["prompt"][0]["content"].startswith("<image>Which?\nChoices:\n(A) one\n(B) two")
