@@ -3,7 +3,7 @@
 checks, which include reading every row back through verl. Targets: at least as fast, at most half the peak memory, and
 a peak that does not grow with the set.
 
-    python benchmarks/data_prep.py [--json OUT] [--data FILE] [--rows 4000] [--growth 4] [--num_proc 2 8]
+    python benchmarks/data_prep.py [--json OUT] [--data FILE] [--rows 4000] [--growth 4 10] [--num_proc 8 2]
 
 The rows of `--data` (by default the real sample, where there is one, else drawn diagrams) are repeated up to `--rows`.
 Each conversion is a process of its own with a fresh cache, the methods in turns. `peak_gb` sums over the process and
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--data", type=Path, default=REAL if REAL.exists() else None)
     parser.add_argument("--rows", type=int, default=4000)
-    parser.add_argument("--growth", type=int, default=4, help="ours also converts this many times the rows; 1: not")
+    parser.add_argument("--growth", type=int, nargs="*", default=[4, 10], help="ours also converts this many times")
     parser.add_argument("--num_proc", type=int, nargs="+", default=[8, 2], help="verl's recipe has 8")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -156,19 +156,20 @@ def main() -> None:
             return {"seconds": seconds, "peak_gb": peak / 1e9, "peak_anonymous_gb": anonymous / 1e9}
 
         runs = [(method, workers, args.rows) for workers in args.num_proc for method in ("verl_recipe", "ours")]
-        if args.growth > 1:
-            runs.append(("ours", args.num_proc[-1], args.rows * args.growth))
         samples = {run: [] for run in runs}
         for _ in range(args.rounds):
             for run in runs:
                 samples[run].append(call(*run))
-    figures = tuple(samples[runs[0]][0])
+        for factor in args.growth:
+            run = ("ours", args.num_proc[-1], args.rows * factor)
+            samples[run] = [call(*run)]
+    figures = ("seconds", "peak_gb", "peak_anonymous_gb")
     results = [
         {"method": method, "num_proc": workers, "rows": rows}
         | {name: statistics.median(sample[name] for sample in samples[method, workers, rows]) for name in figures}
-        for method, workers, rows in runs
+        for method, workers, rows in samples
     ]
-    by_run = dict(zip(runs, results, strict=True))
+    by_run = dict(zip(samples, results, strict=True))
     for (method, workers, rows), result in by_run.items():
         if method == "ours" and rows == args.rows:
             rival = by_run["verl_recipe", workers, rows]

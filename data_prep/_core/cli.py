@@ -65,7 +65,9 @@ def convert(
         raise ConversionError(f"{save_dir} is the source itself: choose another --local_save_dir.")
     if limit is not None:
         chosen = [split.sample(limit, seed) for split in chosen]
-    workers = num_proc if sum(split.total for split in chosen) >= WORTH_A_POOL else 1
+    # More processes than cores only take memory.
+    cores = min(num_proc, os.cpu_count() or 1)
+    workers = cores if sum(split.total for split in chosen) >= WORTH_A_POOL else 1
     about = f"{recipe.hub_id}, licence: {recipe.license}"
     with staging(save_dir, recipe.name) as staged, contextlib.ExitStack() as stack:
         pool = worker_pool(workers)
@@ -102,7 +104,7 @@ def convert(
         if measure is None:
             print("NOT read back through verl, and prompts not measured" + (": --skip_verify" if skip_verify else ""))
         for report in reports if measure else []:
-            checked = verify(reader, files[report.split], report, staged, measure, num_proc)
+            checked = verify(reader, files[report.split], report, staged, measure, cores)
             print(f"{report.split}: {report.written} rows came back from verl ({checked})")
             print(length_lines(report, measure.name))
         if preview:

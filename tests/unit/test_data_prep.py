@@ -13,6 +13,7 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -541,8 +542,10 @@ def test_a_killed_run_leaves_no_parquet_and_the_next_one_completes(tmp_path):
         assert run.poll() is None and time.monotonic() - started < 60
         time.sleep(0.02)
     time.sleep(0.5)
+    workers = psutil.Process(run.pid).children(recursive=True)
     os.kill(run.pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=20)[1]
     assert not list(out.glob("*.parquet")) and list(out.glob(".mmk12-*"))
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
