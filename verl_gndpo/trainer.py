@@ -22,6 +22,7 @@ from verl.workers.utils.padding import response_to_nested
 from verl_gndpo.config import read_signal_config, read_teacher_config, uses_gndpo
 from verl_gndpo.diagnostics import describe_signal
 from verl_gndpo.preflight import require
+from verl_gndpo.teacher.shared_prompt import order_by_prompt
 from verl_gndpo.teacher.worker import FIELDS, TeacherWorker
 
 # verl's replay buffer looks for finished rollouts every 2 s; with rollouts of a few seconds that is a large part of a
@@ -67,8 +68,14 @@ class GNDPOTrainerMixin:
 
     def _compute_teacher_log_prob(self, batch: KVBatchMeta) -> None:
         """Let the teacher score the batch; it writes `teacher_log_probs` beside verl's own fields."""
+        # Rows of one prompt together, so that a rank can share it; the result is stored by key, whatever the order.
+        order = order_by_prompt(batch.keys, batch.tags, self.teacher_wg.world_size)
         request = KVBatchMeta(
-            keys=batch.keys, tags=batch.tags, partition_id=batch.partition_id, fields=FIELDS, extra_info={}
+            keys=[batch.keys[row] for row in order],
+            tags=[batch.tags[row] for row in order],
+            partition_id=batch.partition_id,
+            fields=FIELDS,
+            extra_info={},
         )
         scored = self.teacher_wg.compute_teacher_log_prob(request)
         if len(scored) != len(batch):

@@ -17,8 +17,8 @@ from verl_gndpo.signal import log_ratio_advantages
 from verl_gndpo.teacher.worker import TeacherWorker
 
 TEMPERATURE = 0.7
-IMAGES_PER_ROW = [1, 0, 2, 1, 0, 1, 3, 1]
-RESPONSE_LENGTHS = [5, 9, 1, 12, 3, 7, 4, 12]
+IMAGES_PER_PROMPT = [1, 0, 2, 1, 0, 1, 3, 1]
+RESPONSE_LENGTHS = [[5, 2, 11], [9], [1, 1], [12], [3, 6, 3, 8], [7], [4, 10], [12, 1]]
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,14 @@ def teacher_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(teacher_path):
-    """Rows of mixed lengths with no, one and several images of different sizes; each {ids, inputs, response}."""
+    """One to four responses to prompts with no, one and several images of different sizes, in mixed order; each row
+    {ids, inputs, response}."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(teacher_path)
     rng = np.random.default_rng(0)
     rows = []
-    for n_images, response_length in zip(IMAGES_PER_ROW, RESPONSE_LENGTHS, strict=True):
+    for n_images, response_lengths in zip(IMAGES_PER_PROMPT, RESPONSE_LENGTHS, strict=True):
         images = [
             Image.fromarray(rng.integers(0, 255, (28 * rng.integers(1, 4), 28 * rng.integers(1, 4), 3), np.uint8))
             for _ in range(n_images)
@@ -48,10 +49,13 @@ def rows(teacher_path):
         inputs = dict(processor(text=[text], images=images or None, return_tensors="pt"))
         prompt = inputs.pop("input_ids")[0]
         inputs.pop("attention_mask")
-        # Ordinary text tokens: the special ones stand at the end of the vocabulary.
-        response = torch.from_numpy(rng.integers(0, 200, response_length))
-        rows.append({"ids": torch.cat([prompt, response]), "inputs": inputs, "response": response})
-    return rows
+        for response_length in response_lengths:
+            # Ordinary text tokens: the special ones stand at the end of the vocabulary.
+            response = torch.from_numpy(rng.integers(0, 200, response_length))
+            # Each row brings a copy of the images, as verl's rows do.
+            copies = {name: value.clone() for name, value in inputs.items()}
+            rows.append({"ids": torch.cat([prompt, response]), "inputs": copies, "response": response})
+    return [rows[i] for i in rng.permutation(len(rows))]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,6 @@ def start(teacher_path):
     base = TeacherConfig(
         model=TeacherModelConfig(path=str(teacher_path), override_config={"attn_implementation": "sdpa"}),
         temperature=TEMPERATURE,
-        use_remove_padding=False,
         max_token_len_per_gpu=4096,
     )
 
@@ -131,32 +134,32 @@ def assert_equal_to(expected, scored):
         )
 
 
-def test_two_ranks_padded_small_chunks_equal_one_rank_packed_and_hugging_face(start, rows, expected):
-    """Padding removal off and on, chunks and micro-batches small and large, one rank and two: the same numbers."""
+def test_two_ranks_small_micro_batches_equal_one_rank_and_hugging_face(start, rows, expected):
+    """Chunks and micro-batches small and large, prompts split between them and between ranks or not: one result."""
     batch = as_batch(rows)
-    padded = start(2, logits_chunk_tokens=3, max_token_len_per_gpu=80).compute_teacher_log_prob(batch.clone())
-    packed_group = start(1, use_remove_padding=True)
-    packed = packed_group.compute_teacher_log_prob(batch.clone())
-    assert_equal_to(expected, padded)
-    assert_equal_to(expected, packed)
+    split = start(2, logits_chunk_tokens=3, max_token_len_per_gpu=80).compute_teacher_log_prob(batch.clone())
+    group = start(1)
+    whole = group.compute_teacher_log_prob(batch.clone())
+    assert_equal_to(expected, split)
+    assert_equal_to(expected, whole)
 
     # So the statistics of the signal are global: the same advantages whatever the ranks and micro-batches.
     mask = nested([torch.ones_like(row["response"]) for row in rows]).to_padded_tensor(0)
     old = -torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
     one, two = (
-        log_ratio_advantages(x["teacher_log_probs"].to_padded_tensor(0.0), old, mask)[0] for x in (packed, padded)
+        log_ratio_advantages(x["teacher_log_probs"].to_padded_tensor(0.0), old, mask)[0] for x in (whole, split)
     )
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
     # All rows of one length, where stock verl repacks mRoPE positions wrongly.
     same = [rows[3]] * 2
-    assert_equal_to([expected[3]] * 2, packed_group.compute_teacher_log_prob(as_batch(same)))
+    assert_equal_to([expected[3]] * 2, group.compute_teacher_log_prob(as_batch(same)))
 
     # One image too few for its placeholders names the row and both numbers, and nothing is scored.
     broken = [dict(row) for row in rows[:2]]
     broken[0]["inputs"] = {}
     with pytest.raises(Exception, match=r"row 0: \d+ image tokens in its ids but images for 0"):
-        packed_group.compute_teacher_log_prob(as_batch(broken))
+        group.compute_teacher_log_prob(as_batch(broken))
 
 
 @pytest.fixture
@@ -172,7 +175,7 @@ def stock_forwards(monkeypatch):
 
 
 def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, rows, expected, stock_forwards):
-    """In this process, on one rank: what is inside the worker."""
+    """In this process, on one rank: what is inside the worker, and what runs."""
     import os
     import socket
 
@@ -188,7 +191,6 @@ def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, r
             TeacherConfig(
                 model=TeacherModelConfig(path=str(teacher_path), override_config={"attn_implementation": "sdpa"}),
                 temperature=TEMPERATURE,
-                use_remove_padding=False,
                 max_token_len_per_gpu=4096,
             )
         )
@@ -197,14 +199,30 @@ def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, r
         assert not any(p.requires_grad for p in worker.engine.module.parameters())
         assert not worker.engine.module.training
 
-        # Three responses to a prompt with one image, and one to a prompt with three others.
-        patches = []
-        tower = worker.engine.module.model.visual
-        tower.patch_embed.register_forward_pre_hook(lambda module, inputs: patches.append(len(inputs[0])))
-        group = [rows[0], rows[6], rows[0], rows[0]]
-        scored = worker.compute_teacher_log_prob(as_batch(group))
-        assert_equal_to([expected[0], expected[6], expected[0], expected[0]], scored)
-        assert sum(patches) == sum(int(rows[i]["inputs"]["image_grid_thw"].prod(-1).sum()) for i in (0, 6))
+        # Each prompt and each image once for all responses, each response once, and no padding.
+        patches, tokens = [], []
+        model = worker.engine.module.model
+        model.visual.patch_embed.register_forward_pre_hook(lambda module, inputs: patches.append(len(inputs[0])))
+        model.language_model.layers[0].mlp.register_forward_pre_hook(
+            lambda module, inputs: tokens.append(inputs[0].shape[:-1].numel())
+        )
+        assert_equal_to(expected, worker.compute_teacher_log_prob(as_batch(rows)))
+        prompts = {}
+        for row in rows:
+            picture = row["inputs"].get("pixel_values", torch.zeros(0)).numpy().tobytes()
+            prompts[tuple(row["ids"][: -len(row["response"])].tolist()), picture] = row
+        assert len(prompts) < len(rows)
+        assert sum(tokens) == sum(len(ids) for ids, _ in prompts) + sum(map(sum, RESPONSE_LENGTHS))
+        grids = [row["inputs"]["image_grid_thw"] for row in prompts.values() if "image_grid_thw" in row["inputs"]]
+        assert sum(patches) == sum(int(grid.prod(-1).sum()) for grid in grids)
+
+        # The same words about another picture are another prompt: nothing is shared, and nothing mixed up.
+        one = next(row for row in rows if len(row["inputs"].get("image_grid_thw", ())) == 1)
+        darker = one | {"inputs": one["inputs"] | {"pixel_values": one["inputs"]["pixel_values"] - 1}}
+        scored = worker.compute_teacher_log_prob(as_batch([one, darker]))["teacher_log_probs"].unbind()
+        alone = worker.compute_teacher_log_prob(as_batch([darker]))["teacher_log_probs"].unbind()
+        torch.testing.assert_close(scored[1], alone[0], atol=1e-5, rtol=0)
+        assert (scored[0] - scored[1]).abs().max() > 1e-3
     finally:
         torch.distributed.destroy_process_group()
         os.environ.clear()

@@ -117,13 +117,13 @@ def test_what_is_not_set_follows_the_student():
         "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     )
     read = read_teacher_config(config)
-    assert (read.temperature, read.max_token_len_per_gpu, read.use_remove_padding) == (0.7, 4096, True)
+    assert (read.temperature, read.max_token_len_per_gpu) == (0.7, 4096)
     assert read.model.override_config == {"attn_implementation": "sdpa"}
 
 
 def test_what_is_set_wins_over_the_student():
-    read = teacher(temperature=1.0, max_token_len_per_gpu=99, use_remove_padding=True)
-    assert (read.temperature, read.max_token_len_per_gpu, read.use_remove_padding) == (1.0, 99, True)
+    read = teacher(temperature=1.0, max_token_len_per_gpu=99)
+    assert (read.temperature, read.max_token_len_per_gpu) == (1.0, 99)
 
 
 def test_reading_leaves_the_config_as_it_was():

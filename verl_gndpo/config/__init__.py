@@ -61,7 +61,8 @@ class TeacherModelConfig:
     """Module to import in the worker before the model is built."""
 
     override_config: dict[str, Any] = field(default_factory=dict)
-    """Overrides of the Hugging Face config; `attn_implementation` follows the student's unless given."""
+    """Overrides of the Hugging Face config; `attn_implementation` follows the student's unless given, and is that of
+    the vision tower: the language model attends by `teacher.shared_prompt`."""
 
 
 @dataclass
@@ -94,9 +95,6 @@ class TeacherConfig:
 
     dtype: str | None = None
     """float32, bfloat16 or float16; null: bfloat16 with an accelerator, float32 without."""
-
-    use_remove_padding: bool | None = None
-    """Pack the sequences of a micro-batch into one row; null: what the student does."""
 
     max_token_len_per_gpu: int | None = None
     """Tokens of one micro-batch; null: `actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu`."""
@@ -194,8 +192,6 @@ def read_teacher_config(config: Any) -> TeacherConfig:
     student = config.actor_rollout_ref
     if teacher.temperature is None:
         teacher.temperature = float(student.rollout.temperature)
-    if teacher.use_remove_padding is None:
-        teacher.use_remove_padding = bool(student.model.get("use_remove_padding", False))
     if teacher.max_token_len_per_gpu is None:
         teacher.max_token_len_per_gpu = int(student.rollout.get("log_prob_max_token_len_per_gpu") or 16384)
     attention = (student.model.get("override_config") or {}).get("attn_implementation")

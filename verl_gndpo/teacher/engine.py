@@ -12,14 +12,14 @@ from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from verl_gndpo.teacher.scoring import DistinctImages, ScoringHead, response_rows
+from verl_gndpo.teacher.scoring import DistinctImages, ScoringHead
+from verl_gndpo.teacher.shared_prompt import Family, Layout, attending, find_families, pack, share_prompts
 
 
 @dataclass
 class TeacherEngineConfig(FSDPEngineConfig):
     """verl's FSDP settings plus the teacher's own; see `verl_gndpo.config.TeacherConfig`."""
 
-    pack_sequences: bool = False
     logits_chunk_tokens: int = 256
     temperature: float = 1.0
 
@@ -47,6 +47,7 @@ class TeacherEngine(FSDPEngineWithLMHead):
                     "projection; the chunked scorer can't reproduce that"
                 )
         self.head = ScoringHead(module.get_output_embeddings(), self.engine_config.logits_chunk_tokens)
+        share_prompts(module)
         tower = getattr(getattr(module, "model", None), "visual", None)
         if tower is not None:
             DistinctImages(tower)
@@ -58,67 +59,69 @@ class TeacherEngine(FSDPEngineWithLMHead):
     def _build_lr_scheduler(self, optimizer):
         return None
 
-    def forward_step(self, micro_batch: TensorDict, loss_function, forward_only):
-        """Score one micro-batch.
+    def forward_backward_batch(self, data: TensorDict, loss_function=None, forward_only=True) -> dict:
+        """Score a batch, each distinct prompt of a micro-batch once.
 
         Args:
-            micro_batch: nested `input_ids` (batch, length), `position_ids` (batch, length) or (batch, 4, length),
+            data: nested `input_ids` (batch, length), `position_ids` (batch, length) or (batch, 4, length),
                 `response_mask` (batch, response length: its lengths count, not its values), `multi_modal_inputs`.
 
         Returns:
-            (loss, output) as verl's engines do; output["model_output"]["teacher_log_probs"] is nested
-            (batch, response length), float32, nats.
+            As verl's engines do; ["model_output"]["teacher_log_probs"] is nested (batch, response length), float32,
+            nats, in the order of `data`.
         """
-        micro_batch = micro_batch.to(get_device_id())
-        ids = micro_batch["input_ids"]
-        ends = ids.offsets()[1:]
-        response_lengths = micro_batch["response_mask"].offsets().diff()
-        token_rows = response_rows(ends, response_lengths)
-        inputs = extract_multi_modal_inputs(micro_batch.get("multi_modal_inputs", []))
+        ids, positions = data["input_ids"].unbind(), data["position_ids"].unbind()
+        lengths = data["response_mask"].offsets().diff().tolist()
+        images = [getattr(inputs, "data", inputs) or {} for inputs in data.get("multi_modal_inputs", [{}] * len(ids))]
+        longest = max(map(len, ids))
+        micro_batches = pack(
+            find_families(ids, positions, lengths, images),
+            max(self.engine_config.infer_max_token_len_per_gpu, longest),
+        )
+        count = torch.tensor(len(micro_batches), device=get_device_name())
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX, group=self.get_data_parallel_group())
 
-        if self.engine_config.pack_sequences:
-            rows = token_rows
-            inputs |= _packed(ids, micro_batch["position_ids"])
-        else:
-            padded = _padded(ids, micro_batch["position_ids"])
-            width = padded["input_ids"].shape[1]
-            row_starts = torch.arange(len(ends), device=ends.device) * width
-            rows = response_rows(row_starts + ids.offsets().diff(), response_lengths)
-            inputs |= padded
+        scores = [None] * len(ids)
+        for number in range(int(count)):
+            # A rank that has fewer repeats its last: every rank has to take part in gathering the weights.
+            families = micro_batches[min(number, len(micro_batches) - 1)]
+            rows = [row for family in families for row in family.rows]
+            log_probs = self._score(families, ids, positions, images)
+            for row, scored in zip(rows, log_probs.split([lengths[row] for row in rows]), strict=True):
+                scores[row] = scored
+        nested = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
+        return {"model_output": {"teacher_log_probs": nested}, "loss": [], "metrics": {}}
+
+    def _score(self, families: list[Family], ids, positions, images: list[dict]) -> torch.Tensor:
+        """Log-probs of the response tokens of one micro-batch, (tokens,), response by response."""
+        device = get_device_id()
+        layout = Layout(families, device)
+
+        def row(values) -> torch.Tensor:
+            """(..., length) of each sequence to (..., tokens of the micro-batch)."""
+            parts = []
+            for family in families:
+                parts.append(values[family.rows[0]][..., : family.prompt])
+                parts += [values[member][..., family.prompt :] for member in family.rows]
+            return torch.cat(parts, -1).to(device)
+
+        targets = torch.cat([ids[member][family.prompt :] for family in families for member in family.rows])
+        packed_ids, packed_positions = row(ids).unsqueeze(0), row(positions)
+        # Images of a prompt come once, as its placeholders do.
+        inputs = extract_multi_modal_inputs([images[family.rows[0]] for family in families])
+        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        inputs |= {"input_ids": packed_ids, "attention_mask": None, "use_cache": False}
+        inputs["position_ids"] = packed_positions.unsqueeze(1 if packed_positions.dim() == 2 else 0)
 
         dtype = self._autocast_dtype
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(get_device_name(), dtype=dtype)
-        with autocast, self.head.scoring(rows, ids.values()[token_rows + 1], self.engine_config.temperature):
-            log_probs = self.module(**inputs, use_cache=False).logits.squeeze(0)
-
-        offsets = micro_batch["response_mask"].offsets()
-        output = {"teacher_log_probs": torch.nested.nested_tensor_from_jagged(log_probs, offsets)}
-        return log_probs.new_zeros(()), {"model_output": output, "loss": 0.0, "metrics": {}}
-
-
-def _packed(ids: torch.Tensor, position_ids: torch.Tensor) -> dict:
-    """All sequences in one row; the restarting text positions tell the attention where one ends."""
-    positions = position_ids.values()
-    return {
-        "input_ids": ids.values().unsqueeze(0),
-        "attention_mask": None,
-        "position_ids": positions.unsqueeze(1 if positions.dim() == 2 else 0),
-    }
-
-
-def _padded(ids: torch.Tensor, position_ids: torch.Tensor) -> dict:
-    """One row a sequence, padded on the right to the longest."""
-    lengths = ids.offsets().diff()
-    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)
-
-    def pad(values: torch.Tensor) -> torch.Tensor:
-        """(..., total tokens) to (..., batch, longest)."""
-        out = values.new_zeros(*values.shape[:-1], *mask.shape)
-        out[..., mask] = values
-        return out
-
-    return {
-        "input_ids": pad(ids.values()),
-        "attention_mask": mask.to(torch.int64),
-        "position_ids": pad(position_ids.values()),
-    }
+        scoring = self.head.scoring(layout.predicting, targets.to(device), self.engine_config.temperature)
+        with torch.no_grad(), autocast, attending(layout), scoring:
+            log_probs = self.module(**inputs).logits.squeeze(0)
+        layers = self.module.config.get_text_config().num_hidden_layers
+        if layout.calls != layers:
+            raise NotImplementedError(
+                f"teacher {self.model_config.path}: {layout.calls} of its {layers} layers use the attention that "
+                "transformers was told to use, so responses to one prompt would see each other"
+            )
+        return log_probs

@@ -47,7 +47,6 @@ def _training_worker_config(teacher: TeacherConfig) -> TrainingWorkerConfig:
             use_torch_compile=False,
             use_dynamic_bsz=True,
             infer_max_token_len_per_gpu=teacher.max_token_len_per_gpu,
-            pack_sequences=teacher.use_remove_padding,
             logits_chunk_tokens=teacher.logits_chunk_tokens,
             temperature=teacher.temperature,
         ),
@@ -79,11 +78,6 @@ class TeacherWorker(TrainingWorker):
         Raises:
             ValueError: a row's image tokens and image patches don't match.
         """
-        config = self.engine.engine_config
-        longest = int(data["input_ids"].offsets().diff().max())
-        tu.assign_non_tensor(
-            data, use_dynamic_bsz=True, max_token_len_per_gpu=max(config.infer_max_token_len_per_gpu, longest)
-        )
         check_image_tokens(data, self.model_config.hf_config)
         with self.engine.eval_mode():
             output = self.engine.infer_batch(data)
