@@ -6,13 +6,15 @@ from __future__ import annotations
 import sys
 
 if __package__:
-    from data_prep._core import Problem, Recipe, main
+    from data_prep._core import DroppedRow, Problem, Recipe, main
 else:  # as a plain script: this folder is on the path, its parent is not
-    from _core import Problem, Recipe, main
+    from _core import DroppedRow, Problem, Recipe, main
 
 
 def problem(row: dict) -> Problem:
     options = row["options"] or []
+    if not isinstance(options, list):
+        raise DroppedRow("options are no list", repr(options)[:60])
     # Where the choices are drawn in the picture, the options are nothing but their letters.
     drawn = all(option.strip(" ().").upper() in tuple("ABCDEFGHIJ") for option in options)
     return Problem(

@@ -23,6 +23,7 @@ def problem(row: dict) -> Problem:
         kind = "number"
     elif row["answer_type"] == "list":
         kind = "list"
+    precision = float(row["precision"] or 0)  # NaN where pandas wrote the file: not above 0 either
     unit = f" (Unit: {row['unit']})" if row["unit"] else ""
     return Problem(
         question=row["question"] + unit if isinstance(row["question"], str) else row["question"],
@@ -32,7 +33,7 @@ def problem(row: dict) -> Problem:
         list_choices=True,
         answer_type=kind,
         # An answer counts that rounds to the stated one at the stated number of decimals.
-        tolerance=0.5 * 10 ** -int(row["precision"]) if kind == "number" and row["precision"] else 0.0,
+        tolerance=0.5 * 10 ** -int(precision) if kind == "number" and precision > 0 else 0.0,
         meta=row["metadata"] or {},
     )
 

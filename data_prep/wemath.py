@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 if __package__:
-    from data_prep._core import Problem, Recipe, main, split_choices
+    from data_prep._core import DroppedRow, Problem, Recipe, main
 else:  # as a plain script: this folder is on the path, its parent is not
-    from _core import Problem, Recipe, main, split_choices
+    from _core import DroppedRow, Problem, Recipe, main
+
+# "A. a; b;B. c": only what a letter follows separates.
+SEPARATOR = re.compile(r"\s*[;；]\s*(?=[A-J][.:、．：])")
 
 
 def problem(row: dict) -> Problem:
+    options = tuple(SEPARATOR.split(row["option"].strip()))
+    if len(options) < 2 or [text[:1] for text in options] != list("ABCDEFGHIJ"[: len(options)]):
+        raise DroppedRow("options cannot be told apart", row["option"][:60])
     return Problem(
         question=row["question"],
         answer=row["answer"],
         images=row["image_path"],
-        choices=split_choices(row["option"] or ""),
+        choices=options,
         list_choices=True,
         answer_type="choice",
         meta={"key": row["key"], "concept": row["knowledge concept"]},

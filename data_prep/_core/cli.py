@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import json
 import math
 import os
 import shutil
@@ -13,6 +14,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .errors import ConversionError, SourceError, one_line
 from .lengths import Limit, Measure, load_measure
@@ -22,7 +26,7 @@ from .recipe import Recipe
 from .report import Report, length_lines, report_table
 from .source import Split, open_source
 from .verify import import_reader, verify
-from .write import Converter, convert_all, worker_pool, write_split
+from .write import METADATA_KEY, Converter, convert_all, worker_pool, write_split
 
 WORTH_A_POOL = 256
 
@@ -113,15 +117,15 @@ def convert(
         if dry_run:
             print("nothing written: --dry_run")
         else:
-            _publish(files, save_dir)
+            publish(files, save_dir, recipe.name)
     return reports
 
 
 def _chosen_splits(source: str | None, recipe: Recipe, names: list[str] | None, image_path: Path | None) -> list[Split]:
-    if recipe.validation_only and "train" in (names or []):
+    if recipe.validation_only and any(name.lower().startswith("train") for name in names or []):
         raise SourceError(f"{recipe.hub_id} has no split to train on: {recipe.validation_only}")
     found = open_source(source, recipe, image_path)
-    if recipe.validation_only and any(split.name == "train" for split in found):
+    if recipe.validation_only and any(split.name.lower().startswith("train") for split in found):
         raise SourceError(f"{source} holds a split named train. {recipe.hub_id}: {recipe.validation_only}")
     known = {split.name: split for split in found}
     if missing := [name for name in names or [] if name not in known]:
@@ -155,12 +159,29 @@ def staging(save_dir: Path, name: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _publish(files: dict[str, list[Path]], save_dir: Path) -> None:
+def publish(files: dict[str, list[Path]], save_dir: Path, converter: str) -> None:
+    """Moves the files of each split into place, and removes what an earlier run of the converter left of that split
+    under other names: a pattern such as train*.parquet must not find rows twice."""
     for split, shards in files.items():
+        written = set()
         for number, path in enumerate(shards):
             name = f"{split}.parquet" if len(shards) == 1 else f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
             os.replace(path, save_dir / name)
+            written.add(save_dir / name)
             print(f"wrote {save_dir / name}")
+        patterns = (f"{split}.parquet", f"{split}-?????-of-?????.parquet")
+        for left in {path for pattern in patterns for path in save_dir.glob(pattern)} - written:
+            if _converter_of(left) == converter:
+                left.unlink()
+                print(f"removed {left}, of an earlier run")
+
+
+def _converter_of(path: Path) -> str | None:
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        return json.loads(metadata.get(METADATA_KEY, "{}")).get("converter")
+    except (OSError, ValueError, pa.ArrowException):
+        return None
 
 
 def _fraction(text: str) -> float:
@@ -192,7 +213,7 @@ def _parser(recipe: Recipe, description: str) -> argparse.ArgumentParser:
     add("--rows_per_shard", type=_positive, help="write several files a split, with this many rows each")
     add("--model", help="model whose tokenizer and processor measure the prompts and read them back")
     add("--skip_verify", action="store_true", help="do not measure the prompts, nor read them back through verl")
-    add("--preview", type=int, default=0, metavar="N", help="write preview.html with N rows of each split")
+    add("--preview", type=_positive, default=0, metavar="N", help="write preview.html with N rows of each split")
     add("--dry_run", action="store_true", help="do everything but write the parquet files")
     if recipe.keep:
         add("--include_unlicensed", action="store_true", help="keep rows that are flagged as not licensed")

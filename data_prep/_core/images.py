@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import lzma
 import stat
 import warnings
 import zipfile
@@ -24,6 +26,8 @@ MAX_ASPECT_RATIO = 200
 RESIZE_FACTORS = (28, 32)
 # Of 9: a tenth more bytes than at Pillow's own 6, for three quarters of the time.
 PNG_LEVEL = 3
+# What zipfile and its decompressors raise on a damaged, encrypted or unknown member.
+UNREADABLE = (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, lzma.LZMAError)
 # Pillow has decoders that start other programs or that read further files; none of them is a data set's image.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")
 
@@ -48,7 +52,8 @@ class ImageStore:
     def __init__(self, roots: list[Path]):
         self.folders = list(dict.fromkeys(root.resolve() for root in roots if root.is_dir()))
         self.archives = [root for root in roots if root.is_file()]
-        self.archives += [archive for folder in self.folders for archive in sorted(folder.glob("*.zip"))]
+        for folder in self.folders:
+            self.archives += [archive for archive in sorted(folder.glob("*.zip")) if _is_within(folder, archive)]
         self._open: dict[Path, zipfile.ZipFile] = {}
 
     def __getstate__(self) -> dict:
@@ -70,7 +75,7 @@ class ImageStore:
             data = self._from_folders(name, path)
             if data is None:
                 data = self._from_archives(name, path)
-        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        except UNREADABLE as error:
             raise DroppedRow("image file is unreadable", f"{path}: {one_line(error)}") from error
         if data is None:
             raise DroppedRow("image file is missing", path)
@@ -83,9 +88,7 @@ class ImageStore:
             if not (folder / name).is_file():
                 continue
             file = (folder / name).resolve()
-            # The hub's cache links each file of a snapshot to a blob beside the snapshots.
-            blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
-            if not (file.is_relative_to(folder) or file.is_relative_to(blobs)):
+            if not _is_within(folder, file):
                 raise DroppedRow("image path leads out of the source", f"{path} is a link to {file}")
             if file.stat().st_size > MAX_IMAGE_BYTES:
                 raise DroppedRow("image is too large", f"{path}: {file.stat().st_size} bytes")
@@ -96,20 +99,37 @@ class ImageStore:
         for archive in self.archives:
             if archive not in self._open:
                 self._open[archive] = _opened_archive(archive)
-            opened = self._open[archive]
-            # images.zip may hold images/1.png, or 1.png for what rows call images/1.png.
-            for candidate in (name, PurePosixPath(archive.stem) / name, PurePosixPath(*name.parts[1:])):
-                try:
-                    member = opened.getinfo(str(candidate))
-                except KeyError:
-                    continue
-                with opened.open(member) as stream:
+        # images.zip may hold images/1.png, or 1.png for what rows call images/1.png. Of several archives that all have
+        # such a name, nothing says which one is meant.
+        for inner_name in (lambda stem: name, lambda stem: stem / name, lambda stem: _without_folder(name, stem)):
+            found = []
+            for archive in self.archives:
+                with contextlib.suppress(KeyError):
+                    found.append((archive, self._open[archive].getinfo(str(inner_name(PurePosixPath(archive.stem))))))
+            if len(found) > 1:
+                raise DroppedRow("image path is ambiguous", f"{path} is in {', '.join(a.name for a, _ in found)}")
+            if found:
+                (archive, member) = found[0]
+                with self._open[archive].open(member) as stream:
                     # What is read counts, not what the archive's directory claims.
                     data = stream.read(MAX_IMAGE_BYTES + 1)
                 if len(data) > MAX_IMAGE_BYTES:
                     raise DroppedRow("image is too large", f"{path}: more than {MAX_IMAGE_BYTES} bytes unpacked")
                 return data
         return None
+
+
+def _without_folder(name: PurePosixPath, stem: PurePosixPath) -> PurePosixPath:
+    """The name without its first folder where that is what the archive is called, or "images"."""
+    return PurePosixPath(*name.parts[1:]) if name.parts and name.parts[0] in (str(stem), "images") else name
+
+
+def _is_within(folder: Path, path: Path) -> bool:
+    """Whether a path, its links followed, stays in its folder; or in the hub's cache, where each file of a snapshot is
+    a link to a blob beside the snapshots."""
+    path = path.resolve()
+    snapshot = next((place for place in (folder, *folder.parents) if place.parent.name == "snapshots"), None)
+    return path.is_relative_to(folder) or (snapshot is not None and path.is_relative_to(snapshot.parents[1] / "blobs"))
 
 
 def _leads_out(name: PurePosixPath) -> bool:
@@ -148,9 +168,11 @@ def image_bytes(entry: object, store: ImageStore, repairs: list[str]) -> tuple[b
     if isinstance(entry, str):
         return store.read(entry), entry
     entry = entry if isinstance(entry, dict) else {}
-    path = entry.get("path") or ""
-    if entry.get("bytes"):
-        return entry["bytes"], path
+    data, path = entry.get("bytes"), entry.get("path") or ""
+    if not isinstance(path, str) or not isinstance(data, bytes | None):
+        raise DroppedRow("image is neither bytes nor path", f"{type(data).__name__}, {type(path).__name__}")
+    if data:
+        return data, path
     if not path:
         raise DroppedRow("image is empty", "neither bytes nor path")
     repairs.append("image embedded from its path")

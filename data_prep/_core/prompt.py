@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from .errors import ConversionError, one_line
-from .text import FOREIGN_PLACEHOLDERS, IMAGE_PLACEHOLDER
+from .text import CHOICES, FOREIGN_PLACEHOLDERS, IMAGE_PLACEHOLDER, SPECIAL_TOKEN
 
 QUESTION = "{question}"
 STYLES = {
@@ -33,7 +33,11 @@ class Prompt:
 
     def messages(self, question: str) -> list[dict]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": self.user.replace(QUESTION, question)}]
+        user = self.user
+        if self.name in STYLES and CHOICES in question:
+            # Not on the line of the last choice.
+            user = user.replace(f"{QUESTION} ", f"{QUESTION}\n\n")
+        return [*system, {"role": "user", "content": user.replace(QUESTION, question)}]
 
 
 def load_prompt(style: str) -> Prompt:
@@ -57,7 +61,9 @@ def load_prompt(style: str) -> Prompt:
     prompt = Prompt(path.name, fields.get("user", ""), fields.get("system") or "")
     if not (isinstance(prompt.user, str) and isinstance(prompt.system, str)) or prompt.user.count(QUESTION) != 1:
         raise ConversionError(f"--prompt_style {style}: user has to be text that holds {QUESTION} once.")
-    marks = (IMAGE_PLACEHOLDER, *FOREIGN_PLACEHOLDERS)
-    if found := [mark for mark in marks if mark in prompt.user or mark in prompt.system]:
+    texts = prompt.user + prompt.system
+    if found := [mark for mark in (IMAGE_PLACEHOLDER, *FOREIGN_PLACEHOLDERS) if mark in texts]:
         raise ConversionError(f"--prompt_style {style}: {', '.join(found)} would be read as a placeholder.")
+    if special := SPECIAL_TOKEN.search(texts):
+        raise ConversionError(f"--prompt_style {style}: {special[0]} is a special token; the chat template adds those.")
     return prompt

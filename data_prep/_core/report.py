@@ -48,6 +48,7 @@ class Report:
     written: int = 0
     dropped_by: Counts = field(default_factory=Counts)
     repaired_by: Counts = field(default_factory=Counts)
+    noted_by: Counts = field(default_factory=Counts)
     repaired: int = 0
     prompt_tokens: array = field(default_factory=lambda: array("I"))
     image_tokens: array = field(default_factory=lambda: array("I"))
@@ -60,6 +61,8 @@ class Report:
         self.repaired += bool(row.repairs)
         for repair in row.repairs:
             self.repaired_by.add(row_id, repair)
+        for note in row.notes:
+            self.noted_by.add(row_id, note)
         for picture in row.pictures:
             self.digests.frombytes(picture.digest)
 
@@ -98,7 +101,8 @@ def report_table(reports: list[Report], about: str) -> str:
     for report in reports:
         counts = f"{report.read:>7}  {report.written:>7}  {report.repaired:>8}  {report.dropped:>7}"
         lines.append(f"{report.split:<{width}}  {counts}")
-        lines += report.repaired_by.lines("repaired") + report.dropped_by.lines("dropped")
+        lines += report.repaired_by.lines("repaired") + report.noted_by.lines("kept")
+        lines += report.dropped_by.lines("dropped")
     return "\n".join(lines)
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from .errors import DroppedRow
+from .errors import DroppedRow, one_line
 from .images import ImageStore, Picture, image_bytes, image_entries, rgb_picture
 from .prompt import Prompt
 from .recipe import ANSWER_TYPES, Recipe
 from .source import SourceRow
-from .text import answer_type, checked_text, listed_choices, place_images, plain_answer, plain_choices, split_choices
+from .text import checked_text, listed_choices, place_images, plain_answer, plain_choices, split_choices, typed_answer
 
 # The Image feature makes `datasets` hand verl decoded pictures, as for files of verl's own recipe. "Sequence" is
 # the one spelling of a list that old and new `datasets` both read.
@@ -46,14 +46,24 @@ SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps(HF_METADATA)},
 )
 
+# Characters of an answer; beyond, it is a proof or an explanation, good for distillation but not for grading.
+LONG_ANSWER = 100
+
 
 @dataclass
 class ConvertedRow:
-    """A row in verl's schema, with what its report needs: the pictures' sizes and digests, and what was repaired."""
+    """A row in verl's schema, with what its report needs: the pictures' sizes and digests, what was repaired, and what
+    else is worth knowing."""
 
     values: dict
     pictures: list[Picture]
     repairs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _known(meta: dict) -> dict:
+    """Without what is missing; pandas writes NaN for that, which JSON doesn't have."""
+    return {key: value for key, value in meta.items() if value is not None and value == value}
 
 
 def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, images: ImageStore) -> ConvertedRow:
@@ -65,15 +75,22 @@ def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, imag
     """
     if isinstance(row.values, DroppedRow):
         raise row.values
-    problem = recipe.problem(row.values)
-    repairs: list[str] = []
+    try:
+        problem = recipe.problem(row.values)
+    except DroppedRow:
+        raise
+    except Exception as error:  # a value of another type than the set has
+        raise DroppedRow("row is not as the set has it", one_line(error)) from error
+    repairs = ["id that an earlier row has"] if row.repeated else []
     question = checked_text(problem.question, "question")
     choices = plain_choices(problem.choices)
-    ground_truth = plain_answer(problem.answer, repairs)
-    graded_as = problem.answer_type or answer_type(ground_truth)
+    ground_truth, graded_as = typed_answer(plain_answer(problem.answer, repairs), choices, problem.answer_type)
     assert graded_as in ANSWER_TYPES, f"{recipe.name} states the unknown answer type {graded_as!r}"
     if not choices and graded_as in ("choice", "multi_choice"):
-        choices = split_choices(question)
+        found = split_choices(question)
+        # A letter beyond what looked like a list: it was none.
+        choices = found if max(ground_truth) < chr(ord("A") + len(found)) else ()
+    notes = ["answer too long to be matched"] if len(ground_truth) > LONG_ANSWER else []
     if problem.list_choices and choices:
         question = listed_choices(question, choices)
     question, entries = place_images(question, image_entries(problem.images), repairs, recipe.placeholders)
@@ -93,7 +110,7 @@ def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, imag
             "answer_type": graded_as,
             "choices": list(choices),
             "tolerance": problem.tolerance,
-            "meta": json.dumps({key: value for key, value in problem.meta.items() if value is not None}, default=str),
+            "meta": json.dumps(_known(problem.meta), default=str),
         },
     }
-    return ConvertedRow(values, pictures, list(dict.fromkeys(repairs)))
+    return ConvertedRow(values, pictures, list(dict.fromkeys(repairs)), notes)

@@ -38,6 +38,8 @@ class SourceRow:
     index: int
     key: object
     values: dict | DroppedRow
+    repeated: bool = False
+    """Whether the source gives an earlier row the same id; `key` then has a number appended."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def open_source(path_or_hub_id: str | None, recipe: Recipe, image_path: Path | N
     empty = [split.name for split in splits if split.total == 0]
     if empty or not splits:
         raise SourceError(f"{name} has no rows" + (f" in its split {', '.join(empty)}." if empty else "."))
-    return splits
+    return [replace(split, rows=partial(_distinct_keys, split.rows)) for split in splits]
 
 
 def _split_of(file: Path, recipe: Recipe) -> str | None:
@@ -105,20 +107,20 @@ def _open_folder(folder: Path, recipe: Recipe, beside: list[Path]) -> list[Split
     if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
         return _open_saved(folder, recipe, beside)
     # A clone of a hub repository keeps its files under data/.
-    for candidate in (folder, folder / "data"):
-        for kind in KINDS:
-            files = sorted(candidate.glob(f"*{kind}"))
-            named: dict[str, list[Path]] = {}
-            for file in files:
-                if split := _split_of(file, recipe):
-                    named.setdefault(split, []).append(file)
-            if not named and len(files) == 1:
-                named = {recipe.default_split: files}
-            for file in files if named else []:
-                if not any(file in group for group in named.values()):
-                    print(f"note: {file.name} belongs to no split by its name; it is not read", file=sys.stderr)
-            if named:
-                return [_file_split(name, group, recipe, [*beside, folder]) for name, group in named.items()]
+    groups = [sorted(place.glob(f"*{kind}")) for place in (folder, folder / "data") for kind in KINDS]
+    chosen = next((group for group in groups if any(_split_of(file, recipe) for file in group)), [])
+    named: dict[str, list[Path]] = {}
+    for file in chosen:
+        if split := _split_of(file, recipe):
+            named.setdefault(split, []).append(file)
+    files = [file for group in groups for file in group]
+    if not named and len(files) == 1:
+        named = {recipe.default_split: files}
+    if named:
+        for file in files:
+            if not any(file in group for group in named.values()):
+                print(f"note: {file.relative_to(folder)} is not read, beside {chosen[0].name}", file=sys.stderr)
+        return [_file_split(name, group, recipe, [*beside, folder]) for name, group in named.items()]
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise SourceError(
         f"{folder} is in no known layout ({', '.join(f'{name}*' for name in recipe.splits)} as "
@@ -136,7 +138,7 @@ def _file_split(name: str, files: list[Path], recipe: Recipe, beside: list[Path]
     records = _json_lines if files[0].suffix == ".jsonl" else _json_records
     try:
         total = sum(1 for _ in records(files[0]))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{files[0]} is no readable {files[0].suffix} file ({one_line(error)}).") from error
     rows = partial(_record_rows, partial(records, files[0]), recipe)
     return Split(name, total, rows, images, folder.resolve())
@@ -148,7 +150,7 @@ def _json_lines(file: Path) -> Iterator[object]:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield DroppedRow("record is unreadable", one_line(error))
 
 
@@ -177,7 +179,21 @@ def _record_rows(records: Callable[[], Iterable[object]], recipe: Recipe) -> Ite
 def _source_row(index: int, values: dict | DroppedRow, recipe: Recipe) -> SourceRow:
     parts = [values.get(column) for column in recipe.key] if isinstance(values, dict) else []
     known = parts and all(part is not None and part != "" for part in parts)
-    return SourceRow(index, "-".join(map(str, parts)) if known else index, values)
+    # What is no Unicode could not be written.
+    key = "-".join(map(str, parts)).encode(errors="replace").decode() if known else index
+    return SourceRow(index, key, values)
+
+
+def _distinct_keys(rows: Callable[[], Iterable[SourceRow]]) -> Iterator[SourceRow]:
+    """Rows whose keys differ: one that an earlier row has gets a number, before any row is dropped or left out."""
+    seen: dict[object, int] = {}
+    for row in rows():
+        key = row.key
+        while key in seen:
+            seen[row.key] += 1
+            key = f"{row.key}.{seen[row.key]}"
+        seen[key] = 1
+        yield row if key == row.key else replace(row, key=key, repeated=True)
 
 
 def _columns(found: list[str], recipe: Recipe, where: object) -> list[str]:

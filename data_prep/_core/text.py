@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-import math
 import re
+
+import numpy as np
 
 from .errors import DroppedRow, one_line
 
 IMAGE_PLACEHOLDER = "<image>"
 # verl splits a message at these too, and asserts when the row has no such column.
 FOREIGN_PLACEHOLDERS = ("<video>", "<audio>")
+# Tokenizers read these in a text as their special tokens, and processors count them as images.
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<IMG_CONTEXT>|</?img>|<(?:start|end)_of_image>")
 NUMBERED_PLACEHOLDER = re.compile(r"<image[ _]?(\d{1,3})>")
 
 WRAPPINGS = (
@@ -20,6 +23,10 @@ WRAPPINGS = (
     re.compile(r"\\\(((?:(?!\\\().)+)\\\)", re.DOTALL),
     re.compile(r"\\\[((?:(?!\\\[).)+)\\\]", re.DOTALL),
 )
+CHOICES = "\nChoices:\n"
+LETTER = re.compile(r"\(?(?P<bare>[A-J])\)?[.:]?|\\text\s*\{\s*(?P<text>[A-J])\s*\}")
+LETTER_AND_TEXT = re.compile(r"\(?(?P<bare>[A-J])(?:\)|[.:])\s*\S.*|(?P<small>[a-j])", re.DOTALL)
+LETTERS = re.compile(r"[A-J](?:(?:\s*(?:[,;&]|\band\b)\s*|\s+)?[A-J])+")
 LATEX_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # "(A) x (B) y", "A. x; B. y", "A) x B) y", or one a line as "A:40°": a marker follows white space or punctuation.
 CHOICE_MARK = re.compile(
@@ -34,7 +41,8 @@ def checked_text(value: object, what: str) -> str:
     Raises:
         DroppedRow: it is not.
     """
-    if value is None or (isinstance(value, str) and not value.replace(IMAGE_PLACEHOLDER, "").strip()):
+    bare = NUMBERED_PLACEHOLDER.sub("", value).replace(IMAGE_PLACEHOLDER, "") if isinstance(value, str) else value
+    if bare is None or (isinstance(bare, str) and not bare.strip()):
         raise DroppedRow(f"no {what}")
     if not isinstance(value, str):
         raise DroppedRow(f"{what} is not text", f"{type(value).__name__} {value!r:.40}")
@@ -59,8 +67,11 @@ def place_images(question: str, images: list, repairs: list[str], expected: bool
         The question with one `<image>` for each image, and the images in the order of their placeholders.
 
     Raises:
-        DroppedRow: there are more placeholders than images, a video or audio placeholder, or no image.
+        DroppedRow: there are more placeholders than images, a video or audio placeholder, a special token of some
+            model, or no image.
     """
+    if special := SPECIAL_TOKEN.search(question):
+        raise DroppedRow("question holds a special token", special[0])
     if foreign := [mark for mark in FOREIGN_PLACEHOLDERS if mark in question]:
         raise DroppedRow("question has a video or audio placeholder", ", ".join(foreign))
     numbers = [int(number) for number in NUMBERED_PLACEHOLDER.findall(question)]
@@ -95,13 +106,17 @@ def plain_answer(value: object, repairs: list[str]) -> str:
     Raises:
         DroppedRow: there is no answer, it is neither text nor a number, or its box is not closed.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100:
         repairs.append("answer was a number")
-        value = str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+        # A float column of 32 bits hands out 1.100000023841858 for 1.1.
+        short = np.float32(value) if abs(value) < 1e30 and float(np.float32(value)) == value else value
+        value = str(int(value)) if value == int(value) and abs(value) < 1e15 else str(short)
     answer = checked_text(value, "answer").strip()
     bare = answer
-    while (inner := _inside(bare).strip()) and inner != bare:
+    while (inner := _inside(bare).strip()) != bare:
         bare = inner
+    if not bare.strip("$\\{}.;, "):
+        raise DroppedRow("no answer", answer[:40])
     if bare != answer:
         repairs.append("answer unwrapped")
     return bare
@@ -109,22 +124,36 @@ def plain_answer(value: object, repairs: list[str]) -> str:
 
 def _inside(answer: str) -> str:
     """The answer without its outermost wrapping."""
-    if boxes := list(LATEX_BOX.finditer(answer)):
-        return _until_closed(answer, boxes[-1].end())
+    if boxes := _boxes(answer):
+        if len(boxes) == 1:
+            return answer[boxes[0][1] : boxes[0][2] - 1]
+        # Each part of the answer has a box of its own.
+        for start, inner, end in reversed(boxes):
+            answer = answer[:start] + answer[inner : end - 1] + answer[end:]
+        return answer
     for wrapping in WRAPPINGS:
         if match := wrapping.fullmatch(answer):
             return match[1]
-    # "25°." ends a sentence; "..." is part of the answer.
-    return answer[:-1] if answer.endswith(".") and not answer.endswith("..") else answer
+    # "25°." ends a sentence; "..." and "\\right." are part of the answer.
+    ends = answer.endswith(".") and not answer.endswith(("..", "\\right.", "\\left."))
+    return answer[:-1] if ends else answer
 
 
-def _until_closed(text: str, start: int) -> str:
-    depth = 1
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start:position]
-    raise DroppedRow("box of the answer is not closed", text[:40])
+def _boxes(text: str) -> list[tuple[int, int, int]]:
+    """Of each outermost box: where it starts, where its content does, and where it ends."""
+    boxes: list[tuple[int, int, int]] = []
+    for box in LATEX_BOX.finditer(text):
+        if boxes and box.start() < boxes[-1][2]:
+            continue
+        depth = 1
+        for mark in re.finditer(r"\\.|[{}]", text[box.end() :], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(mark[0], 0)
+            if depth == 0:
+                boxes.append((box.start(), box.end(), box.end() + mark.end()))
+                break
+        else:
+            raise DroppedRow("box of the answer is not closed", text[:40])
+    return boxes
 
 
 def tagged_answer(solution: object) -> object:
@@ -142,9 +171,32 @@ def tagged_answer(solution: object) -> object:
     return solution[start + len("<answer>") : end]
 
 
-def answer_type(answer: str) -> str:
-    """How a bare answer is graded when its converter doesn't say."""
-    return "choice" if re.fullmatch(r"[A-J]", answer) else "math"
+def typed_answer(answer: str, choices: tuple[str, ...], kind: str | None) -> tuple[str, str]:
+    """A bare answer as its grader wants it, and how it is graded.
+
+    Args:
+        choices: texts of the choices A, B, C, ...; empty when there are none, or when they are drawn.
+        kind: what the converter says; None leaves it to the answer: a letter, dressed or not, and anything where there
+            are choices, is a choice; letters are several; all else is math.
+
+    Raises:
+        DroppedRow: the answer is a letter beyond the choices.
+    """
+    if kind not in (None, "choice"):
+        return answer, kind
+    texts = [choice.casefold() for choice in choices]
+    named = LETTER.fullmatch(answer) or (LETTER_AND_TEXT.fullmatch(answer) if choices else None)
+    if texts.count(answer.casefold()) == 1:
+        letter = chr(ord("A") + texts.index(answer.casefold()))
+    elif named:
+        letter = named[named.lastgroup].upper()
+    elif choices and kind is None and LETTERS.fullmatch(answer):
+        return ", ".join(re.findall("[A-J]", answer)), "multi_choice"
+    else:
+        return answer, kind or "math"
+    if choices and ord(letter) - ord("A") >= len(choices):
+        raise DroppedRow("answer names no choice", f"{letter} of {len(choices)}")
+    return letter, "choice"
 
 
 def plain_choices(choices: tuple) -> tuple[str, ...]:
@@ -157,14 +209,14 @@ def plain_choices(choices: tuple) -> tuple[str, ...]:
     for number, choice in enumerate(choices):
         letter = chr(ord("A") + number)
         text = checked_text(choice, "choice").strip()
-        plain.append(re.sub(rf"^(?:\({letter}\)|{letter}[.:、)])\s*(?=\S)", "", text))
+        plain.append(re.sub(rf"^(?:\({letter}\)|{letter}[.:、)．：])\s*(?=\S)", "", text))
     return tuple(plain)
 
 
 def listed_choices(question: str, choices: tuple[str, ...]) -> str:
     """The question with its choices below it, one a line."""
     lines = [f"({chr(ord('A') + number)}) {choice}" for number, choice in enumerate(choices)]
-    return "\n".join([question.rstrip(), "Choices:", *lines])
+    return question.rstrip() + CHOICES + "\n".join(lines)
 
 
 def split_choices(text: str) -> tuple[str, ...]:
@@ -178,4 +230,5 @@ def split_choices(text: str) -> tuple[str, ...]:
     if len(letters) < 2 or letters != [chr(ord("A") + number) for number in range(len(letters))]:
         return ()
     ends = [begin for begin, _, _ in marks[1:]] + [len(text)]
-    return tuple(text[begin:end].strip(" \t\r\n;,") for (_, begin, _), end in zip(marks, ends, strict=True))
+    choices = tuple(text[begin:end].strip(" \t\r\n;,") for (_, begin, _), end in zip(marks, ends, strict=True))
+    return choices if all(choices) else ()

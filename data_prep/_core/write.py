@@ -161,7 +161,6 @@ def write_split(
         SourceError: the source breaks off.
     """
     report = Report(split.name)
-    seen: dict[str, int] = {}
     with ExitStack() as stack:
         writer = stack.enter_context(RowGroups(folder / "00000.parquet", metadata))
         for row_id, outcome in tqdm(outcomes, total=split.total, desc=f"{split.name}: converting", unit="row"):
@@ -171,11 +170,6 @@ def write_split(
             if isinstance(outcome, DroppedRow):
                 _drop(report, row_id, outcome)
                 continue
-            # A source that gives several rows one id would make them one problem for whoever looks for the id.
-            seen[row_id] = seen.get(row_id, 0) + 1
-            if seen[row_id] > 1:
-                outcome.repairs.append("id that an earlier row has")
-                row_id = outcome.values["extra_info"]["id"] = f"{row_id}.{seen[row_id]}"
             if rows_per_shard and report.written and report.written % rows_per_shard == 0:
                 stack.close()
                 number = report.written // rows_per_shard

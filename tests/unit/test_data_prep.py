@@ -28,7 +28,7 @@ from data_prep._core.images import ImageStore
 from data_prep._core.lengths import load_measure
 from data_prep._core.prompt import load_prompt
 from data_prep._core.report import OVERLONG, Report
-from data_prep._core.text import place_images, plain_answer, plain_choices, split_choices
+from data_prep._core.text import place_images, plain_answer, plain_choices, split_choices, typed_answer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -194,6 +194,24 @@ def test_an_archive_that_is_none_is_refused(tmp_path):
         convert(source, tmp_path / "out")
 
 
+def test_of_several_archives_the_one_that_is_named_is_read(tmp_path):
+    for number, name in enumerate(("train", "test", "more")):
+        write_zip(tmp_path / f"{name}.zip", {"1.png": png(number)} | ({"only.png": png(9)} if name == "more" else {}))
+    images = ImageStore([tmp_path])
+    assert images.read("train/1.png") == png(0) and images.read("test/1.png") == png(1)
+    assert images.read("only.png") == images.read("images/only.png") == png(9)
+    for path, reason in (("1.png", "ambiguous"), ("images/1.png", "ambiguous"), ("val/1.png", "missing")):
+        with pytest.raises(DroppedRow, match=reason):
+            images.read(path)
+
+
+def test_an_archive_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "images.zip").symlink_to(write_zip(tmp_path / "secret.zip", {"1.png": png()}))
+    with pytest.raises(DroppedRow, match="missing"):
+        ImageStore([tmp_path / "source"]).read("1.png")
+
+
 def test_a_member_that_unpacks_to_more_than_an_image_may_have_is_dropped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(images_module, "MAX_IMAGE_BYTES", 1 << 20)
     source = write_records(tmp_path, "lines", [by_path(0), by_path(1)])
@@ -327,8 +345,13 @@ def test_whatever_is_placed_has_as_many_placeholders_as_images(parts, images):
         ("\\(a\\) or \\(b\\)", "\\(a\\) or \\(b\\)"),
         ("1.5", "1.5"),
         ("and so on...", "and so on..."),
-        ("$$ $$", "$$ $$"),
-        (".", "."),
+        ("\\boxed{3} and \\boxed{4}", "3 and 4"),
+        ("x = \\boxed{3}, y = \\boxed{4}.", "x = 3, y = 4"),
+        ("\\boxed{\\left\\{1,2\\right.}", "\\left\\{1,2\\right."),
+        ("\\left\\{ 1,2 \\right.", "\\left\\{ 1,2 \\right."),
+        ("\\boxed{x\\}}", "x\\}"),
+        (1.100000023841858, "1.1"),
+        (10**20, str(10**20)),
         (7, "7"),
         (7.0, "7"),
         (0.25, "0.25"),
@@ -341,7 +364,27 @@ def test_answers_are_unwrapped(answer, plain):
     assert bool(repairs) == (not isinstance(answer, str) or plain != answer.strip())
 
 
-@pytest.mark.parametrize("answer", [None, "", " ", float("nan"), float("inf"), True, [1], {}, b"6", "\\boxed{6"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        "",
+        " ",
+        ".",
+        ";",
+        "$$ $$",
+        "\\boxed{}",
+        "<answer></answer>",
+        10**400,
+        float("nan"),
+        float("inf"),
+        True,
+        [1],
+        {},
+        b"6",
+        "\\boxed{6",
+    ],
+)
 def test_answers_that_are_none(answer):
     with pytest.raises(DroppedRow):
         plain_answer(answer, [])
@@ -369,6 +412,8 @@ def test_unwrapping_ends_and_changes_nothing_twice(text):
         ("Choose (A) one (C) two", ()),
         ("Is angle (A) right?", ()),
         ("Nothing to choose", ()),
+        ("Angle A. Point B.", ()),
+        ("The vertices are A. B. C. D. Find it.", ()),
         ("", ()),
     ],
 )
@@ -376,15 +421,78 @@ def test_choices_in_a_text(text, choices):
     assert split_choices(text) == choices
 
 
+@pytest.mark.parametrize(
+    ("answer", "choices", "kind", "typed"),
+    [
+        ("B", ("5", "6"), None, ("B", "choice")),
+        ("(B)", ("5", "6"), None, ("B", "choice")),
+        ("B. 6", ("5", "6"), None, ("B", "choice")),
+        ("b", ("5", "6"), None, ("B", "choice")),
+        ("6", ("5", "6"), None, ("B", "choice")),
+        ("Yes", ("yes", "no"), None, ("A", "choice")),
+        ("AC", ("1", "2", "3"), None, ("A, C", "multi_choice")),
+        ("A and C", ("1", "2", "3"), None, ("A, C", "multi_choice")),
+        ("7", ("5", "6"), None, ("7", "math")),
+        ("\\text{B}", (), None, ("B", "choice")),
+        ("(C)", (), None, ("C", "choice")),
+        ("AC", (), None, ("AC", "math")),
+        ("b", (), None, ("b", "math")),
+        ("B. 6", (), None, ("B. 6", "math")),
+        ("(B)", (), "choice", ("B", "choice")),
+        ("A, C", (), "multi_choice", ("A, C", "multi_choice")),
+        ("B", ("5", "6"), "text", ("B", "text")),
+    ],
+)
+def test_how_an_answer_is_graded(answer, choices, kind, typed):
+    assert typed_answer(answer, choices, kind) == typed
+
+
+@pytest.mark.parametrize("answer", ["C", "(D)", "C. 7"])
+def test_a_letter_beyond_the_choices_is_dropped(answer):
+    with pytest.raises(DroppedRow, match="answer names no choice"):
+        typed_answer(answer, ("5", "6"), None)
+
+
 def test_letters_repeated_in_choices_are_taken_off():
     assert plain_choices(("A. 5", "(B) 6", "C:7", "D", "Ant")) == ("5", "6", "7", "D", "Ant")
 
 
-def test_ids_that_a_source_repeats_stay_apart(tmp_path):
-    source = parquet(tmp_path / "train.parquet", [record(1), record(2), record(1), record(1)])
+def test_ids_that_a_source_repeats_stay_apart_and_the_same(tmp_path):
+    rows = [record(1), record(2), record(1), record(1), record(0, id="r1.2"), record(0, id="r1.2")]
+    source = parquet(tmp_path / "train.parquet", rows)
     (report,) = convert(source, tmp_path / "out")
-    assert ids_of(tmp_path / "out" / "train.parquet") == [f"mmk12-train-{key}" for key in ("r1", "r2", "r1.2", "r1.3")]
-    assert report.repaired_by.rows == {"id that an earlier row has": 2}
+    expected = [f"mmk12-train-{key}" for key in ("r1", "r2", "r1.2", "r1.3", "r1.2.2", "r1.2.3")]
+    assert ids_of(tmp_path / "out" / "train.parquet") == expected
+    assert report.repaired_by.rows == {"id that an earlier row has": 4}
+    # Whatever is drawn, and whatever is dropped, a row's id stays.
+    convert(source, tmp_path / "drawn", limit=3, seed=5)
+    assert set(ids_of(tmp_path / "drawn" / "train.parquet")) < set(expected)
+    parquet(tmp_path / "train.parquet", [rows[0] | {"answer": None}, *rows[1:]])
+    convert(source, tmp_path / "dropped")
+    assert ids_of(tmp_path / "dropped" / "train.parquet") == expected[1:]
+
+
+def test_a_row_that_is_not_as_the_set_has_it_is_dropped_not_fatal(tmp_path):
+    (tmp_path / "0.png").write_bytes(png())
+    rows = [
+        record(1, image={"path": 5}),
+        record(2, question={"a": 1}, image="0.png"),
+        record(3, subject=["x"], image="0.png"),
+    ]
+    source = write_records(tmp_path, "lines", [*rows, record(4, answer=["1"], image="0.png")])
+    with source.open("a") as stream:
+        stream.write("[" * 100_000 + "\n")
+        stream.write('{"id": "\\ud800", "question": "?", "answer": "1", "subject": "", "image": "0.png"}\n')
+    (report,) = convert(source, tmp_path / "out")
+    assert (report.read, report.written) == (6, 2)
+    assert ids_of(tmp_path / "out" / "train.parquet") == ["mmk12-train-r3", "mmk12-train-?"]
+
+
+def test_answers_that_no_grader_can_match_are_kept_and_named(tmp_path, capsys):
+    source = parquet(tmp_path / "train.parquet", [record(1), record(2, answer="Because of this, " * 20)])
+    (report,) = convert(source, tmp_path / "out")
+    assert report.noted_by.rows == {"answer too long to be matched": 1} and report.written == 2
+    assert "kept 1 x answer too long to be matched: mmk12-train-r2" in capsys.readouterr().out
 
 
 # Options
@@ -424,6 +532,29 @@ def test_shards(tmp_path):
     assert [name for file in files for name in ids_of(tmp_path / "out" / file)] == [
         f"mmk12-train-r{number}" for number in range(150)
     ]
+
+
+def test_files_of_an_earlier_run_are_not_left_beside_new_ones(tmp_path):
+    """A pattern such as train*.parquet would find rows twice."""
+    source = parquet(tmp_path / "source" / "train.parquet", [record(number) for number in range(10)])
+    out = tmp_path / "out"
+    parquet(out / "train-00000-of-00009.parquet", [{"mine": 1}])
+    for rows_per_shard, count in ((3, 4), (5, 2), (None, 1), (5, 2)):
+        convert(source, out, rows_per_shard=rows_per_shard)
+        assert len(names(out)) == count + 1
+    assert "train-00000-of-00009.parquet" in names(out)  # no converter wrote that one
+
+
+def test_files_that_are_not_read_are_named(tmp_path, capsys):
+    parquet(tmp_path / "source" / "data" / "train.parquet", [record(0)])
+    (tmp_path / "source" / "dataset_infos.json").write_text("{}")
+    (tmp_path / "source" / "test.jsonl").write_text("")
+    parquet(tmp_path / "source" / "test.parquet", [record(1)])
+    convert(tmp_path / "source", tmp_path / "out")
+    assert names(tmp_path / "out") == ["test.parquet"]
+    errors = capsys.readouterr().err
+    for name in ("data/train.parquet", "dataset_infos.json", "test.jsonl"):
+        assert f"note: {name} is not read" in errors
 
 
 def test_worker_processes_give_the_same_file(tmp_path):

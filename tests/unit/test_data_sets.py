@@ -442,6 +442,22 @@ def test_mathvista_free_answers(kind, precision, answer, graded, tolerance, tmp_
     assert row["question"].endswith("(Unit: g)") and row["choices"] == []
 
 
+@pytest.mark.parametrize("name", ["Train", "training", "train_v2"])
+def test_mathvista_by_another_name_cannot_be_trained_on_either(name, tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list([ROWS["mathvista"]])
+    datasets.DatasetDict({name: rows}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(_core.SourceError, match="evaluation only"):
+        _core.convert(str(tmp_path / "saved"), tmp_path / "out", recipe("mathvista"), skip_verify=True)
+
+
+def test_mathvista_precision_may_be_nan_or_text(tmp_path):
+    for precision, tolerance in ((float("nan"), 0.0), ("2.0", 0.005)):
+        changes = {"precision": precision, "question_type": "free_form", "answer_type": "float", "choices": None}
+        assert one("mathvista", tmp_path / str(precision), answer="1.25", **changes)["tolerance"] == tolerance
+
+
 # wemath, logicvista, dynamath
 
 
@@ -449,6 +465,19 @@ def test_wemath_options_are_one_string(tmp_path):
     row = one("wemath", tmp_path)
     assert (row["answer"], row["choices"]) == ("C", ["80°", "100°", "a; b", "270°", "No correct answer"])
     assert row["id"] == "wemath-testmini-2steps_247-2steps_2"  # the steps of a problem share its ID
+
+
+@pytest.mark.parametrize(
+    "option", ["A.80°;B.100°;C.1/2", "A. 80°；B．100°;  C：x", "A. Angle A: 30; B. Angle B: 40;C. (A)"]
+)
+def test_wemath_options_without_blanks(option, tmp_path):
+    assert len(one("wemath", tmp_path, option=option)["choices"]) == 3
+
+
+@pytest.mark.parametrize("option", ["80;90", "A. 80", "A. 1; C. 2; D. 3", ""])
+def test_wemath_options_that_cannot_be_told_apart(option, tmp_path):
+    assert dropped("wemath", tmp_path, option=option) == {"options cannot be told apart": 1}
+    assert dropped("wemath", tmp_path / "beyond", answer="F") == {"answer names no choice": 1}
 
 
 def test_logicvista_licence_flags(tmp_path, capsys):

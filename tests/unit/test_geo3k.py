@@ -379,9 +379,10 @@ BROKEN = {
     "placeholders and images differ in number": [
         good_row() | {"problem": "<image> or <image>?"},
         good_row() | {"problem": "<image1> or <image2>?", "images": good_row()["images"] * 3},
-        good_row() | {"problem": "<image1>", "images": []},
+        good_row() | {"problem": "Find <image1>", "images": []},
         good_row() | {"images": []},
     ],
+    "question holds a special token": [good_row() | {"problem": "<image>What is <|image_pad|>?"}],
     "question has a video or audio placeholder": [good_row() | {"problem": "<image> <video>"}],
     "image is empty": [with_image(None), with_image(b""), good_row() | {"images": [None]}],
     "image file is missing": [with_image(None, "absent.png"), with_image(b"", ".")],
