@@ -42,9 +42,10 @@ from PIL import Image
 from tqdm import tqdm
 
 if __package__:
-    from data_prep import _core
+    from data_prep import _core, mathvista
 else:  # as a plain script: this folder is on the path, its parent is not
     import _core
+    import mathvista
 
 SCHEMA = _core.row.SCHEMA
 # What files lack that an older converter wrote. Empty says, as before there were such fields, that nothing is known.
@@ -326,6 +327,11 @@ def _first_pass(sources: list[Source], validation: list[Source], drop_shared_ima
         earlier: dict[bytes, str] = {}
         for source in sources:
             for position, digest in digests(source):
+                if digest.data_source == mathvista.RECIPE.hub_id:
+                    why = mathvista.RECIPE.validation_only
+                    raise _core.SourceError(
+                        f"{source.path} holds rows of {digest.data_source}: {why} Give it with --val."
+                    )
                 if _is_left(source, digest, validation, earlier, drop_shared_images):
                     source.left.append(position)
 

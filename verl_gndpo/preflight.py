@@ -28,6 +28,7 @@ from verl_gndpo import ESTIMATORS, SUPPORTED_VERL
 from verl_gndpo.config import ConfigError, read_signal_config, read_teacher_config, uses_gndpo
 from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.rewards import ANSWER_TYPES
+from verl_gndpo.rewards.graders import GRADERS
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ DISTRIBUTIONS = ("torch", "ray", "transformers", "vllm", "sglang", "tensordict",
 # verl's placeholder of each kind of medium, and the config key under `data` that names its column.
 MEDIA = {"<image>": "image_key", "<video>": "video_key", "<audio>": "audio_key"}
 ROWS_SHOWN = 3
+VALIDATION_ONLY = {"AI4Math/MathVista": "its authors allow it for evaluation only"}
 
 
 @dataclass(frozen=True)
@@ -450,49 +452,65 @@ def check_data(config: Any) -> list[Check]:
 
 
 def check_rewards(config: Any) -> list[Check]:
-    """Every data source of the files has a reward function; verl finds out after the first rollout."""
-    path = _get(config, "reward.custom_reward_function.path") or _get(config, "custom_reward_function.path")
+    """Every data source of the files has a reward function, which verl finds out after the first rollout; and none is
+    trained on that must not be."""
+    checks = [
+        Check(
+            "data",
+            "error",
+            f"data.train_files has rows of {source}: {VALIDATION_ONLY[source]}",
+            "leave it to data.val_files",
+        )
+        for source in sorted({source for source, _ in _data_sources(config, "train_files")} & VALIDATION_ONLY.keys())
+    ]
+    function = _get(config, "reward.custom_reward_function") or {}
+    path, name = function.get("path"), function.get("name") or "compute_score"
     manager = _get(config, "reward.reward_manager.name", "naive")
-    ours = path is not None and path.split("://")[-1].startswith("verl_gndpo.rewards")
+    ours = path == "pkg://verl_gndpo.rewards"
     if (path is not None and not ours) or manager != "naive" or _get(config, "reward.reward_model.enable"):
-        return []
-    unrewarded = sorted(source for source, typed in _data_sources(config) if not _has_reward(source, typed, ours))
+        return checks
+    if ours and name != "compute_score":
+        detail = f"verl_gndpo.rewards has no function {name}"
+        remedy = "reward.custom_reward_function.name=compute_score"
+        return [*checks, Check("reward", "error", detail, remedy)]
+    sources = _data_sources(config, "train_files") | _data_sources(config, "val_files")
+    unrewarded = sorted({source for source, kind in sources if not _has_reward(source, kind, ours)})
     if not unrewarded:
-        return []
+        return checks
     if ours:
         detail = f"verl_gndpo.rewards knows no answer type for data_source {', '.join(unrewarded)}"
-        remedy = "write extra_info.answer_type into these rows, as the converters in data_prep do"
+        remedy = f"write one of {', '.join(GRADERS)} into extra_info.answer_type, as the converters in data_prep do"
     else:
         detail = f"verl has no reward function for data_source {', '.join(unrewarded)}"
         remedy = (
             "reward.custom_reward_function.path=pkg://verl_gndpo.rewards "
             "reward.custom_reward_function.name=compute_score"
         )
-    return [Check("reward", "error", detail, remedy)]
+    return [*checks, Check("reward", "error", detail, remedy)]
 
 
-def _data_sources(config: Any) -> set[tuple[str, bool]]:
-    """Data sources of the local parquet files, each with whether its file says how answers are graded."""
+def _data_sources(config: Any, key: str) -> set[tuple[str, str]]:
+    """Data sources of the local parquet files of `data.<key>`, each with how its rows say answers are graded."""
     found = set()
-    for key in ("train_files", "val_files"):
-        files = config.data.get(key)
-        for file in [files] if isinstance(files, str) else list(files or ()):
-            column = _get(config, "data.reward_fn_key", "data_source")
-            # A file that can't be read is what `check_data` tells of.
-            with contextlib.suppress(pa.ArrowException, OSError), pq.ParquetFile(Path(file).expanduser()) as parquet:
-                if column not in parquet.schema_arrow.names:
-                    continue
-                typed = "extra_info.answer_type" in (
-                    parquet.schema.column(i).path for i in range(parquet.metadata.num_columns)
-                )
-                for batch in parquet.iter_batches(columns=[column]):
-                    found |= {(source, typed) for source in pc.unique(batch[column]).to_pylist() if source}
+    files = config.data.get(key)
+    column = _get(config, "data.reward_fn_key", "data_source")
+    for file in [files] if isinstance(files, str) else list(files or ()):
+        # A file that can't be read is what `check_data` tells of.
+        with contextlib.suppress(pa.ArrowException, OSError), pq.ParquetFile(Path(file).expanduser()) as parquet:
+            leaves = [parquet.schema.column(i).path for i in range(parquet.metadata.num_columns)]
+            if column not in leaves:
+                continue
+            kind = [name for name in ("extra_info.answer_type",) if name in leaves]
+            for batch in parquet.iter_batches(columns=[column, *kind]):
+                sources = batch[column].to_pylist()
+                kinds = pc.struct_field(batch["extra_info"], "answer_type").to_pylist() if kind else [""] * len(sources)
+                found |= {(source, kind or "") for source, kind in zip(sources, kinds, strict=True) if source}
     return found
 
 
-def _has_reward(source: str, typed: bool, ours: bool) -> bool:
+def _has_reward(source: str, kind: str, ours: bool) -> bool:
     if ours:
-        return typed or source in ANSWER_TYPES
+        return kind in GRADERS or (not kind and source in ANSWER_TYPES)
     from verl.utils.reward_score import default_compute_score
 
     try:

@@ -612,3 +612,10 @@ def test_verl_reads_every_row_of_a_mix(two, tmp_path):
             assert parts[0]["image"].tobytes() == Image.open(BytesIO(stored[place]["images"][0]["bytes"])).tobytes()
             for key in ("data_source", "reward_model", "extra_info"):
                 assert dataset[place][key] == stored[place][key]
+
+
+def test_rows_that_must_not_be_trained_on_are_known_without_metadata(tmp_path):
+    """A file that was rewritten since, so that only its rows say where they come from."""
+    rewritten = write(tmp_path / "a.parquet", [row("v", 1) | {"data_source": "AI4Math/MathVista"}])
+    with pytest.raises(_core.SourceError, match=r"a\.parquet holds rows of AI4Math/MathVista: .* --val"):
+        mix.mix([rewritten], tmp_path / "out")

@@ -731,6 +731,32 @@ def test_a_data_source_that_our_graders_do_not_know(make_config, tmp_path):
     assert preflight.check_rewards(config) == []
 
 
+@pytest.mark.parametrize(("kind", "known"), [("", False), (None, False), ("mcq", False), ("choice", True)])
+def test_an_answer_type_has_to_be_one_that_is_known(kind, known, make_config, tmp_path):
+    config = make_config(*OURS)
+    table = pa.table(
+        {
+            "data_source": ["mine/own"],
+            "extra_info": pa.array([{"answer_type": kind}], pa.struct([("answer_type", "str")])),
+        }
+    )
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert (preflight.check_rewards(config) == []) == known
+
+
+def test_a_function_that_the_rewards_do_not_have(make_config, tmp_path):
+    config = make_config(OURS[0], "reward.custom_reward_function.name=nope")
+    expect(preflight.check_rewards(config), "error", "no function nope", OURS[1])
+
+
+def test_what_must_not_be_trained_on(make_config, tmp_path):
+    config = make_config(*OURS)
+    write_sources(tmp_path / "test.parquet", ["AI4Math/MathVista"])
+    assert preflight.check_rewards(config) == []
+    write_sources(tmp_path / "train.parquet", ["AI4Math/MathVista"])
+    expect(preflight.check_rewards(config), "error", "AI4Math/MathVista", "evaluation only", "data.val_files")
+
+
 def test_sources_that_verl_rewards_itself(make_config, tmp_path):
     config = make_config()
     write_sources(tmp_path / "train.parquet", ["hiyouga/geometry3k", "openai/gsm8k", "math_dapo"])
