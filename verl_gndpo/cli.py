@@ -58,6 +58,46 @@ def doctor(
         typer.echo(f"ready to start: {counts}")
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN",
+            help="metrics.jsonl of verl's file logger, or a folder that has one; LABEL=RUN names its line. The same "
+            "LABEL several times: seeds of one arm, drawn as a median with a band.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for index.html, PNGs and summary.json.")],
+    teacher_accuracy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--teacher-accuracy",
+            metavar="[SOURCE=]SHARE",
+            help="For the gap closed; by data source where there are several. Else: teacher_accuracy of the "
+            "summary.json beside a run, where there is one.",
+        ),
+    ] = None,
+) -> None:
+    """Draw and compare runs, also unfinished ones: a page with plots and a table.
+
+    Exit code 0: the page is written. 1: a run can't be read, or the page can't be written.
+    """
+    from verl_gndpo.report.page import write_report
+    from verl_gndpo.report.read import ReportError
+
+    try:
+        page, arms = write_report(runs, out, teacher_accuracy or [])
+    except (ReportError, OSError) as error:
+        typer.echo(f"error   {error}", err=True)
+        raise typer.Exit(1) from error
+    for arm in arms:
+        for run in arm["runs"]:
+            for note in run["notes"]:
+                typer.echo(f"note    {run['path']}: {note}")
+    typer.echo(f"report of {sum(len(arm['runs']) for arm in arms)} run(s): {page}")
+
+
 def _compose(config_path: str, config_name: str, overrides: list[str]) -> Any:
     """The config that main_ppo would get.
 
