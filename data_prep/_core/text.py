@@ -185,10 +185,12 @@ def typed_answer(answer: str, choices: tuple[str, ...], kind: str | None) -> tup
     if kind not in (None, "choice"):
         return answer, kind
     texts = [choice.casefold() for choice in choices]
-    named = LETTER.fullmatch(answer) or (LETTER_AND_TEXT.fullmatch(answer) if choices else None)
-    if texts.count(answer.casefold()) == 1:
+    # A capital letter is a label, even where the texts of the choices are letters themselves.
+    if named := LETTER.fullmatch(answer):
+        letter = named[named.lastgroup]
+    elif texts.count(answer.casefold()) == 1:
         letter = chr(ord("A") + texts.index(answer.casefold()))
-    elif named:
+    elif choices and (named := LETTER_AND_TEXT.fullmatch(answer)):
         letter = named[named.lastgroup].upper()
     elif choices and kind is None and LETTERS.fullmatch(answer):
         return ", ".join(re.findall("[A-J]", answer)), "multi_choice"

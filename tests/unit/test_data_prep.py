@@ -430,6 +430,8 @@ def test_choices_in_a_text(text, choices):
         ("b", ("5", "6"), None, ("B", "choice")),
         ("6", ("5", "6"), None, ("B", "choice")),
         ("Yes", ("yes", "no"), None, ("A", "choice")),
+        ("B", ("B", "A"), None, ("B", "choice")),
+        ("b", ("b", "a"), None, ("A", "choice")),
         ("AC", ("1", "2", "3"), None, ("A, C", "multi_choice")),
         ("A and C", ("1", "2", "3"), None, ("A, C", "multi_choice")),
         ("7", ("5", "6"), None, ("7", "math")),
