@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 from . import symbolic
-from .latex import canonical, clean
+from .latex import CIRCLED, canonical, clean
 from .quantity import agree, quantity, split_name
 
 # What is longer, deeper or has more parts is no answer, unless it is the truth to the letter.
@@ -24,20 +24,54 @@ _HOPELESS = re.compile(
 Leaf = Callable[[str, str, float], bool]
 """Decides what nothing else could: (answer, truth, tolerance), both cleaned."""
 
-_LABEL_WORD = r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\b|:)?\s*)?"
+_LABEL_WORD = (
+    r"(?:(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\b|:)?"
+    r"|故?(?:应?选择?|答案[是为选]?)\s*:?)\s*)?"
+)
 _LETTER = re.compile(_LABEL_WORD + r"[(\[]?\s*([A-Z])\s*[)\]]?\s*[.:]?", re.I)
 _LABEL = re.compile(
     _LABEL_WORD + r"(?:[(\[]\s*([A-Z])\s*[)\]]\s*[.:]?|([A-Z])\s*[.):])(?!\s*(?:and\b|or\b|[,;/&]))", re.I
 )
+_OTHER_LABEL = re.compile(r"(?<![a-zA-Z])(?:\(([A-Z])\)|([A-Z])\s*[.):])|^\s*([A-Z])$")
+_LABEL_AND_TEXT = re.compile(_LABEL_WORD + r"([A-Z])(?:\s*,\s*|\s+)(?P<text>\S.*)", re.S)
+# A truth of a math set that is a choice's.
+_DRESSED = re.compile(r"\(([A-Z])\)|([A-Z])[.)]\s.*", re.S)
+_BETWEEN_BRACKETS = re.compile(r"[)）]\s*[(（]")
 _OWN_LABEL = re.compile(r"\s*\(?([A-Z])\s*[.:)]\s*(?=\S)")
-_LETTERS = re.compile(r"[A-Z]{2,26}")
-_BETWEEN_LETTERS = re.compile(r"\s*(?:[,;&/]|\band\b)\s*|\s+", re.I)
+# Small ones in their order only: "ac", no word.
+_LETTERS = re.compile(r"[A-Z]{2,26}|(?=..)a?b?c?d?e?f?g?h?")
+_BEFORE_LETTERS = re.compile(r"^(?:both|options|choices|answers)\b\s*:?\s*", re.I)
+_BETWEEN_LETTERS = re.compile(r"\s*(?:[,;&/+]|\band\b)\s*|\s+|(?<=\))(?=\()", re.I)
 _BETWEEN_CHOICES = re.compile(r"\s*[;\n]\s*")
 
-_GEOMETRIC = re.compile(r"\\angle(?![a-zA-Z])|\bangles?\b|\\(?:overline|widehat)\s*(?=\{)")
+_GEOMETRIC = re.compile(r"\\(?:angle|triangle)(?![a-zA-Z])|\bangles?\b|\\(?:overline|widehat)\s*(?=\{)")
+_PRIMED = re.compile(r"([A-Za-z)}\]])\s*('+)(?![a-z])(?<![a-z]{2}')")
+_POINT = re.compile(r"^([A-Z]'?)\s*(?=\([^(),]*,[^()]*\)$)")
+# Two names of one kind that differ name two things. The first five (the number of an angle, a letter, a Greek one,
+# a segment, an angle or triangle) are also values, the others (a function, a ratio) are no more than names.
+_NAME_KINDS = [
+    re.compile(kind)
+    for kind in (
+        r"\d",
+        r"[A-Za-z]'*",
+        r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|tau|(?:var)?phi|psi|omega)'*",
+        r"(?:[A-Z]'*){2}",
+        r"(?:[A-Z]'*){3}",
+        r"\\[a-zA-Z]+'*",
+        r"[a-zA-Z]'*\([^()]+\)",
+        r"[^:]+:[^:]+",
+    )
+]
+_VALUE_KINDS = 5
+_POINTS_KINDS = (3, 4)
+_INDEX = re.compile(r"_?\{?\d+\}?$")
+_CAPITAL = re.compile(r"[A-Z]'*")
+_LETTER_RUN = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
+_CASELESS = re.compile(r"[a-zA-Z]*[a-z]{3}[a-zA-Z]*|(?i:no)")
 _UNIT_TAIL = re.compile(r"\s+(?:(?:square|cubic)\s+)?(?:units?|[cmk]m|inch(?:es)?|feet)(?:\s*\^\s*\{?\s*[23]\s*\}?)?$")
 _BLANKS = re.compile(r"\s*[;\n]\s*")
 _SOLUTIONS = re.compile(r"\s*,?\s+(?:and|or)\s+|\s*\\(?:lor|vee)(?![a-zA-Z])\s*", re.I)
+_PLUS_MINUS = re.compile(r"(?P<operand>[\w)}°%]\s*)?\\pm(?![a-zA-Z])\s*")
 # What may stand for several solutions without a comma.
 _SEVERAL = re.compile(r"\\(?:pm|mp|cup|le|ge|\{)(?![a-zA-Z])|[<>]")
 _BRACKET = re.compile(r"\\[{}]|[()\[\]{}]")
@@ -79,6 +113,12 @@ def _number(answer: str, truth: str, choices: list[str], tolerance: float) -> bo
 
 def _math(answer: str, truth: str, choices: list[str], tolerance: float) -> bool:
     """Expressions, equations, points, intervals, sets and lists of them, see `same`."""
+    if CIRCLED.search(truth):
+        # (1)(2)(4) is no product where ①②④ is asked for.
+        answer = _BETWEEN_BRACKETS.sub("),(", answer)
+    dressed, letter = _DRESSED.fullmatch(clean(truth)), _LETTER.fullmatch(clean(answer))
+    if dressed and letter:
+        return letter[1].upper() in dressed.groups()
     try:
         return same(answer, truth, tolerance, _leave_undecided)
     except _Undecided:
@@ -147,7 +187,11 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
     Args:
         leaf: asked about what neither spelling, numbers nor structure decides.
     """
-    answer, truth = (_GEOMETRIC.sub(" ", clean(text)).strip() for text in (answer, truth))
+    answer, truth = clean(answer), clean(truth)
+    equated, equated_truth = _equated_names(answer), _equated_names(truth)
+    if equated and equated_truth:
+        return equated == equated_truth
+    answer, truth = (_POINT.sub(r"\1=", _GEOMETRIC.sub(" ", text).strip()) for text in (answer, truth))
     if canonical(answer) == canonical(truth):
         return bool(truth)
     given, wanted = quantity(answer), quantity(truth)
@@ -165,7 +209,10 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
         return False
     ratios = answer.split(":"), truth.split(":")
     if max(map(len, ratios)) > 2:
-        return _same_elements(*ratios, True, tolerance, leaf)
+        scaled = ([f"{term}:{terms[0]}" for term in terms[1:]] for terms in ratios)
+        return len(ratios[0]) == len(ratios[1]) and (
+            _same_elements(*ratios, True, tolerance, leaf) or _same_elements(*scaled, True, tolerance, leaf)
+        )
     bracketed, bracketed_truth = _bracketed(answer), _bracketed(truth)
     if bracketed and bracketed_truth:
         (brackets, answers), (brackets_truth, truths) = bracketed, bracketed_truth
@@ -175,15 +222,17 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
     (name, value), (name_truth, value_truth) = split_name(answer), split_name(truth)
     if name and name_truth:
         return not _other_name(answer, truth) and same(value, value_truth, tolerance, leaf)
-    if "=" not in truth:
-        answer = value
-    if "=" not in answer:
-        truth = value_truth
+    if name and "=" not in truth:
+        return same(value, truth, tolerance, leaf)
+    if name_truth and "=" not in answer:
+        return same(answer, value_truth, tolerance, leaf)
+    if _other_letters(answer, truth):
+        return False
     answer, truth = _UNIT_TAIL.sub("", answer), _UNIT_TAIL.sub("", truth)
     keys = canonical(answer), canonical(truth)
     if all(map(_LETTERS_ONLY.fullmatch, keys)) or any(map(_WORD.search, (answer, truth))):
-        # A segment has two names.
-        return _same_words(answer, truth) or (len(keys[0]) == 2 and keys[0] == keys[1][::-1])
+        points = _one_name(answer)
+        return _same_words(answer, truth) or bool(points and points[0] in _POINTS_KINDS and points == _one_name(truth))
     if any(map(_TWO_NUMBERS.search, (answer, truth))):
         # Parsers take the space for a product or a sum.
         return False
@@ -191,14 +240,55 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
 
 
 def _other_name(answer: str, truth: str) -> bool:
-    # Only of single letters is it clear that x = 5 isn't y = 5; "h = 5" and "height = 5" may well be the same.
-    names = [canonical(split_name(side)[0]) for side in (answer, truth)]
-    return len(names[0]) == len(names[1]) == 1 and names[0] != names[1]
+    # x = 5 isn't y = 5, but "h = 5" and "height = 5" may well be the same.
+    names = [_one_name(split_name(side)[0]) for side in (answer, truth)]
+    return None not in names and names[0][0] == names[1][0] and names[0] != names[1]
+
+
+def _one_name(text: str) -> tuple[int, str] | None:
+    """Kind and normal form of a name, None if it is of no kind that tells. A segment or angle has two names."""
+    name = canonical(_GEOMETRIC.sub(" ", text)).replace("{", "").replace("}", "")
+    for kind, pattern in enumerate(_NAME_KINDS):
+        if pattern.fullmatch(name):
+            backwards = "".join(reversed(_CAPITAL.findall(name)))
+            return kind, min(name, backwards) if kind in _POINTS_KINDS else name
+    return None
+
+
+def _equated_names(cleaned: str) -> list[tuple[int, str]] | None:
+    """The sides of AB = CD in a fixed order; None where anything but a name is a side."""
+    sides = cleaned.split("=")
+    if not 1 < len(sides) <= MAX_ELEMENTS or any(side.strip().isdigit() for side in sides):
+        return None
+    names = [_one_name(side) for side in sides]
+    return sorted(names) if all(name and name[0] < _VALUE_KINDS for name in names) else None
+
+
+def _other_letters(answer: str, truth: str) -> bool:
+    """Whether letters differ in their primes, or in nothing but case where they aren't words."""
+    if set(_PRIMED.findall(answer)) != set(_PRIMED.findall(truth)):
+        return True
+    runs, runs_truth = _LETTER_RUN.findall(answer), _LETTER_RUN.findall(truth)
+    letters, letters_truth = "".join(runs), "".join(runs_truth)
+    return (
+        set(letters) != set(letters_truth)
+        and set(letters.lower()) == set(letters_truth.lower())
+        and not any(map(_CASELESS.fullmatch, runs + runs_truth))
+    )
 
 
 def _same_elements(answers: list[str], truths: list[str], ordered: bool, tolerance: float, leaf: Leaf) -> bool:
     if len(answers) != len(truths) or len(truths) > MAX_ELEMENTS:
         return False
+    # Which root is x_1 and which x_2 is nobody's concern.
+    names, names_truth = (
+        [_INDEX.sub("", canonical(split_name(side)[0])) for side in sides] for sides in (answers, truths)
+    )
+    if not ordered and any(all(some) and len(set(some)) == len(truths) for some in (names, names_truth)):
+        # x = 2, y = 3 is to be compared by names, or in order with 2, 3.
+        if set(names) == set(names_truth):
+            answers = [answers[names.index(name)] for name in names_truth]
+        ordered = set(names) == set(names_truth) or not any(names) or not any(names_truth)
     if ordered:
         return all(same(answer, truth, tolerance, leaf) for answer, truth in zip(answers, truths, strict=True))
     left = list(answers)
@@ -236,7 +326,15 @@ _COMMA_OUTSIDE_NUMBERS = re.compile(r",(?!(?<=\d,)\d{3}(?!\d))")
 
 
 def _solutions(text: str) -> list[str]:
-    return [piece for part in _split(text, _SOLUTIONS) for piece in _split(part, _COMMA_OUTSIDE_NUMBERS)]
+    pieces = [piece for part in _split(text, _SOLUTIONS) for piece in _split(part, _COMMA_OUTSIDE_NUMBERS)]
+    return [solution for piece in pieces for solution in _both_signs(piece)]
+
+
+def _both_signs(text: str) -> list[str]:
+    if len(_PLUS_MINUS.findall(text)) != 1 or r"\mp" in text:
+        return [text]
+    plus = _PLUS_MINUS.sub(lambda m: m["operand"] + "+" if m["operand"] else "", text)
+    return [plus, _PLUS_MINUS.sub(lambda m: (m["operand"] or "") + "-", text)]
 
 
 def _bracketed(text: str) -> tuple[tuple[str, str], list[str]] | None:
@@ -275,14 +373,37 @@ def _chosen(text: str, texts: list[str]) -> int | None:
     letter = _LETTER.fullmatch(text)
     label = letter or _LABEL.match(text)
     named = next(filter(None, label.groups()), None) if label else None
+    if named and not letter and _lists_others(text[label.end() :], named, texts):
+        named = None
+    with_text = _LABEL_AND_TEXT.fullmatch(text)
+    if not label and with_text and _is_text_of(with_text["text"], with_text[1], texts):
+        named = with_text[1]
     if named and texts and _index(named) >= len(texts):
         named = None
     if named and named.isupper():
         return _index(named)
-    for index, choice in enumerate(texts):
-        if _same_words(text, clean(choice)):
+    cleaned = [clean(choice) for choice in texts]
+    if text in cleaned:
+        return cleaned.index(text)
+    for index, choice in enumerate(cleaned):
+        if _same_words(text, choice):
             return index
     return _index(named) if named else None
+
+
+def _lists_others(rest: str, named: str, texts: list[str]) -> bool:
+    """Whether what follows a label names other choices as well, as in "(A) 5 (B) 6"."""
+    others = {next(filter(None, label)) for label in _OTHER_LABEL.findall(rest)} - {named.upper()}
+    if texts:
+        others = {other for other in others if _index(other) < len(texts)}
+    return bool(others) and not (texts and _is_text_of(rest, named, texts))
+
+
+def _is_text_of(rest: str, named: str, texts: list[str]) -> bool:
+    if not texts:
+        # "B, 6"; "A cat" may be words.
+        return rest[0].isdigit()
+    return _index(named) < len(texts) and _same_words(rest, clean(texts[_index(named)]))
 
 
 def _index(letter: str) -> int:
@@ -290,9 +411,8 @@ def _index(letter: str) -> int:
 
 
 def _all_chosen(text: str, texts: list[str]) -> frozenset[int] | None:
-    text = clean(text)
-    letters = _LETTERS.fullmatch(text)
-    if letters:
+    text = _BEFORE_LETTERS.sub("", clean(text), count=1)
+    if _LETTERS.fullmatch(text) and (text.isupper() or _chosen(text, texts) is None):
         return frozenset(map(_index, text))
     parts = [part for part in _BETWEEN_LETTERS.split(text) if part]
     if parts and all(map(_LETTER.fullmatch, parts)):

@@ -27,6 +27,16 @@ _SYMBOLS = str.maketrans(
         "≥": r"\ge ",
         "⩾": r"\ge ",
         "≈": "=",
+        "′": "'",
+        "∥": r"\parallel ",
+        "⊥": r"\perp ",
+        "≅": r"\cong ",
+        "≌": r"\cong ",
+        "∽": r"\sim ",
+        "∼": r"\sim ",
+        "或": " or ",
+        "且": " and ",
+        "和": " and ",
         "≠": r"\ne ",
         "±": r"\pm ",
         "∪": r"\cup ",
@@ -41,11 +51,25 @@ _SYMBOLS = str.maketrans(
         "˚": "°",
         "\0": " ",
     }
+    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")
+)
+CIRCLED = re.compile(r"[①-⑳](?:[\s,;，、；]*[①-⑳])*")
+# Simultaneous equations, one a line.
+_SYSTEM = re.compile(
+    r"\s*(?:\\left)?(?:\\\{)?\s*\\begin\{(?P<env>cases|array)\}(?:\{[lcr]*\})?(?P<lines>[^&]*)\\end\{(?P=env)\}"
+    r"\s*(?:\\right\s*\.)?\s*"
+)
+_REPEATING = re.compile(
+    r"(?P<whole>\d{1,15})\.(?P<fixed>\d{0,15})\\(?:overline|bar|dot)\s*"
+    r"(?:\{\s*(?P<group>\d{1,15})\s*\}|(?P<digit>\d))(?:(?P<between>\d{0,15})\\dot\s*\{?\s*(?P<last>\d)\s*\}?)?"
 )
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\\$|\$", ""),
+        (r"\\textcolor\s*\{\w*\}", r"\\text"),
+        (r"\{\s*\\(?:rm|bf|it|sf)(?![a-zA-Z])", r"\\text{"),
+        (r"\^\s*\{?\s*((?:\\prime(?![a-zA-Z])\s*)+)\}?", lambda m: "'" * m[1].count("p")),
         (r"\\[()\[\]]", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\s*\.?", ""),
         # Thin spaces and {,} inside a number group its digits.
@@ -67,8 +91,9 @@ _REWRITES = [
     )
 ]
 _UPRIGHT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|bm|boldsymbol|operatorname|mbox|number|boxed|fbox)"
-    r"\s*\{([^{}]*)\}"
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|bm|boldsymbol|operatorname|mbox|number|boxed|fbox"
+    r"|underline)"
+    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _UNITARY_GROUP = re.compile(r"\{([^\\{}])\}")
 _SPACE_BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
@@ -79,9 +104,14 @@ def clean(text: str) -> str:
 
     `°` stands for degrees, `**` between operands becomes `^`, an approximation sign becomes `=`.
     """
+    system = _SYSTEM.fullmatch(text.replace("$", ""))
+    if system:
+        text = system["lines"].strip().removesuffix(r"\\").replace(r"\\", ", ")
+    text = CIRCLED.sub(lambda m: ", ".join(re.findall(r"[①-⑳]", m[0])), text)
     for script, mark, plain in _SCRIPTS:
         text = script.sub(lambda m, mark=mark, plain=plain: f"{mark}{{{m[0].translate(plain)}}}", text)
     text = unicodedata.normalize("NFKC", _VULGAR_FRACTION.sub(r" \1", text)).translate(_SYMBOLS)
+    text = _REPEATING.sub(_fraction, text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     unwrapped = None
@@ -89,6 +119,13 @@ def clean(text: str) -> str:
         # Innermost first. Spaces, so that `3\mathrm{m}` keeps a unit apart from a variable.
         unwrapped, text = text, _UPRIGHT.sub(r" \1 ", text)
     return text.strip().rstrip(".,; \n")
+
+
+def _fraction(repeating: re.Match) -> str:
+    before = repeating["whole"] + repeating["fixed"]
+    period = (repeating["group"] or repeating["digit"]) + (repeating["between"] or "") + (repeating["last"] or "")
+    denominator = 10 ** len(repeating["fixed"]) * (10 ** len(period) - 1)
+    return rf"\frac{{{int(before + period) - int(before)}}}{{{denominator}}}"
 
 
 def canonical(cleaned: str) -> str:

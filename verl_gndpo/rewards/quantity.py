@@ -52,37 +52,77 @@ _UNIT_NAMES = {
     "Pa": "Pa pascal pascals",
     "K": "K kelvin",
 }
-_UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
-_POWERS = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cubed": "3"}
-_UNIT_TOKEN = re.compile(r"\s*(?:\^\s*\{?\s*(?P<power>-?[1-3])\s*\}?|(?P<word>[^\W\d_]+|[°%])\.?|(?P<per>/))")
+_CHINESE_UNITS = {"毫米": "mm", "厘米": "cm", "分米": "dm", "米": "m", "千米": "km", "公里": "km", "度": "°"} | {
+    "克": "g",
+    "千克": "kg",
+    "公斤": "kg",
+    "升": "L",
+    "毫升": "ml",
+    "秒": "s",
+    "分钟": "min",
+    "小时": "h",
+    "天": "day",
+}
+_UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()} | _CHINESE_UNITS
+_POWERS = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cubed": "3", "平方": "2", "立方": "3"}
+_SCALES = {
+    "quarter": Fraction(1, 4),
+    "third": Fraction(1, 3),
+    "half": Fraction(1, 2),
+    "dozen": 12,
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "万": 10**4,
+    "亿": 10**8,
+}
+_SCALES |= {name + "s": scale for name, scale in _SCALES.items() if name.isascii()} | {"halves": Fraction(1, 2)}
+# With these a number isn't what is meant; without meaning, because every answer may have them, are "units".
+_NO_UNIT = re.compile(r"(?:not?|nor|never|none|wrong|incorrect|false|except|without|plus|minus|over|than)$|.*[不非错]")
+_ANY_UNIT = re.compile(r"units?$")
+_PLURAL = re.compile(r"(?:ies|es|s|e|y)+$")
+_UNIT_TOKEN = re.compile(
+    r"\s*(?:\^\s*\{?\s*(?P<power>-?[1-3])\s*\}?|(?P<word>平方|立方|[万亿]|[^\W\d_]+|[°%])\.?|(?P<per>/))"
+)
 _CURRENCY = dict.fromkeys(map(ord, "£€¥"))
-_SCALE_OR_COMPASS = re.compile(r"°\s*[CFTNSEW](?![a-zA-Z])")
+# Of a temperature scale or of the compass.
+_AFTER_DEGREES = re.compile(r"[CFTNSEW]")
 
 _NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|\.(?!\d))?(?:[eE][+-]?\d{1,3}(?![\d.]))?")
 _MIXED = re.compile(
     r"(\d{1,20})(?:\s+(\d{1,20})\s*/\s*(\d{1,20})|\s*\\frac\s*\{?\s*(\d{1,20})\s*\}?\s*\{?\s*(\d{1,20})\s*\}?)"
 )
 _PLAIN = re.compile(r"[+-]?\d[\d,]*(?:\.(\d+))?")
-_NAME = re.compile(r"(?:[^\W\d]|[\\ '{}|()]|(?<=[\w}{ ])\d)*")
+_NAME = re.compile(r"(?:[^\W\d]|[\\ '{}|():]|(?<=[\w}{ ])\d)*")
+_NUMERIC_NAME = re.compile(r"(?:\\(?:frac|sqrt|pi)(?![a-zA-Z])|[\W\d_])+")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
 _SEPARATOR = re.compile(r"[,;\n]|\b(?:and|or)\b")
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A real number; whether it is exact (no decimal point); how many decimals it is printed with; its unit or ""."""
+    """A real number; whether it is exact (no decimal point); how many decimals it is printed with; its words."""
 
     value: Fraction | float
     exact: bool
     decimals: int | None = None
-    unit: str = ""
+    # Its unit, what is counted, a direction.
+    units: frozenset[str] = frozenset()
 
 
 def split_name(cleaned: str) -> tuple[str, str]:
     """`("x", "5")` for `x = 5`; `("", text)` where nothing that could be a name stands before an equals sign."""
     name, equals, value = cleaned.partition("=")
     name = name.strip()
-    if not equals or len(name) > 40 or not _NAME.fullmatch(name) or _RELATION.search(value):
+    if (
+        not equals
+        or len(name) > 40
+        or not _NAME.fullmatch(name)
+        or _NUMERIC_NAME.fullmatch(name)
+        or _RELATION.search(value)
+    ):
         return "", cleaned
     if "=" in value and _SEPARATOR.search(value):
         # x = 3 or x = 5
@@ -101,9 +141,13 @@ def quantity(cleaned: str, glued_units: bool = False) -> Quantity | None:
     text = split_name(cleaned)[1].translate(_CURRENCY)
     if sum(map(str.isdigit, text)) > MAX_DIGITS:
         return None
+    if text.count("=") == 1:
+        # 2 + 3 = 5 and 2√5 ≈ 4.47, if true.
+        exact, value = (quantity(side, glued_units) for side in text.split("="))
+        return exact if exact and value and agree(exact, value) else None
     if text.count(":") == 1:
         terms = [quantity(term) for term in text.split(":")]
-        if any(term is None or term.unit for term in terms) or terms[1].value == 0:
+        if any(term is None or term.units for term in terms) or terms[1].value == 0:
             return None
         return Quantity(terms[0].value / terms[1].value, all(term.exact for term in terms))
     reader = _Reader(text)
@@ -112,31 +156,31 @@ def quantity(cleaned: str, glued_units: bool = False) -> Quantity | None:
         finite = math.isfinite(value)
     except (_NotANumber, ArithmeticError, ValueError):
         return None
-    rest = _SCALE_OR_COMPASS.sub("°", text[reader.at :])
-    unit = _unit(rest, glued_units)
-    if unit is None or not finite:
+    scaled = _units(text[reader.at :], glued_units)
+    if scaled is None or not finite:
         return None
+    scale, units = scaled
     number = text[: reader.at].strip()
     plain = _PLAIN.fullmatch(number)
-    decimals = len(plain[1] or "") if plain else None
-    return Quantity(value, not re.search(r"\.\d|\d[eE]", number), decimals, unit)
+    decimals = len(plain[1] or "") if plain and scale == 1 else None
+    return Quantity(value * scale, not re.search(r"\.\d|\d[eE]", number), decimals, units)
 
 
 def agree(answer: Quantity, truth: Quantity, tolerance: float = 0.0) -> bool:
     """Whether an answer is the truth, as far as the truth is known.
 
-    Units are not converted: if both name one, it must be the same; if one names none, it counts for nothing. A per
-    cent sign that only one of them has may stand for a hundredth.
+    Units are not converted: if both name one, it must be the same; if one names none, it counts for nothing. The same
+    holds for things counted and directions. A per cent sign that only one of them has may stand for a hundredth.
 
     Args:
         tolerance: absolute, if positive. Without: exact numbers and whole ones must be equal; otherwise within
             `RELATIVE_TOLERANCE`, or within half a unit of the truth's last decimal (see `ROUNDING_RANGE`).
     """
-    if answer.unit and truth.unit and answer.unit != truth.unit:
+    if not (answer.units <= truth.units or answer.units >= truth.units):
         return False
     values = [answer.value]
-    if (answer.unit == "%") != (truth.unit == "%") and not (answer.unit and truth.unit):
-        values.append(answer.value / 100 if answer.unit else answer.value * 100)
+    if ("%" in answer.units) != ("%" in truth.units) and not (answer.units and truth.units):
+        values.append(answer.value / 100 if answer.units else answer.value * 100)
     return any(_close(value, answer.exact, truth, tolerance) for value in values)
 
 
@@ -156,12 +200,12 @@ def _close(value: Fraction | float, exact: bool, truth: Quantity, tolerance: flo
     return difference <= allowed * (1 + 1e-9)
 
 
-def _unit(rest: str, glued: bool) -> str | None:
-    """The unit that a text after a number names, "" for none or for a thing counted, None if it is something else."""
+def _units(rest: str, glued: bool) -> tuple[Fraction | int, frozenset[str]] | None:
+    """What the words after a number multiply it by, its unit and other words; None if the text is something else."""
     if len(rest) > 40:
         return None
     rest = rest.replace("{", " ").replace("}", " ")
-    apart, at, words, power = glued or rest[:1].isspace(), 0, [], ""
+    apart, at, scale, words, things, power = glued or rest[:1].isspace(), 0, 1, [], set(), ""
     rest = rest.strip()
     while at < len(rest):
         token = _UNIT_TOKEN.match(rest, at)
@@ -169,6 +213,7 @@ def _unit(rest: str, glued: bool) -> str | None:
             return None
         at = token.end()
         word = token["word"]
+        chinese = word is not None and word >= "\u4e00"
         if token["power"]:
             if token["power"].startswith("-"):
                 words.insert(-1, "/")
@@ -177,13 +222,24 @@ def _unit(rest: str, glued: bool) -> str | None:
             words.append("/")
         elif word.lower() in _POWERS:
             power += _POWERS[word.lower()]
+        elif word.lower() in _SCALES and (apart or chinese):
+            scale *= _SCALES[word.lower()]
+        elif words == ["°"] and _AFTER_DEGREES.fullmatch(word):
+            things.add(word)
         elif word in _UNITS or (word.lower() in _UNITS and len(word) > 1):
-            if len(word) == 1 and word.isalpha() and not apart:
+            # A letter that touches the number is a variable; m alone is more often metres.
+            if len(word) == 1 and word.isascii() and word.isalpha() and word != "m" and not apart:
                 return None
             words.append(_UNITS.get(word) or _UNITS[word.lower()])
-        elif len(word) < 3 or not apart:
+        elif ((len(word) < 3 or not apart) and not chinese) or _NO_UNIT.match(word.lower()):
             return None
-    return "".join(words) + power if words else ""
+        else:
+            things.add("" if _ANY_UNIT.match(word.lower()) else _PLURAL.sub("", word.lower()))
+    if power and not words and not things:
+        return None
+    if words:
+        things.add("".join(words) + power)
+    return scale, frozenset(things - {""})
 
 
 class _NotANumber(Exception):
