@@ -31,7 +31,8 @@ def test_estimator(tmp_path):
 
 
 def test_teacher_scoring(tmp_path):
-    rows = run("teacher_scoring", tmp_path / "teacher.json", "--small", "--rounds", "1", "--threads", "1")["rows"]
+    arguments = ("--shapes", "small", "--rounds", "1", "--threads", "1")
+    rows = run("teacher_scoring", tmp_path / "teacher.json", *arguments)["rows"]
     assert [row["method"] for row in rows] == ["full_logits", "ours"]
     for row in rows:
         assert row["shape"] and row["seconds"] > 0 and row["peak_gb"] > 0

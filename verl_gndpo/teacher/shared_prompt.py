@@ -147,7 +147,8 @@ class Layout:
         """How many layers have attended by this layout."""
         self.families: list[tuple[slice, torch.Tensor | None, torch.Tensor | None]] = []
         """Of each family the prompt's place, and of its responses the places (responses, longest), padded with any
-        place at their ends, and which of them are no padding; None for a single response, which the first covers."""
+        place at their ends, and which of those, counted through, are no padding; None for a single response, which the
+        first covers."""
         predicting = []
         start = 0
         for family in families:
@@ -162,7 +163,10 @@ class Layout:
             predicting.append(before[valid])
             stop = start + family.tokens
             self.families.append(
-                (slice(start, stop), None, None) if len(lengths) == 1 else (slice(start, end), places, valid)
+                (slice(start, stop), None, None)
+                if len(lengths) == 1
+                # Looked up once, not in every layer: an accelerator would have to be waited for.
+                else (slice(start, end), places, valid.flatten().nonzero().squeeze(1))
             )
             start = stop
         self.predicting = torch.cat(predicting)
@@ -231,7 +235,7 @@ def attention(
             for shared, tensor in zip(own[1:], (keys, values), strict=True)
         )
         attended = _causal(queries, keys, values, scaling, sliding_window)
-        out[:, places[valid]] = attended.transpose(0, 1)[:, valid]
+        out[:, places.flatten()[valid]] = attended.transpose(0, 1).flatten(1, 2)[:, valid]
     return out.transpose(0, 1).unsqueeze(0), None
 
 
