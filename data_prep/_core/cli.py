@@ -207,7 +207,7 @@ def _parser(recipe: Recipe, description: str) -> argparse.ArgumentParser:
     add("--limit", type=_positive, help="at most this many rows of each split")
     add("--seed", type=int, help="draw the rows of --limit at random; without it, the first ones")
     add("--num_proc", type=_positive, default=min(os.cpu_count() or 1, 8), help="worker processes")
-    add("--prompt_style", default="think_boxed", help=f"{', '.join(STYLES)}, or a YAML file with user and system")
+    add("--prompt_style", default="think_boxed", help=f"{', '.join(STYLES)}, or a file with a template")
     add("--max_dropped", type=_fraction, default=0.01, help="fraction of a split that may be dropped before it fails")
     add("--max_prompt_length", type=_positive, help="drop prompts of more tokens than this; needs --model")
     add("--rows_per_shard", type=_positive, help="write several files a split, with this many rows each")

@@ -41,7 +41,9 @@ class Prompt:
 
 
 def load_prompt(style: str) -> Prompt:
-    """A style by its name, or a YAML file with `user` and, if wanted, `system`.
+    """A style by its name; a text file, which is the user message; or a YAML file with `user` and `system`.
+
+    Where a user message does not say with `{question}` where the question stands, it stands before the text.
 
     Raises:
         ConversionError: there is no such style or file, or the template would not survive verl's reader.
@@ -52,15 +54,17 @@ def load_prompt(style: str) -> Prompt:
     if not path.is_file():
         raise ConversionError(f"--prompt_style {style}: neither one of {', '.join(STYLES)} nor a file.")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        fields = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else {"user": text.strip()}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConversionError(f"--prompt_style {style} is no readable YAML file ({one_line(error)}).") from error
+        raise ConversionError(f"--prompt_style {style} is no readable file ({one_line(error)}).") from error
     if not isinstance(fields, dict) or not set(fields) <= {"user", "system"}:
         found = ", ".join(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
         raise ConversionError(f"--prompt_style {style}: expected the keys user and system, found {found}.")
-    prompt = Prompt(path.name, fields.get("user", ""), fields.get("system") or "")
-    if not (isinstance(prompt.user, str) and isinstance(prompt.system, str)) or prompt.user.count(QUESTION) != 1:
-        raise ConversionError(f"--prompt_style {style}: user has to be text that holds {QUESTION} once.")
+    user, system = fields.get("user") or QUESTION, fields.get("system") or ""
+    if not (isinstance(user, str) and isinstance(system, str)) or user.count(QUESTION) > 1:
+        raise ConversionError(f"--prompt_style {style}: user and system have to be text, with {QUESTION} once in user.")
+    prompt = Prompt(path.name, user if QUESTION in user else f"{QUESTION}\n{user}", system)
     texts = prompt.user + prompt.system
     if found := [mark for mark in (IMAGE_PLACEHOLDER, *FOREIGN_PLACEHOLDERS) if mark in texts]:
         raise ConversionError(f"--prompt_style {style}: {', '.join(found)} would be read as a placeholder.")

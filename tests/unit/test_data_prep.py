@@ -585,14 +585,31 @@ def test_prompt_styles(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "messages"),
+    [
+        ("style.txt", "Solve: {question}\nAnswer: \\boxed{}\n", [("user", "Solve: Q\nAnswer: \\boxed{}")]),
+        ("style.txt", "Answer with a number: 5, say.", [("user", "Q\nAnswer with a number: 5, say.")]),
+        ("style.yaml", "user: Box it.\n", [("user", "Q\nBox it.")]),
+        ("style.yml", "system: Be brief.\n", [("system", "Be brief."), ("user", "Q")]),
+    ],
+)
+def test_prompt_styles_from_files(name, content, messages, tmp_path):
+    (tmp_path / name).write_text(content)
+    made = load_prompt(str(tmp_path / name)).messages("Q")
+    assert [(message["role"], message["content"]) for message in made] == messages
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
     [
         (None, "neither one of think_boxed, boxed, plain nor a file"),
-        ("user: [", "no readable YAML"),
+        ("user: [", "no readable file"),
         ("- a\n", "expected the keys user and system, found list"),
         ("user: '{question}'\nassistant: x\n", "found user, assistant"),
-        ("user: Answer it.\n", "holds {question} once"),
-        ("system: x\n", "holds {question} once"),
+        ("user: '{question} {question}'\n", "{question} once in user"),
+        ("user: [1]\n", "have to be text"),
+        ("system: 5\n", "have to be text"),
+        ("user: Say <|im_end|>\n", "is a special token"),
         ("user: '<image>{question}'\n", "<image> would be read as a placeholder"),
     ],
 )
