@@ -41,13 +41,11 @@ class Measure:
     Args:
         tokenizer, processor: of transformers.
         name: what they are, for the report.
-        exact: whether the tokens of the text are a real model's. Bytes are an upper bound for any of Qwen's.
     """
 
     tokenizer: Any
     processor: Any
     name: str
-    exact: bool
 
     def __call__(self, messages: list[dict], sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """Tokens of the whole prompt, and those of them that stand for images; pixels are not needed.
@@ -95,7 +93,7 @@ def load_measure(model: str | None) -> Measure:
         ConversionError: the model cannot be loaded, or its processor cannot count image tokens.
     """
     if model is None:
-        return Measure(*_built(), "bytes as text tokens, an upper bound, and Qwen2.5-VL's image tokens", exact=False)
+        return Measure(*_built(), "bytes as text tokens, an upper bound, and Qwen2.5-VL's image tokens")
     from verl.utils import hf_processor, hf_tokenizer
 
     try:
@@ -106,7 +104,7 @@ def load_measure(model: str | None) -> Measure:
         raise ConversionError(f"--model {model} has no processor that verl can load, so it cannot read images.")
     if not hasattr(processor, "_get_num_multimodal_tokens"):
         raise ConversionError(f"--model {model}: {type(processor).__name__} cannot say how many tokens an image takes.")
-    return Measure(tokenizer, processor, f"tokenizer and processor of {model}", exact=True)
+    return Measure(tokenizer, processor, f"tokenizer and processor of {model}")
 
 
 def _built() -> tuple:

@@ -44,7 +44,8 @@ def verify(reader: type, paths: list[Path], report: Report, scratch: Path, measu
     Checked of every row: its place, id, ground truth and messages, and every image's size and pixels against those
     that were converted. Its length is reckoned from its text and the sizes of its images, and noted in the report. The
     rows of each slice with the most extreme pictures and texts also go the whole way that verl's agent loop goes:
-    resizing, chat template, tokenizer and image processor; their length has to be the reckoned one.
+    resizing, chat template, tokenizer and image processor. How far their lengths are from the reckoned ones is said: 0
+    for processors of the Qwen-VL kind, while others may frame an image with tokens of their own.
 
     Args:
         reader: RLHFDataset.
@@ -60,7 +61,8 @@ def verify(reader: type, paths: list[Path], report: Report, scratch: Path, measu
     Raises:
         ConversionError: a row does not come back as it was written.
     """
-    rows = images = tried = 0
+    rows = images = 0
+    errors: list[int] = []
     digests = memoryview(report.digests).cast("B")
     with (
         _datasets_in(scratch / "cache"),
@@ -92,7 +94,7 @@ def verify(reader: type, paths: list[Path], report: Report, scratch: Path, measu
                     row = dataset[index]
                     _compare(row, stored[index], expected[index])
                     if index in whole_way:
-                        _process(reader, row, measure, lengths[index][0])
+                        errors.append(abs(_prompt_length(reader, row, measure) - lengths[index][0]))
                 except Exception as error:
                     row_id = stored[index]["extra_info"]["id"]
                     raise ConversionError(f"row {row_id} does not come back from verl ({one_line(error)}).") from error
@@ -100,12 +102,12 @@ def verify(reader: type, paths: list[Path], report: Report, scratch: Path, measu
             for _ in threads.map(check, range(len(stored))):
                 progress.update()
             rows += len(stored)
-            tried += len(whole_way)
             del dataset
             shutil.rmtree(scratch / "cache")
     if rows != report.written:
         raise ConversionError(f"verl reads {rows} of the {report.written} rows written for split {report.split}.")
-    return f"messages, images, ground truths; {tried} of them through tokenizer and processor"
+    off = f", lengths off by up to {max(errors)} tokens" if max(errors, default=0) else ""
+    return f"messages, images, ground truths; {len(errors)} of them through tokenizer and processor{off}"
 
 
 def _slices(paths: list[Path]) -> Iterator[pa.Table]:
@@ -198,11 +200,10 @@ def _compare(row: dict, stored: dict, digests: bytes) -> None:
             raise ValueError(f"image {position} has other pixels")
 
 
-def _process(reader: type, row: dict, measure: Measure, expected: int) -> None:
+def _prompt_length(reader: type, row: dict, measure: Measure) -> int:
+    """Tokens of a row's prompt after all that verl's agent loop does to it."""
     processor = measure.processor
     patch = getattr(processor.image_processor, "patch_size", 14)
     images, _ = asyncio.run(reader.process_vision_info(row["raw_prompt"], patch, {}))
     text = processor.apply_chat_template(row["raw_prompt"], add_generation_prompt=True, tokenize=False)
-    length = len(processor(text=[text], images=images)["input_ids"][0])
-    if length != expected:
-        raise ValueError(f"its prompt has {length} tokens, reckoned were {expected}")
+    return len(processor(text=[text], images=images)["input_ids"][0])

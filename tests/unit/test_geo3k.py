@@ -703,8 +703,18 @@ def test_verify_fails_when_a_row_does_not_come_back(reader, tmp_path):
     path, measure = tmp_path / "out" / "train.parquet", load_measure(None)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    assert "messages, images" in verify(reader, [path], report, scratch, measure)
+    assert verify(reader, [path], report, scratch, measure).endswith("2 of them through tokenizer and processor")
     assert len(report.prompt_tokens) == 2
+
+    class Framing(type(measure)):
+        """As of a model that frames each image with two tokens that its processor doesn't count."""
+
+        def __call__(self, messages, sizes):
+            prompt, image = super().__call__(messages, sizes)
+            return prompt - 2 * len(sizes), image
+
+    framing = Framing(measure.tokenizer, measure.processor, measure.name)
+    assert "lengths off by up to 2 tokens" in verify(reader, [path], report, scratch, framing)
     with pytest.raises(_core.ConversionError, match="reads 2 of the 3 rows"):
         verify(reader, [path], Report("train", read=3, written=3, digests=report.digests), scratch, measure)
     rows = converted(path)
