@@ -454,6 +454,7 @@ def check_data(config: Any) -> list[Check]:
 def check_rewards(config: Any) -> list[Check]:
     """Every data source of the files has a reward function, which verl finds out after the first rollout; and none is
     trained on that must not be."""
+    trained_on = _data_sources(config, "train_files")
     checks = [
         Check(
             "data",
@@ -461,7 +462,7 @@ def check_rewards(config: Any) -> list[Check]:
             f"data.train_files has rows of {source}: {VALIDATION_ONLY[source]}",
             "leave it to data.val_files",
         )
-        for source in sorted({source for source, _ in _data_sources(config, "train_files")} & VALIDATION_ONLY.keys())
+        for source in sorted({source for source, _ in trained_on} & VALIDATION_ONLY.keys())
     ]
     function = _get(config, "reward.custom_reward_function") or {}
     path, name = function.get("path"), function.get("name") or "compute_score"
@@ -473,7 +474,7 @@ def check_rewards(config: Any) -> list[Check]:
         detail = f"verl_gndpo.rewards has no function {name}"
         remedy = "reward.custom_reward_function.name=compute_score"
         return [*checks, Check("reward", "error", detail, remedy)]
-    sources = _data_sources(config, "train_files") | _data_sources(config, "val_files")
+    sources = trained_on | _data_sources(config, "val_files")
     unrewarded = sorted({source for source, kind in sources if not _has_reward(source, kind, ours)})
     if not unrewarded:
         return checks
@@ -500,10 +501,12 @@ def _data_sources(config: Any, key: str) -> set[tuple[str, str]]:
             leaves = [parquet.schema.column(i).path for i in range(parquet.metadata.num_columns)]
             if column not in leaves:
                 continue
-            kind = [name for name in ("extra_info.answer_type",) if name in leaves]
-            for batch in parquet.iter_batches(columns=[column, *kind]):
+            typed = "extra_info.answer_type" in leaves
+            for batch in parquet.iter_batches(columns=[column, *(["extra_info.answer_type"] if typed else [])]):
                 sources = batch[column].to_pylist()
-                kinds = pc.struct_field(batch["extra_info"], "answer_type").to_pylist() if kind else [""] * len(sources)
+                kinds = (
+                    pc.struct_field(batch["extra_info"], "answer_type").to_pylist() if typed else [""] * len(sources)
+                )
                 found |= {(source, kind or "") for source, kind in zip(sources, kinds, strict=True) if source}
     return found
 

@@ -61,9 +61,8 @@ def verify(reader: type, paths: list[Path], report: Report, scratch: Path, measu
     Raises:
         ConversionError: a row does not come back as it was written.
     """
-    rows = images = 0
+    rows = start = 0
     errors: list[int] = []
-    digests = memoryview(report.digests).cast("B")
     with (
         _datasets_in(scratch / "cache"),
         ThreadPoolExecutor(workers) as threads,
@@ -74,14 +73,11 @@ def verify(reader: type, paths: list[Path], report: Report, scratch: Path, measu
             dataset = _open(reader, table, scratch, measure, report.split)
             if len(dataset) != len(stored):
                 raise ConversionError(f"verl reads {len(dataset)} of {len(stored)} rows of split {report.split}.")
-            starts = []
+            expected = []
             for row in stored:
-                starts.append(images)
-                images += len(row["images"])
-            expected = [
-                bytes(digests[start * DIGEST_BYTES : (start + len(row["images"])) * DIGEST_BYTES])
-                for start, row in zip(starts, stored, strict=True)
-            ]
+                end = start + len(row["images"]) * DIGEST_BYTES
+                expected.append(report.digests[start:end].tobytes())
+                start = end
             lengths = [_length(row, measure) for row in stored]
             report.prompt_tokens.extend(prompt for prompt, _ in lengths)
             report.image_tokens.extend(image for _, image in lengths)
