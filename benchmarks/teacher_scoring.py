@@ -182,7 +182,6 @@ def ours(folder: Path):
             "input_ids": nested(ids),
             "position_ids": nested((torch.cat([text_positions, p]) for p in batch["positions"].unbind(1)), 2),
             "response_mask": nested(ones),
-            "loss_mask": nested(ones),
             "multi_modal_inputs": NonTensorStack(
                 *({"pixel_values": batch["patches"], "image_grid_thw": batch["grid"]} for _ in ids)
             ),

@@ -95,7 +95,6 @@ def as_batch(rows):
             "input_ids": nested(row["ids"] for row in rows),
             "position_ids": nested((row["positions"] for row in rows), ragged_idx=2),
             "response_mask": nested(ones),
-            "loss_mask": nested(ones),
             "multi_modal_inputs": NonTensorStack(*[row["inputs"] for row in rows]),
         },
         batch_size=len(rows),

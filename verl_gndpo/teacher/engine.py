@@ -16,6 +16,12 @@ from verl_gndpo.teacher.scoring import DistinctImages, ScoringHead
 from verl_gndpo.teacher.shared_prompt import Family, Layout, attending, find_families, pack, share_prompts
 
 
+def image_inputs(data: TensorDict) -> list[dict]:
+    """What each row of a batch brings of images, by the names of the model's inputs; empty without any."""
+    rows = data.get("multi_modal_inputs", [{}] * len(data))
+    return [getattr(inputs, "data", inputs) or {} for inputs in rows]
+
+
 @dataclass
 class TeacherEngineConfig(FSDPEngineConfig):
     """verl's FSDP settings plus the teacher's own; see `verl_gndpo.config.TeacherConfig`."""
@@ -72,7 +78,7 @@ class TeacherEngine(FSDPEngineWithLMHead):
         """
         ids, positions = data["input_ids"].unbind(), data["position_ids"].unbind()
         lengths = data["response_mask"].offsets().diff().tolist()
-        images = [getattr(inputs, "data", inputs) or {} for inputs in data.get("multi_modal_inputs", [{}] * len(ids))]
+        images = image_inputs(data)
         longest = max(map(len, ids))
         micro_batches = pack(
             find_families(ids, positions, lengths, images),

@@ -12,11 +12,10 @@ from verl.workers.engine_workers import TrainingWorker
 
 from verl_gndpo.config import TeacherConfig
 from verl_gndpo.platforms import without_accelerator
-from verl_gndpo.teacher.engine import TeacherEngineConfig
+from verl_gndpo.teacher.engine import TeacherEngineConfig, image_inputs
 
-# What of a batch the teacher reads; verl's `response_mask` gives the response lengths, `loss_mask` is asked for by its
-# engine base class.
-FIELDS = ["input_ids", "position_ids", "response_mask", "loss_mask", "multi_modal_inputs"]
+# What of a batch the teacher reads; verl's `response_mask` gives the response lengths.
+FIELDS = ["input_ids", "position_ids", "response_mask", "multi_modal_inputs"]
 
 
 def _training_worker_config(teacher: TeacherConfig) -> TrainingWorkerConfig:
@@ -32,8 +31,7 @@ def _training_worker_config(teacher: TeacherConfig) -> TrainingWorkerConfig:
             # The ids come from the student; the two tokenizers were compared before the run.
             load_tokenizer=False,
             enable_gradient_checkpointing=False,
-            # verl's own way of packing patches the attention for flash-attention only; Hugging Face's, which the engine
-            # uses, reads the restarting position ids with every attention implementation.
+            # verl's own way of packing patches the attention; here `shared_prompt` is the attention, without padding.
             use_remove_padding=False,
         ),
         engine_config=TeacherEngineConfig(
@@ -70,7 +68,7 @@ class TeacherWorker(TrainingWorker):
         """Log-probs of the response tokens under the teacher.
 
         Args:
-            data: this rank's rows, with the keys of FIELDS; see `TeacherEngine.forward_step`.
+            data: this rank's rows, with the keys of FIELDS; see `TeacherEngine.forward_backward_batch`.
 
         Returns:
             `teacher_log_probs`, nested (batch, response length), float32, nats, rows in the order of `data`.
@@ -92,11 +90,10 @@ def check_image_tokens(data: TensorDict, hf_config) -> None:
     """
     token_id = getattr(hf_config, "image_token_id", None)
     merge = getattr(getattr(hf_config, "vision_config", None), "spatial_merge_size", None)
-    if token_id is None or merge is None or "multi_modal_inputs" not in data.keys():
+    if token_id is None or merge is None:
         return
-    for row, (ids, inputs) in enumerate(zip(data["input_ids"].unbind(), data["multi_modal_inputs"], strict=True)):
-        inputs = getattr(inputs, "data", inputs) or {}
-        grid = inputs.get("image_grid_thw") if hasattr(inputs, "get") else None
+    for row, (ids, inputs) in enumerate(zip(data["input_ids"].unbind(), image_inputs(data), strict=True)):
+        grid = inputs.get("image_grid_thw")
         features = 0 if grid is None else int((torch.as_tensor(grid).prod(-1) // merge**2).sum())
         tokens = int((ids == token_id).sum())
         if tokens != features:
