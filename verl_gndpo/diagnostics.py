@@ -2,6 +2,8 @@
 """What the signal of a step looked like, as a flat dict of numbers. Logs nothing itself."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ def describe_signal(
         gndpo/log_ratio/{mean,std,min,max,p01,p99}: D = log pi_T - log pi_old, nats, before the bound;
         gndpo/clipped_low_share, gndpo/clipped_high_share: share of tokens with D beyond -clip and +clip;
         gndpo/mu, gndpo/sigma: mean and standard deviation (Bessel-corrected) of the bounded signal, nats;
-        gndpo/gain: what the bounded signal was multiplied by, 1/sigma for gndpo;
+        gndpo/gain: what the bounded signal was multiplied by, 1/sigma for gndpo; absent where it differs by teacher;
         gndpo/advantage_abs_max;
         gndpo/sign_flip_share: share of tokens whose advantage and bounded signal differ in sign;
         gndpo/k1, gndpo/k3: estimates of KL(student || teacher) in nats: mean of -D and of exp(D) - 1 - D;
@@ -52,7 +54,7 @@ def describe_signal(
     mu, sigma = _mean_and_std(k)
     p01, p99 = _quantiles(d, 0.01, 0.99)
     at_most_20 = d.clip(-np.inf, K3_MAX_LOG_RATIO)
-    return {
+    described = {
         "gndpo/log_ratio/mean": mean,
         "gndpo/log_ratio/std": std,
         "gndpo/log_ratio/min": float(d.min()),
@@ -63,13 +65,42 @@ def describe_signal(
         "gndpo/clipped_high_share": np.count_nonzero(d > bound) / n,
         "gndpo/mu": mu,
         "gndpo/sigma": sigma,
-        "gndpo/gain": (sigma**2 + settings.std_floor**2) ** -0.5 if settings.scale and n > 1 else 1.0,
         "gndpo/advantage_abs_max": float(max(a.max(), -a.min())),
         "gndpo/sign_flip_share": np.count_nonzero(a * k < 0) / n,
         "gndpo/k1": -mean,
         "gndpo/k3": _mean(np.expm1(at_most_20) - at_most_20),
         "gndpo/tokens": float(n),
     }
+    if settings.scope == "batch":
+        described["gndpo/gain"] = (sigma**2 + settings.std_floor**2) ** -0.5 if settings.scale and n > 1 else 1.0
+    return described
+
+
+def describe_teachers(
+    teachers: Sequence[str],
+    teacher_log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    response_mask: torch.Tensor,
+    advantages: torch.Tensor,
+    settings: SignalConfig,
+) -> dict[str, float]:
+    """The metrics of `describe_signal` for the rows of each teacher, as gndpo/teacher/<teacher>/...
+
+    Args:
+        teachers: of each row, which teacher has scored it.
+        teacher_log_probs, old_log_probs, response_mask, advantages, settings: of `describe_signal`.
+    """
+    described = {}
+    for teacher in sorted(set(teachers)):
+        rows = [row for row, name in enumerate(teachers) if name == teacher]
+        part = [x[rows] for x in (teacher_log_probs, old_log_probs, response_mask, advantages)]
+        if part[2].any():
+            metrics = describe_signal(*part, replace(settings, scope="batch"))
+            if settings.scope == "batch":
+                # All teachers share one.
+                del metrics["gndpo/gain"]
+            described |= {name.replace("gndpo/", f"gndpo/teacher/{teacher}/", 1): x for name, x in metrics.items()}
+    return described
 
 
 def _flat(x: torch.Tensor) -> np.ndarray:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The advantage estimators that `algorithm.adv_estimator` can name. All arithmetic is in signal.py."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from verl_gndpo import ESTIMATORS
 from verl_gndpo.config import read_signal_config
-from verl_gndpo.signal import log_ratio_advantages
+from verl_gndpo.signal import advantages_by_group
 
 
 def compute_log_ratio_advantage(
@@ -18,6 +19,7 @@ def compute_log_ratio_advantage(
     teacher_log_probs: torch.Tensor | None = None,
     old_log_probs: torch.Tensor | None = None,
     config: Any = None,
+    teacher: Sequence[str] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """verl's estimator interface over `signal.log_ratio_advantages`.
@@ -27,13 +29,14 @@ def compute_log_ratio_advantage(
         response_mask: (batch, response_length).
         teacher_log_probs, old_log_probs: (batch, response_length), nats.
         config: verl's `algorithm` section; `config.gndpo` holds the settings.
+        teacher: of each row, which teacher has scored it; None: the same for all.
         _: what verl hands every estimator and this signal does not use (token_level_rewards, index).
 
     Returns:
         (advantages, returns), both (batch, response_length) float32; the two are the same tensor.
 
     Raises:
-        ValueError: no teacher log-probs, or what `log_ratio_advantages` refuses.
+        ValueError: no teacher log-probs, or what `signal.log_ratio_advantages` refuses.
     """
     if teacher_log_probs is None or old_log_probs is None:
         raise ValueError(
@@ -42,7 +45,9 @@ def compute_log_ratio_advantage(
             "what is missing"
         )
     settings = read_signal_config(config, estimator)
-    advantages, _moments = log_ratio_advantages(
+    groups = teacher if settings.scope == "teacher" else None
+    advantages = advantages_by_group(
+        groups,
         teacher_log_probs,
         old_log_probs,
         response_mask,

@@ -6,10 +6,12 @@ For every response token y_t of the batch (GNDPO, arXiv 2606.09091; m is the res
     k = clip(log pi_T(y_t) - log pi_old(y_t), -c, +c)        sampled token only
     A = (k - mu) / sqrt(var + floor^2) * m                   mu, var (Bessel-corrected) over all tokens with m = 1
 
-`opd` is the same with mu = 0 and scale 1. Log-probs and k are in nats, A has no unit.
+`opd` is the same with mu = 0 and scale 1. With `scope=teacher` mu and var run over the tokens of one teacher instead.
+Log-probs and k are in nats, A has no unit.
 """
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +115,38 @@ def log_ratio_advantages(
         k = bounded(log_ratio(teacher, old))
         masked(advantage.copy_(k.sub_(shift)).mul_(gain), keep)
     return advantages, Moments(count, mean, variance**0.5)
+
+
+def advantages_by_group(
+    groups: Sequence[Hashable] | None,
+    teacher_log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    response_mask: torch.Tensor,
+    **settings,
+) -> torch.Tensor:
+    """`log_ratio_advantages` with statistics over the rows of each group apart.
+
+    Args:
+        groups: of each row; None: all rows are one group.
+        teacher_log_probs, old_log_probs, response_mask, settings: of `log_ratio_advantages`.
+
+    Returns:
+        (batch, response_length), float32; 0 in a group without a valid token.
+
+    Raises:
+        ValueError: as `log_ratio_advantages`; no group has a valid token.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups or ()):
+        members.setdefault(group, []).append(row)
+    if len(members) < 2 or not response_mask.any():
+        return log_ratio_advantages(teacher_log_probs, old_log_probs, response_mask, **settings)[0]
+    advantages = torch.zeros(response_mask.shape, dtype=torch.float32, device=response_mask.device)
+    for rows in members.values():
+        part = [x[rows] for x in (teacher_log_probs, old_log_probs, response_mask)]
+        if part[-1].any():
+            advantages[rows] = log_ratio_advantages(*part, **settings)[0]
+    return advantages
 
 
 def _raise_not_finite(teacher_log_probs: torch.Tensor, old_log_probs: torch.Tensor, response_mask: torch.Tensor):

@@ -62,6 +62,7 @@ def test_a_missing_section_means_the_defaults(algorithm):
         ({"std_floor": -1.0}, ["algorithm.gndpo.std_floor", "positive", "-1.0"]),
         ({"std_floor": 0.0}, ["algorithm.gndpo.std_floor", "positive", "0.0"]),
         ({"center": "maybe"}, ["algorithm.gndpo.center", "maybe"]),
+        ({"scope": "group"}, ["algorithm.gndpo.scope", "batch or teacher", "'group'"]),
     ],
 )
 def test_a_wrong_signal_setting_is_named(settings, words):
@@ -100,6 +101,19 @@ def test_no_teacher_is_an_error_that_says_how_to_name_one():
         ({"fsdp": {"strategy": "megatron"}}, ["teacher.fsdp.strategy", "'megatron'"]),
         ({"logits_chunk_tokens": 0}, ["teacher.logits_chunk_tokens", "at least 1", "0"]),
         ({"max_token_len_per_gpu": "many"}, ["teacher.max_token_len_per_gpu", "many"]),
+        ({"ulysses_sequence_parallel_size": 0}, ["teacher.ulysses_sequence_parallel_size", "at least 1"]),
+        ({"backend": "sever"}, ["teacher.backend", "worker or server", "'sever'"]),
+        ({"placement": "else"}, ["teacher.placement", "colocated, dedicated", "'else'"]),
+        ({"placement": "dedicated"}, ["teacher.n_gpus_per_node"]),
+        ({"n_gpus_per_node": 2}, ["teacher.n_gpus_per_node", "placement=dedicated"]),
+        ({"backend": "server", "n_gpus_per_node": 1, "placement": "colocated"}, ["placement=dedicated"]),
+        ({"backend": "server", "n_gpus_per_node": 1}, ["temperature 1", "0.7", "teacher.backend=worker"]),
+        ({"server": {"name": "vllm"}}, ["teacher.server", "no effect"]),
+        ({"models": {"a": {"path": "A"}}}, ["teacher.model.path", "teacher.models", "both"]),
+        ({"model": {}, "models": {"a": {"pth": "A"}}}, ["teacher.models.a.pth", "teacher.models.a.path?"]),
+        ({"model": {}, "models": {"a": {}}}, ["teacher.models.a.path is not given"]),
+        ({"model": {}, "models": {"a": {"path": "A", "weight": 0}}}, ["teacher.models.a.weight", "positive"]),
+        ({"model": {}, "models": {"a": {"path": "A", "keys": []}}}, ["teacher.models.a.keys", "empty"]),
     ],
 )
 def test_a_wrong_teacher_setting_is_named(settings, words):
@@ -124,6 +138,55 @@ def test_what_is_not_set_follows_the_student():
 def test_what_is_set_wins_over_the_student():
     read = teacher(temperature=1.0, max_token_len_per_gpu=99)
     assert (read.temperature, read.max_token_len_per_gpu) == (1.0, 99)
+
+
+def test_where_the_teacher_runs_decides_whether_its_weights_wait_on_the_host():
+    assert teacher().placement == "colocated" and teacher().fsdp.param_offload is True
+    apart = teacher(placement="dedicated", n_gpus_per_node=2)
+    assert apart.fsdp.param_offload is False
+    assert teacher(fsdp={"param_offload": False}).fsdp.param_offload is False
+    assert teacher(backend="server", n_gpus_per_node=1, temperature=1.0).placement == "dedicated"
+
+
+def test_one_teacher_is_several_with_one_that_scores_everything():
+    (name, model), *others = teacher().named.items()
+    assert (name, model.path, model.keys, others) == ("teacher", "T", ["*"], [])
+
+
+def test_several_teachers_follow_the_student_too():
+    config = compose(
+        *("+teacher=worker", "+teacher.models.geo.path=G", "+teacher.models.maths.path=M"),
+        "+teacher.models.maths.keys=[mmk12,TIGER-Lab/ViRL39K]",
+        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+    )
+    named = read_teacher_config(config).named
+    assert {name: model.keys for name, model in named.items()} == {
+        "geo": ["geo"],
+        "maths": ["mmk12", "TIGER-Lab/ViRL39K"],
+    }
+    assert all(model.override_config == {"attn_implementation": "sdpa"} for model in named.values())
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        ({"a": {"path": "A", "keys": ["x", "y"]}, "b": {"path": "B"}}, ["teacher.models.a.keys", "one key", "x, y"]),
+        ({"a": {"path": "A", "keys": ["*"]}, "b": {"path": "B"}}, ["teacher.models.a.keys", "one key"]),
+        (
+            {"a": {"path": "A", "keys": ["x"]}, "b": {"path": "B", "keys": ["x"]}},
+            ["same key x", "teacher.backend=worker"],
+        ),
+    ],
+)
+def test_verls_servers_take_one_key_a_teacher(models, words):
+    with pytest.raises(ConfigError) as error:
+        teacher(model={}, models=models, backend="server", n_gpus_per_node=2, temperature=1.0)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_server_group_selects_the_servers():
+    read = read_teacher_config(compose("+teacher=server", "teacher.model.path=T", "teacher.n_gpus_per_node=4"))
+    assert (read.backend, read.placement, read.n_gpus_per_node, read.temperature) == ("server", "dedicated", 4, 1.0)
 
 
 def test_reading_leaves_the_config_as_it_was():

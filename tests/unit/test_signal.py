@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from verl_gndpo.config import SignalConfig, read_signal_config
-from verl_gndpo.diagnostics import describe_signal
+from verl_gndpo.diagnostics import describe_signal, describe_teachers
 from verl_gndpo.estimators import compute_log_ratio_advantage
-from verl_gndpo.signal import BLOCK_TOKENS, log_ratio_advantages
+from verl_gndpo.signal import BLOCK_TOKENS, advantages_by_group, log_ratio_advantages
 
 
 def published_formula(teacher, old, mask, clip=5.0, center=True, scale=True):
@@ -284,3 +284,60 @@ def test_outliers_are_amplified_as_the_reference_says():
     ratio.view(-1)[:100] = -5.0
     advantages, _ = log_ratio_advantages(ratio, torch.zeros_like(ratio), torch.ones_like(ratio))
     assert advantages.min().item() == pytest.approx(-14.7, abs=0.3)
+
+
+@given(batches(), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_statistics_of_a_group_are_those_of_its_rows_alone(data, random):
+    teacher, old, mask = data
+    groups = [random.choice("ab") for _ in mask]
+    advantages = advantages_by_group(groups, teacher, old, mask)
+    for group in set(groups):
+        rows = [row for row, name in enumerate(groups) if name == group]
+        if mask[rows].any():
+            expected = published_formula(teacher[rows], old[rows], mask[rows])
+            slack = 1e-6 * max(1.0, np.abs(expected).max())
+            np.testing.assert_allclose(advantages[rows].double().numpy(), expected, rtol=1e-6, atol=slack)
+        else:
+            assert not advantages[rows].any()
+
+
+def test_scope_teacher_needs_more_than_one_teacher_to_differ():
+    teacher, old, mask = batch()
+    config = {"gndpo": {"scope": "teacher"}}
+    inputs = {"teacher_log_probs": teacher, "old_log_probs": old, "response_mask": mask}
+    whole, _ = compute_log_ratio_advantage("gndpo", **inputs, config=config)
+    close(whole, published_formula(teacher, old, mask))
+    labels = ["a"] * 3 + ["b"] * 3
+    apart, _ = compute_log_ratio_advantage("gndpo", **inputs, config=config, teacher=labels)
+    for rows in (slice(0, 3), slice(3, 6)):
+        close(apart[rows], published_formula(teacher[rows], old[rows], mask[rows]))
+    together, _ = compute_log_ratio_advantage("gndpo", **inputs, config={}, teacher=labels)
+    assert torch.equal(together, whole), "the statistics are global unless told otherwise"
+
+
+def test_no_valid_token_in_any_group_is_an_error():
+    teacher, old, mask = batch()
+    with pytest.raises(ValueError, match="no valid response token"):
+        advantages_by_group(["a", "b"] * 3, teacher, old, mask * 0)
+
+
+@pytest.mark.parametrize("scope", ["batch", "teacher"])
+def test_each_teachers_metrics_are_those_of_its_rows(scope):
+    teacher, old, mask = batch(spread=4.0)
+    labels = ["one", "two+three"] * 3
+    config = read_signal_config({"gndpo": {"scope": scope}}, "gndpo")
+    inputs = {"teacher_log_probs": teacher, "old_log_probs": old, "response_mask": mask}
+    advantages, _ = compute_log_ratio_advantage("gndpo", **inputs, config={"gndpo": {"scope": scope}}, teacher=labels)
+    metrics = describe_teachers(labels, **inputs, advantages=advantages, settings=config)
+    assert ("gndpo/gain" in describe_signal(**inputs, advantages=advantages, settings=config)) is (scope == "batch")
+    for label, rows in (("one", slice(0, 6, 2)), ("two+three", slice(1, 6, 2))):
+        valid = mask[rows] != 0
+        d = (teacher - old)[rows][valid].double().numpy()
+        own = {name.removeprefix(f"gndpo/teacher/{label}/"): x for name, x in metrics.items() if f"/{label}/" in name}
+        assert own["tokens"] == len(d)
+        assert own["k1"] == pytest.approx(-d.mean(), rel=1e-5)
+        assert own["sigma"] == pytest.approx(np.clip(d, -5, 5).std(ddof=1), rel=1e-5)
+        assert ("gain" in own) is (scope == "teacher")
+        if scope == "teacher":
+            assert own["gain"] == pytest.approx(1 / own["sigma"], rel=1e-4)

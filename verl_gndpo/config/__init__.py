@@ -6,13 +6,15 @@ key or a wrong type is an error that names the key, its section and the nearest 
 """
 
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_gndpo import ESTIMATORS
+
+EVERY_SAMPLE = "*"
 
 
 class ConfigError(ValueError):
@@ -38,6 +40,10 @@ class SignalConfig:
     """Floor of the standard deviation in nats, added in quadrature: sqrt(var + std_floor^2). 1e-4 is the published
     1e-8."""
 
+    scope: str = "batch"
+    """Over which tokens mean and deviation run: all of the "batch", or with several teachers those of each "teacher"
+    apart."""
+
     def validate(self) -> None:
         if self.clip is not None and not self.clip > 0:
             raise ConfigError(f"algorithm.gndpo.clip must be positive or null (raw log-ratios), got {self.clip}")
@@ -46,6 +52,8 @@ class SignalConfig:
                 f"algorithm.gndpo.std_floor must be positive, got {self.std_floor}: it is what is left to divide by "
                 "where all log-ratios are equal"
             )
+        if self.scope not in ("batch", "teacher"):
+            raise ConfigError(f"algorithm.gndpo.scope must be batch or teacher, got {self.scope!r}")
 
 
 @dataclass
@@ -66,6 +74,18 @@ class TeacherModelConfig:
 
 
 @dataclass
+class NamedTeacherConfig(TeacherModelConfig):
+    """`teacher.models.<name>`: one of several teachers."""
+
+    keys: list[str] | None = None
+    """Values of `teacher.routing_key` whose samples it scores; "*" stands for every sample, null for its own name."""
+
+    weight: float = 1.0
+    """Its share where several teachers score one sample: their log-probs are averaged with these weights, which
+    minimises the weighted sum of the reverse KL divergences."""
+
+
+@dataclass
 class TeacherFSDPConfig:
     """`teacher.fsdp`: how the teacher is sharded."""
 
@@ -75,8 +95,9 @@ class TeacherFSDPConfig:
     fsdp_size: int = -1
     """Ranks that share one copy of the weights; -1: all of them."""
 
-    param_offload: bool = True
-    """Keep the weights on the host between calls. Without an accelerator there is nothing to offload from."""
+    param_offload: bool | None = None
+    """Keep the weights on the host between calls; null: where the teacher shares the actor's GPUs. Without an
+    accelerator there is nothing to offload from."""
 
     reshard_after_forward: bool = True
 
@@ -85,9 +106,28 @@ class TeacherFSDPConfig:
 
 @dataclass
 class TeacherConfig:
-    """`teacher`: the reference worker that scores the student's tokens."""
+    """`teacher`: what scores the student's tokens, and where."""
+
+    backend: str = "worker"
+    """worker: FSDP workers of this project, forward only. server: verl's own teacher replicas (vLLM or SGLang)."""
+
+    placement: str | None = None
+    """colocated: on the actor's GPUs, between generation and update. dedicated: on GPUs of its own, where responses are
+    scored while others are still generated. null: colocated for workers, dedicated for servers, which know no other."""
+
+    n_gpus_per_node: int | None = None
+    """GPUs of a dedicated teacher on each node."""
+
+    nnodes: int = 1
+    """Nodes of a dedicated teacher."""
 
     model: TeacherModelConfig = field(default_factory=TeacherModelConfig)
+
+    models: dict[str, NamedTeacherConfig] = field(default_factory=dict)
+    """Several teachers by name, instead of `model`."""
+
+    routing_key: str = "data_source"
+    """Column of the data that decides which of several teachers scores a sample."""
 
     temperature: float | None = None
     """Divides the teacher's logits; null: the rollout's temperature, which the student's log-probs use. 1.0 reproduces
@@ -102,24 +142,92 @@ class TeacherConfig:
     logits_chunk_tokens: int = 256
     """Response tokens whose logits exist at the same time: the peak is this times the vocabulary, in float32."""
 
+    ulysses_sequence_parallel_size: int = 1
+    """Ranks that share one row of tokens; it divides the number of ranks and of attention heads."""
+
+    self_check: bool = True
+    """Compare the first scores of a run with a plain forward pass."""
+
     fsdp: TeacherFSDPConfig = field(default_factory=TeacherFSDPConfig)
 
+    server: dict[str, Any] = field(default_factory=dict)
+    """Of `backend=server`: settings of the replicas, by the keys of verl's `distillation.teacher_models.*.inference`
+    (name, tensor_model_parallel_size, gpu_memory_utilization, max_num_batched_tokens, ...)."""
+
+    @property
+    def named(self) -> dict[str, NamedTeacherConfig]:
+        """All teachers by name, with their keys; a single one is called "teacher" and scores every sample."""
+        if not self.models:
+            return {"teacher": NamedTeacherConfig(**vars(self.model), keys=[EVERY_SAMPLE])}
+        return {
+            name: replace(model, keys=[name] if model.keys is None else model.keys)
+            for name, model in self.models.items()
+        }
+
     def validate(self) -> None:
-        if not self.model.path:
+        if not self.model.path and not self.models:
             raise ConfigError(
                 "no teacher is configured: give teacher.model.path (a folder or hub id), "
                 "for example +teacher.model.path=Qwen/Qwen2.5-VL-7B-Instruct"
             )
+        self._validate_models()
+        self._validate_placement()
         if self.temperature is not None and not self.temperature > 0:
             raise ConfigError(f"teacher.temperature must be positive or null (the rollout's), got {self.temperature}")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"teacher.dtype must be float32, bfloat16, float16 or null, got {self.dtype!r}")
         if self.fsdp.strategy not in ("fsdp", "fsdp2"):
             raise ConfigError(f"teacher.fsdp.strategy must be fsdp2 or fsdp, got {self.fsdp.strategy!r}")
-        for key in ("max_token_len_per_gpu", "logits_chunk_tokens"):
+        keys = ("max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size", "nnodes")
+        for key in (*keys, "n_gpus_per_node"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"teacher.{key} must be at least 1, got {value}")
+
+    def _validate_models(self) -> None:
+        if self.model.path and self.models:
+            raise ConfigError(
+                "both teacher.model.path and teacher.models are given; one teacher goes into the first, several into "
+                "the second"
+            )
+        for name, model in self.models.items():
+            if not model.path:
+                raise ConfigError(f"teacher.models.{name}.path is not given: a folder or hub id")
+            if not 0 < model.weight < float("inf"):
+                raise ConfigError(f"teacher.models.{name}.weight must be positive, got {model.weight}")
+            if model.keys is not None and not model.keys:
+                raise ConfigError(f"teacher.models.{name}.keys is empty, so that it would score nothing")
+
+    def _validate_placement(self) -> None:
+        if self.backend not in ("worker", "server"):
+            raise ConfigError(f"teacher.backend must be worker or server, got {self.backend!r}")
+        if self.placement not in (None, "colocated", "dedicated"):
+            raise ConfigError(f"teacher.placement must be colocated, dedicated or null, got {self.placement!r}")
+        on_server = self.backend == "server"
+        if on_server and self.placement == "colocated":
+            raise ConfigError("teacher.backend=server needs GPUs of its own: teacher.placement=dedicated")
+        if self.server and not on_server:
+            raise ConfigError("teacher.server has no effect with teacher.backend=worker")
+        if not (on_server or self.placement == "dedicated"):
+            if self.n_gpus_per_node is not None:
+                raise ConfigError("teacher.n_gpus_per_node has no effect without teacher.placement=dedicated")
+            return
+        if self.n_gpus_per_node is None:
+            raise ConfigError("a dedicated teacher needs teacher.n_gpus_per_node (and teacher.nnodes, default 1)")
+        if on_server:
+            claimed: dict[str, str] = {}
+            for name, model in self.named.items():
+                if self.models and (len(model.keys) != 1 or EVERY_SAMPLE in model.keys):
+                    raise ConfigError(
+                        f"teacher.models.{name}.keys: with teacher.backend=server each teacher has one key, got "
+                        f"{', '.join(model.keys)}; teacher.backend=worker knows no such limit"
+                    )
+                other = claimed.setdefault(model.keys[0], name)
+                if other != name:
+                    raise ConfigError(
+                        f"teacher.models.{other} and .{name} have the same key {model.keys[0]}: only "
+                        "teacher.backend=worker lets several teachers score one sample"
+                    )
 
 
 def _check_keys(section: str, schema: type, given: dict) -> None:
@@ -132,6 +240,10 @@ def _check_keys(section: str, schema: type, given: dict) -> None:
         factory = known[key].default_factory
         if is_dataclass(factory) and isinstance(value, dict):
             _check_keys(f"{section}.{key}", factory, value)
+        elif schema is TeacherConfig and key == "models" and isinstance(value, dict):
+            for name, model in value.items():
+                if isinstance(model, dict):
+                    _check_keys(f"{section}.{key}.{name}", NamedTeacherConfig, model)
 
 
 def _read(section: str, schema: type, given: Any):
@@ -194,9 +306,19 @@ def read_teacher_config(config: Any) -> TeacherConfig:
         teacher.temperature = float(student.rollout.temperature)
     if teacher.max_token_len_per_gpu is None:
         teacher.max_token_len_per_gpu = int(student.rollout.get("log_prob_max_token_len_per_gpu") or 16384)
+    teacher.placement = teacher.placement or ("dedicated" if teacher.backend == "server" else "colocated")
+    if teacher.fsdp.param_offload is None:
+        teacher.fsdp.param_offload = teacher.placement == "colocated"
     attention = (student.model.get("override_config") or {}).get("attn_implementation")
     if attention is not None:
-        teacher.model.override_config.setdefault("attn_implementation", attention)
+        for model in (teacher.model, *teacher.models.values()):
+            model.override_config.setdefault("attn_implementation", attention)
+    # vLLM and SGLang return log-probs of a prompt at temperature 1 only.
+    if teacher.backend == "server" and teacher.temperature != 1.0:
+        raise ConfigError(
+            f"teacher.backend=server scores at temperature 1, and teacher.temperature is {teacher.temperature} (null: "
+            "the rollout's); set it to 1.0, or use teacher.backend=worker"
+        )
     return teacher
 
 
