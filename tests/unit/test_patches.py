@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from verl_gndpo import verl_fixes
@@ -43,7 +45,34 @@ TEXT_ONLY = Patch(
     file="verl/models/transformers/qwen2_vl.py",
     test="tests/models/test_qwen2_vl_text_only_on_cpu.py",
 )
-PATCHES = [POSITION_IDS, TEXT_ONLY]
+INTERNVL_PROCESSOR = Patch(
+    name="0003-accept-internvl-processor.patch",
+    file="verl/utils/tokenizer/tokenizer.py",
+    test="tests/utils/test_internvl_processor_on_cpu.py",
+)
+INTERNVL_PIXELS = Patch(
+    name="0004-internvl-pixel-values.patch",
+    file="verl/experimental/agent_loop/agent_loop.py",
+    test="tests/experimental/agent_loop/test_internvl_multi_modal_inputs_on_cpu.py",
+)
+INTERNVL_PLACEHOLDERS = Patch(
+    name="0005-internvl-image-placeholders.patch",
+    file="verl/workers/rollout/utils.py",
+    test="tests/workers/rollout/test_internvl_image_tokens_on_cpu.py",
+)
+INTERNVL_TEXT_ONLY = Patch(
+    name="0006-internvl-text-only-batches.patch",
+    file="verl/models/transformers/monkey_patch.py",
+    test="tests/models/test_internvl_text_only_on_cpu.py",
+)
+PATCHES = [
+    POSITION_IDS,
+    TEXT_ONLY,
+    INTERNVL_PROCESSOR,
+    INTERNVL_PIXELS,
+    INTERNVL_PLACEHOLDERS,
+    INTERNVL_TEXT_ONLY,
+]
 
 each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name[:4])
 pytestmark = pytest.mark.skipif(
@@ -66,7 +95,7 @@ def small_checkout(tmp_path):
     """The files of verl that the patches and the script look at."""
     for name in ("verl/version/version", *(patch.file for patch in PATCHES)):
         target = tmp_path / "checkout" / name
-        target.parent.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(stock_verl().parent / name, target)
     (tmp_path / "checkout" / "tests").mkdir()
     return tmp_path / "checkout"
@@ -256,7 +285,15 @@ def is_about_text_only(name):
 
 
 @pytest.mark.parametrize(
-    ("patch", "meets_the_bug"), [(POSITION_IDS, is_about_equal_lengths), (TEXT_ONLY, is_about_text_only)]
+    ("patch", "meets_the_bug"),
+    [
+        (POSITION_IDS, is_about_equal_lengths),
+        (TEXT_ONLY, is_about_text_only),
+        (INTERNVL_PROCESSOR, lambda name: name.startswith("test_internvl")),
+        (INTERNVL_PIXELS, lambda name: name.startswith("test_images")),
+        (INTERNVL_PLACEHOLDERS, lambda name: name.startswith("test_images")),
+        (INTERNVL_TEXT_ONLY, lambda name: name != "test_image"),
+    ],
 )
 def test_stock_verl_fails_where_the_bug_is_only(stock_results, patch, meets_the_bug):
     outcomes = stock_results["as_is"][patch.test]
@@ -281,6 +318,12 @@ def test_stock_verl_fails_where_the_bug_is_only(stock_results, patch, meets_the_
         (POSITION_IDS, "test_chunks[7-as_built]", "AssertionError"),
         (TEXT_ONLY, "test_text_only[qwen2_vl]", "'BaseModelOutputWithPooling' object has no attribute 'mean'"),
         (TEXT_ONLY, "test_text_only[qwen2_5_vl]", "'BaseModelOutputWithPooling' object has no attribute 'mean'"),
+        # A warning, None, and with it a run without a single image.
+        (INTERNVL_PROCESSOR, "test_internvl", "isinstance(None, InternVLProcessor)"),
+        (INTERNVL_PIXELS, "test_images[1]", "ValueError: Number of image placeholders in the prompt does not match"),
+        (INTERNVL_PLACEHOLDERS, "test_images[a<IMG_CONTEXT>b-images0]", "At index 1 diff: 258 != 260"),
+        (INTERNVL_TEXT_ONLY, "test_tower_runs_once", "assert 0 == 1"),
+        (INTERNVL_TEXT_ONLY, "test_refused[fused]", "DID NOT RAISE"),
     ],
 )
 def test_how_stock_verl_fails(stock_results, patch, name, error):
@@ -405,6 +448,38 @@ def test_batches_with_images_or_videos_go_through_unchanged():
         assert module._get_input_embeds(*batch) == (batch, {})
     (stand_in, *_), _ = module._get_input_embeds(model, "ids", "mask", None, None, None, None)
     assert stand_in is not model
+
+
+START, CONTEXT, END = 90, 91, 92
+SEGMENTS = st.one_of(
+    st.lists(st.sampled_from([1, 2, START, END]), max_size=4),
+    st.integers(1, 5).map(lambda tiles: [START, *[CONTEXT] * tiles, END]),
+)
+
+
+@pytest.fixture(scope="module")
+def collapse(patched_checkout):
+    """`qwen2_5_vl_dedup_image_tokens` of the patched file and of a stock one that is fixed."""
+    functions = []
+    for name, checkout in (("patched_rollout_utils", patched_checkout), ("fixed_rollout_utils", stock_verl().parent)):
+        spec = importlib.util.spec_from_file_location(name, checkout / INTERNVL_PLACEHOLDERS.file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if name.startswith("fixed"):
+            assert verl_fixes.collapse_internvl_placeholders(module)
+        functions.append(module.qwen2_5_vl_dedup_image_tokens)
+    return functions
+
+
+@given(segments=st.lists(SEGMENTS, max_size=6))
+def test_every_image_of_internvl_becomes_one_placeholder_and_nothing_else_changes(collapse, segments):
+    """Also beside frames without an image, which a policy may have sampled."""
+    ids = {"image_token_id": CONTEXT, "start_image_token_id": START, "end_image_token_id": END}
+    processor = type("InternVLProcessor", (), ids)()
+    prompt = [token for segment in segments for token in segment]
+    expected = [token for s in segments for token in ([CONTEXT] if CONTEXT in s else s)]
+    for function in collapse:
+        assert function(prompt, processor) == expected
 
 
 def test_names_bound_before_the_fix_are_replaced_too(monkeypatch):
