@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -53,6 +54,29 @@ def machine() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def with_children(process: psutil.Process) -> list[psutil.Process]:
+    """The process and all below it; empty once it has ended."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def proportional(process: psutil.Process) -> dict[str, int]:
+    """What a process holds alone plus its share of what it has in common with others (PSS), in bytes: {"Pss": whole,
+    "Pss_Anon": without pages of files}; zeros once it has ended."""
+    sizes = {"Pss": 0, "Pss_Anon": 0}
+    try:
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return sizes
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name in sizes:
+            sizes[name] = int(value.split()[0]) * 1024
+    return sizes
 
 
 def write_json(path: Path | None, figures: dict) -> None:

@@ -1,36 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole GNDPO step against a GRPO step of the same sizes, and where the time goes.
+"""A run of GNDPO with this project's teacher, one of verl's own on-policy distillation, and one of GRPO without a
+teacher: how long they take to start, how long a step takes and where, and the memory of all their processes. Targets
+against verl's distillation: start-up at most 0.75x, memory at most 0.8x, a step at most 1.0x.
 
-    python benchmarks/step.py [--json OUT] [--steps 8] [--batch 16] [--n 4]
+    python benchmarks/step.py [--json OUT] [--steps 8] [--batch 16] [--n 4] [--arms gndpo verl_opd grpo]
 
-Runs examples/run_qwen2_5vl_gndpo.sh with PROFILE=cpu on tiny models twice, the second time with ESTIMATOR=grpo and all
-else the same, and reads the timers that verl logs. About 4 minutes and 8 GB a run: on a machine that is busy otherwise
-the ratio says little.
+Runs examples/run_qwen2_5vl_gndpo.sh with PROFILE=cpu on tiny models, once an arm. `verl_opd` is ESTIMATOR=grpo with
+`distillation.enabled=True`, the k1 estimate of reverse KL as a reward under a policy loss and no task reward. Models,
+data, batch and the actor's one (logical) GPU are the same in all; verl's teacher has a GPU and a vLLM engine of its
+own, by its design, ours shares the actor's. verl asks its teacher while it still generates, so its time is part of
+`gen`. `gen` also depends on how often the trainer looks for finished rollouts, every 2 s in verl and every 0.2 s with
+this project's trainer; hence `step_without_gen`.
+
+Start-up is the time from the start of the trainer's process to that of its first step: when the first line of metrics
+appeared, less that step's `timing_s/step`. Memory is the sum over all processes of the run (Ray's own included) of what
+each holds alone plus its share of what it has in common with others (PSS), the largest of samples taken every 2 s.
+About 4 minutes and up to 12 GB an arm; on a machine that is busy otherwise the ratios say little.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 
-from _common import machine, print_table, write_json
+import psutil
+from _common import machine, print_table, proportional, with_children, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("gen", "old_log_prob", "teacher_log_prob", "adv", "update_actor", "update_weights", "step")
 WARM_UP_STEPS = 2
+SAMPLE_S = 2.0
+WATCH_S = 0.05
+PROMPT_TOKENS, RESPONSE_TOKENS = 128, 24
+ESTIMATORS = {"gndpo": "gndpo", "verl_opd": "grpo", "grpo": "grpo"}
+# What shows in the metrics that an arm learns from its teacher. An untrained student earns no reward, so that GRPO has
+# nothing to learn.
+ALIVE = {
+    "gndpo": ("gndpo/log_ratio/mean", "gndpo/sigma", "actor/grad_norm"),
+    "verl_opd": ("actor/distillation/loss", "actor/distillation/abs_loss", "actor/grad_norm"),
+    "grpo": (),
+}
 
 
-def run(estimator: str, folder: Path, steps: int, environment: dict[str, str]) -> list[dict]:
-    """Train and return the data of each step's log line.
+def verl_opd_settings(teacher: Path) -> list[str]:
+    """verl's own distillation; its engine gets what the rollout's has in the CPU profile."""
+    inference = "distillation.teacher_models.teacher_model.inference"
+    return [
+        "distillation.enabled=True",
+        "distillation.n_gpus_per_node=1",
+        "distillation.nnodes=1",
+        "ray_kwargs.ray_init.num_gpus=2",
+        "distillation.distillation_loss.loss_mode=k1",
+        "distillation.distillation_loss.use_policy_gradient=True",
+        "distillation.distillation_loss.use_task_rewards=False",
+        f"distillation.teacher_models.teacher_model.model_path={teacher}",
+        f"{inference}.tensor_model_parallel_size=1",
+        f"{inference}.max_model_len={PROMPT_TOKENS + RESPONSE_TOKENS + 1}",
+        f"{inference}.max_num_batched_tokens=4096",
+        f"{inference}.max_num_seqs=64",
+        f"{inference}.free_cache_engine=False",
+        f"+{inference}.enable_sleep_mode=False",
+    ]
+
+
+def run(arm: str, folder: Path, steps: int, environment: dict[str, str]) -> dict:
+    """Train, and watch the processes meanwhile.
+
+    Returns:
+        `steps`: the metrics of each step; `start_up_s`; `peak_gb`; `peak_gb_by_process`: the same by title of process.
 
     Raises:
         SystemExit: the run failed; the end of its log has been printed.
     """
-    metrics, log = folder / f"{estimator}.jsonl", folder / f"{estimator}.log"
+    metrics, log = folder / f"{arm}.jsonl", folder / f"{arm}.log"
     command = [
         *("bash", "examples/run_qwen2_5vl_gndpo.sh"),
         f"trainer.total_training_steps={steps}",
@@ -42,19 +91,76 @@ def run(estimator: str, folder: Path, steps: int, environment: dict[str, str]) -
         "reward.custom_reward_function.name=compute_score",
         f"hydra.run.dir={folder / 'hydra'}",
     ]
-    environment = environment | {"ESTIMATOR": estimator, "VERL_FILE_LOGGER_PATH": str(metrics)}
+    if arm == "verl_opd":
+        command += verl_opd_settings(folder / "teacher")
+    environment = environment | {"ESTIMATOR": ESTIMATORS[arm], "VERL_FILE_LOGGER_PATH": str(metrics)}
     with log.open("w") as sink:
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT).returncode
-    if code != 0:
+        process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            watched = watch(process, metrics)
+        finally:
+            for member in with_children(process):
+                member.kill()
+    if process.returncode != 0:
         print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
-        sys.exit(f"the {estimator} run failed with exit code {code}")
-    return [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
+        sys.exit(f"the {arm} run failed with exit code {process.returncode}")
+    logged = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
+    logged = [step for step in logged if "timing_s/step" in step]
+    started, first_line, peak = watched
+    return {
+        "steps": logged,
+        "start_up_s": first_line - started - logged[0]["timing_s/step"],
+        "peak_gb": sum(peak.values()) / 1e9,
+        "peak_gb_by_process": {title: size / 1e9 for title, size in peak.most_common()},
+    }
+
+
+def watch(process: psutil.Popen, metrics: Path) -> tuple[float, float, Counter]:
+    """Until the run ends: when the trainer's process began, when its first line of metrics was there, and the memory of
+    the run at the highest point, in bytes by title of process."""
+    started = first_line = math.nan
+    peak, next_sample = Counter(), 0.0
+    while process.poll() is None:
+        now = time.monotonic()
+        if math.isnan(started):
+            # The script becomes the trainer after it has checked the settings.
+            started = now if "main_ppo" in title(process) else math.nan
+        elif math.isnan(first_line) and metrics.exists() and b"\n" in metrics.read_bytes():
+            first_line = now
+        if now >= next_sample:
+            sizes = Counter()
+            for member in with_children(process):
+                sizes[title(member)] += proportional(member)["Pss"]
+            peak = max(peak, sizes, key=Counter.total)
+            next_sample = now + SAMPLE_S
+        time.sleep(WATCH_S)
+    return started, first_line, peak
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself (`ray::...`, `VLLM::...`), or its program and first two arguments."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:  # it has ended
+        return ""
+    return " ".join(Path(word).name for word in words[:3])[:60]
 
 
 def median_seconds(steps: list[dict]) -> dict[str, float]:
     """Median of each stage over the steps after the warm-up; 0.0 for a stage that a run does not have."""
-    timed = [step for step in steps if "timing_s/step" in step][WARM_UP_STEPS:]
-    return {stage: statistics.median(step.get(f"timing_s/{stage}", 0.0) for step in timed) for stage in STAGES}
+    timed = steps[WARM_UP_STEPS:]
+    seconds = {stage: statistics.median(step.get(f"timing_s/{stage}", 0.0) for step in timed) for stage in STAGES}
+    without = statistics.median(step["timing_s/step"] - step["timing_s/gen"] for step in timed)
+    return seconds | {"step_without_gen": without}
+
+
+def check_alive(arm: str, steps: list[dict]) -> None:
+    """Raises SystemExit unless every step of an arm has finite figures, other than 0, of what it learns from."""
+    for number, step in enumerate(steps, 1):
+        for name in ALIVE[arm]:
+            value = step.get(name)
+            if value is None or not math.isfinite(value) or value == 0:
+                sys.exit(f"{arm}, step {number}: {name} is {value}")
 
 
 def main() -> None:
@@ -63,11 +169,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help=f"{WARM_UP_STEPS} of them are not counted")
     parser.add_argument("--batch", type=int, default=16, help="prompts a step")
     parser.add_argument("--n", type=int, default=4, help="responses a prompt")
+    parser.add_argument("--arms", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), help="gndpo always runs")
     args = parser.parse_args()
     if args.steps <= WARM_UP_STEPS:
         parser.error(f"--steps must be more than {WARM_UP_STEPS}")
 
     environment = os.environ | {"PROFILE": "cpu", "PYTHON": sys.executable, "BATCH": str(args.batch), "N": str(args.n)}
+    environment |= {"MAX_PROMPT": str(PROMPT_TOKENS), "MAX_RESPONSE": str(RESPONSE_TOKENS)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -80,22 +188,31 @@ def main() -> None:
         subprocess.run(python + data, cwd=ROOT, env=environment, check=True)
         environment |= {variable: str(folder / name) for variable, (name, _) in models.items()}
         environment |= {"DATA_DIR": str(folder / "data"), "OUTPUT_DIR": str(folder / "out")}
-        seconds = {e: median_seconds(run(e, folder, args.steps, environment)) for e in ("gndpo", "grpo")}
+        arms = {}
+        for arm in (arm for arm in ESTIMATORS if arm in {"gndpo", *args.arms}):
+            arms[arm] = run(arm, folder, args.steps, environment)
+            steps = arms[arm].pop("steps")
+            check_alive(arm, steps)
+            arms[arm]["seconds"] = median_seconds(steps)
 
-    ratio = seconds["gndpo"]["step"] / seconds["grpo"]["step"]
-    figures = {
-        "machine": machine(),
-        "sizes": {"batch": args.batch, "n": args.n, "steps": args.steps, "warm_up_steps": WARM_UP_STEPS},
-        "seconds": seconds,
-        "step_vs_grpo": ratio,
-    }
-    write_json(args.json, figures)
-    print_table(
-        f"one step, {args.batch} prompts x {args.n} responses: median seconds of {args.steps - WARM_UP_STEPS} steps",
-        ["stage", "gndpo", "grpo"],
-        [[stage, seconds["gndpo"][stage], seconds["grpo"][stage]] for stage in STAGES],
-    )
-    print(f"gndpo step / grpo step: {ratio:.2f}")
+    ratios = {}
+    for rival in arms:
+        if rival != "gndpo":
+            ours, theirs = arms["gndpo"], arms[rival]
+            ratios[f"start_up_vs_{rival}"] = ours["start_up_s"] / theirs["start_up_s"]
+            ratios[f"memory_vs_{rival}"] = ours["peak_gb"] / theirs["peak_gb"]
+            for name in ("step", "step_without_gen"):
+                ratios[f"{name}_vs_{rival}"] = ours["seconds"][name] / theirs["seconds"][name]
+    sizes = {"batch": args.batch, "n": args.n, "steps": args.steps, "warm_up_steps": WARM_UP_STEPS}
+    write_json(args.json, {"machine": machine(), "sizes": sizes, "arms": arms} | ratios)
+    rows = [["start-up, s", *(arm["start_up_s"] for arm in arms.values())]]
+    rows += [["peak memory, GB", *(arm["peak_gb"] for arm in arms.values())]]
+    rows += [[stage, *(arm["seconds"][stage] for arm in arms.values())] for stage in (*STAGES, "step_without_gen")]
+    counted = args.steps - WARM_UP_STEPS
+    title_line = f"{args.batch} prompts x {args.n} responses: median seconds of {counted} steps"
+    print_table(title_line, ["stage", *arms], rows)
+    print("gndpo against ...: " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
+    print("targets against verl_opd: start_up <= 0.75, memory <= 0.8, step <= 1.0")
 
 
 if __name__ == "__main__":

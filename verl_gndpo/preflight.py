@@ -25,7 +25,14 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
 from verl_gndpo import ESTIMATORS, SUPPORTED_VERL
-from verl_gndpo.config import ConfigError, read_signal_config, read_teacher_config, uses_gndpo
+from verl_gndpo.config import (
+    EVERY_SAMPLE,
+    ConfigError,
+    TeacherConfig,
+    read_signal_config,
+    read_teacher_config,
+    uses_gndpo,
+)
 from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.rewards import ANSWER_TYPES
 from verl_gndpo.rewards.graders import GRADERS
@@ -72,7 +79,7 @@ def run_checks(config: Any = None) -> list[Check]:
     if plugin[0].status != "error":
         checks += [*check_estimator(config), *check_verl_settings(config)]
         if uses_gndpo(config):
-            checks += [*check_settings(config), *check_models(config)]
+            checks += [*check_settings(config), *check_models(config), *check_routing(config)]
     return [*checks, *check_data(config), *check_rewards(config)]
 
 
@@ -198,10 +205,14 @@ def check_accelerator(config: Any = None) -> list[Check]:
         return [Check("accelerator", "error", str(error), "unset VERL_PLATFORM or give it one of these names")]
     per_node, nodes = _get(config, "trainer.n_gpus_per_node"), _get(config, "trainer.nnodes", 1)
     wanted = None if per_node is None else f"trainer.n_gpus_per_node={per_node} on trainer.nnodes={nodes}"
+    apart = _get(config, "teacher.n_gpus_per_node", 0) if wanted and uses_gndpo(config) else 0
+    if apart:
+        apart *= _get(config, "teacher.nnodes", 1)
+        wanted += f" and {apart} for the teacher"
     if ray.is_initialized() and wanted:
         kind = platform.ray_resource_name()
         count = int(ray.cluster_resources().get(kind, 0))
-        status = "error" if count < per_node * nodes else "ok"
+        status = "error" if count < per_node * nodes + apart else "ok"
         detail = f"{platform.device_name}: the Ray cluster has {count} {kind}, the run wants {wanted}"
         return [Check("accelerator", status, detail, "" if status == "ok" else "lower these or add nodes")]
     if without_accelerator():
@@ -252,9 +263,9 @@ def _check_cpu_run(config: Any) -> list[Check]:
                 "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
             )
         )
-    if not _get(config, "ray_kwargs.ray_init.num_gpus"):
-        detail = "Ray counts no GPU on this machine, and verl places each worker on one"
-        number = config.trainer.n_gpus_per_node
+    number = config.trainer.n_gpus_per_node + _get(config, "teacher.n_gpus_per_node", 0)
+    if _get(config, "ray_kwargs.ray_init.num_gpus", 0) < number:
+        detail = f"Ray counts fewer than {number} GPUs on this machine, and verl places each worker on one"
         remedy = f"+ray_kwargs.ray_init.num_gpus={number}, a logical count, unless the run joins a Ray cluster"
         checks.append(Check("accelerator", "warning", detail, remedy))
     return checks
@@ -312,10 +323,17 @@ def check_settings(config: Any) -> list[Check]:
         read_signal_config(config.algorithm, config.algorithm.adv_estimator)
     except ConfigError as problem:
         error(str(problem), "")
+    teacher = None
     try:
-        read_teacher_config(config)
+        teacher = read_teacher_config(config)
+        if teacher.backend == "server":
+            from verl_gndpo.teacher.server import distillation_section
+
+            distillation_section(config, teacher)
     except ConfigError as problem:
         error(str(problem), "")
+    if teacher is not None and teacher.backend == "worker":
+        errors += _check_teacher_ranks(config, teacher)
     if _get(config, "gndpo") is not None:
         error("there is a section gndpo at the top level, which nothing reads", "move its keys to algorithm.gndpo")
     if not config.trainer.use_v1:
@@ -352,9 +370,73 @@ def check_settings(config: Any) -> list[Check]:
     return [Check("settings", "ok", f"actor's loss_mode={loss_mode}, loss_agg_mode={loss_agg_mode}{note}")]
 
 
+def _check_teacher_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
+    """The teacher's ranks can be grouped as they are to be, and each gets a row of every batch."""
+    dedicated = teacher.placement == "dedicated"
+    per_node, nodes = (
+        (teacher if dedicated else config.trainer).n_gpus_per_node,
+        (teacher if dedicated else config.trainer).nnodes,
+    )
+    size = teacher.ulysses_sequence_parallel_size
+    ranks, rest = divmod(per_node * nodes, size)
+    if rest:
+        detail = f"teacher.ulysses_sequence_parallel_size={size} does not divide the teacher's {per_node * nodes} GPUs"
+        return [Check("settings", "error", detail, "a divisor of it")]
+    rows = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    mode = config.trainer.v1.trainer_mode
+    rows //= _get(config, f"trainer.v1.{mode}.parameter_sync_step", 1)
+    if rows < ranks:
+        detail = f"the teacher has {ranks} ranks, and a batch {rows} rows (data.train_batch_size times rollout.n)"
+        return [Check("settings", "error", detail, "give it fewer GPUs, or a larger batch")]
+    return []
+
+
+def check_routing(config: Any) -> list[Check]:
+    """Each of several teachers has samples in the training files, and each sample a teacher."""
+    try:
+        teacher = read_teacher_config(config)
+    # Which `check_settings` reports.
+    except ConfigError:
+        return []
+    from verl_gndpo.teacher.routing import Routing
+
+    routing = Routing(teacher)
+    if routing.column is None or _get(config, "data.custom_cls.path"):
+        return []
+    found = _values_of_column(config, routing.column)
+    if found is None:
+        detail = f"teacher.routing_key={routing.column} is no column of data.train_files"
+        return [Check("routing", "error", detail, "name a column that tells the teachers' samples apart")]
+    checks = []
+    unknown = sorted(found - set(routing.keys)) if EVERY_SAMPLE not in routing.keys else []
+    if unknown:
+        detail = f"no teacher for {routing.column}={', '.join(unknown)}; there are keys for {', '.join(routing.keys)}"
+        checks.append(Check("routing", "error", detail, "add them to teacher.models.<name>.keys"))
+    unused = sorted(set(routing.keys) - found - {EVERY_SAMPLE})
+    if unused:
+        detail = f"teacher.models has keys that no training row has: {', '.join(unused)}"
+        checks.append(Check("routing", "warning", detail, f"the rows have {', '.join(sorted(found))}"))
+    return checks or [Check("routing", "ok", f"{routing.column}: {', '.join(sorted(found))}")]
+
+
+def _values_of_column(config: Any, column: str) -> set[str] | None:
+    """What a column of the local training files holds; None where none of them has it."""
+    found = None
+    files = config.data.get("train_files")
+    for file in [files] if isinstance(files, str) else list(files or ()):
+        # A file that can't be read is what `check_data` tells of.
+        with contextlib.suppress(pa.ArrowException, OSError), pq.ParquetFile(Path(file).expanduser()) as parquet:
+            if column in parquet.schema_arrow.names:
+                found = found or set()
+                for batch in parquet.iter_batches(columns=[column]):
+                    found |= {str(value) for value in pc.unique(batch[column]).to_pylist()}
+    return found
+
+
 def check_models(config: Any) -> list[Check]:
-    """Student and teacher exist, and the teacher can score what the student writes."""
-    from verl_gndpo.teacher.compatibility import ModelFiles, ModelNotFound, compare, is_remote, read_model_files
+    """Student and teachers exist, and the teachers can score what the student writes."""
+    from verl_gndpo.teacher.compatibility import ModelFiles, ModelNotFound, is_remote, read_model_files
+    from verl_gndpo.teacher.shared_prompt import check_sequence_parallel
 
     checks: list[Check] = []
 
@@ -377,17 +459,42 @@ def check_models(config: Any) -> list[Check]:
     )
     if student is not None and student.is_multimodal:
         checks += _check_processor(model)
+        frozen = _get(config, "actor_rollout_ref.actor.freeze_vision_tower")
+        if model.get("lora_rank") and not (model.get("exclude_modules") or frozen):
+            detail = "LoRA adapters in the vision tower are trained, but vLLM leaves them out of its rollouts"
+            remedy = "actor_rollout_ref.actor.freeze_vision_tower=True, or actor_rollout_ref.model.exclude_modules"
+            checks.append(Check("student", "warning", detail, remedy))
     # A missing path is check_settings' to report; a wrong one is of interest whatever else is wrong with the section.
-    path = _get(config, "teacher.model.path")
-    if not path:
-        return checks
-    teacher = read("teacher", "teacher.model.path", path, bool(_get(config, "teacher.model.trust_remote_code")))
-    if student is None or teacher is None:
-        return checks
+    sections = {"teacher.model": _get(config, "teacher.model")}
+    sections |= {f"teacher.models.{name}": model for name, model in (_get(config, "teacher.models") or {}).items()}
+    seen = set()
+    for section, model in sections.items():
+        path = _get(model, "path")
+        if not path or path in seen:
+            continue
+        seen.add(path)
+        teacher = read("teacher", f"{section}.path", path, bool(_get(model, "trust_remote_code")))
+        if student is not None and teacher is not None:
+            checks += _compare_models(student, teacher)
+        if teacher is not None:
+            try:
+                check_sequence_parallel(teacher.config, _get(config, "teacher.ulysses_sequence_parallel_size", 1))
+            except ValueError as error:
+                remedy = "another teacher.ulysses_sequence_parallel_size"
+                checks.append(Check("teacher", "error", f"{path}: {error}", remedy))
+    return checks
 
+
+def _compare_models(student: Any, teacher: Any) -> list[Check]:
+    """`compatibility.compare` of two models' files, as findings."""
+    from verl_gndpo.teacher.compatibility import compare
+
+    checks = []
     differences = compare(student, teacher)
     for difference in differences:
         remedy = "choose a teacher of the student's family" if difference.fatal else ""
+        if difference.fatal and difference.detail.startswith("image processor"):
+            remedy += ", or copy the student's image processor settings into the teacher's folder"
         status = "error" if difference.fatal else "warning"
         checks.append(Check(difference.topic, status, difference.detail, remedy))
     if not any(difference.fatal for difference in differences):

@@ -13,21 +13,26 @@ from omegaconf import open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl import DataProto
-from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
+from verl.trainer.ppo.utils import Role
 from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_to_nested
 
 from verl_gndpo.config import read_signal_config, read_teacher_config, uses_gndpo
-from verl_gndpo.diagnostics import describe_signal
+from verl_gndpo.diagnostics import describe_signal, describe_teachers
 from verl_gndpo.preflight import require
-from verl_gndpo.teacher.shared_prompt import order_by_prompt
-from verl_gndpo.teacher.worker import FIELDS, TeacherWorker
+from verl_gndpo.teacher.client import TeacherClient, score_while_generating
+from verl_gndpo.teacher.server import PolicyLossWorker, ServerTeacher, use_servers
 
 # verl's replay buffer looks for finished rollouts every 2 s; with rollouts of a few seconds that is a large part of a
 # step.
 POLL_INTERVAL_S = 0.2
+
+TEACHER_POOL = "teacher_pool"
+
+# What of a multimodal student belongs to its images, as peft's `exclude_modules` matches the names of modules.
+VISION_MODULES = r".*\b(visual|vision_tower|vision_model|multi_modal_projector)\b.*"
 
 
 class GNDPOTrainerMixin:
@@ -37,54 +42,62 @@ class GNDPOTrainerMixin:
         self.uses_gndpo = uses_gndpo(config)
         if self.uses_gndpo:
             require(config)
+            self.teacher_config = read_teacher_config(config)
+            if self.teacher_config.backend == "server":
+                use_servers(config, self.teacher_config)
             _honour_frozen_tower(config.actor_rollout_ref)
         super().__init__(config)
         # A custom sampler (trainer.v1.sampler.custom_sampler) owns its polling and may have no such attribute.
         if self.uses_gndpo and hasattr(self.replay_buffer, "poll_interval"):
             self.replay_buffer.poll_interval = min(self.replay_buffer.poll_interval, POLL_INTERVAL_S)
 
-    def _setup(self):
-        super()._setup()
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()
         if not self.uses_gndpo:
             return
+        teacher = self.teacher_config
+        if teacher.backend == "server":
+            for role in {Role.Actor, Role.ActorRollout, Role.ActorRolloutRef} & self.role_worker_mapping.keys():
+                self.role_worker_mapping[role] = ray.remote(PolicyLossWorker)
+            self.teacher = ServerTeacher(teacher)
+            return
+        pools, name = self.resource_pool_manager, "global_pool"
+        if teacher.placement == "dedicated":
+            name = TEACHER_POOL
+            pools.resource_pool_spec[name] = [teacher.n_gpus_per_node] * teacher.nnodes
+        create = pools.create_resource_pool
+
+        def create_and_start():
+            create()
+            # As early as there is a place for it: it starts while the actor and the rollout engines do.
+            self.teacher = TeacherClient(teacher, pools.resource_pool_dict[name], self.config.trainer.device)
+
+        pools.create_resource_pool = create_and_start
+
+    def _setup(self):
+        super()._setup()
+        if not self.uses_gndpo or self.teacher_config.backend == "server":
+            return
         # By now the rollout replicas sleep, so that the weights can go through the accelerator to where they are kept.
-        self.teacher_wg = RayWorkerGroup(
-            resource_pool=self.resource_pool_manager.resource_pool_dict["global_pool"],
-            ray_cls_with_init=RayClassWithInitArgs(
-                cls=ray.remote(TeacherWorker), config=read_teacher_config(self.config)
-            ),
-            device_name=self.config.trainer.device,
-            name_prefix="teacher",
-        )
-        self.teacher_wg.reset()
+        self.teacher.load()
+        if self.teacher_config.placement == "dedicated":
+            score_while_generating(self.replay_buffer, self.teacher)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics, **kwargs) -> KVBatchMeta:
         batch = super()._balance_batch(batch, metrics, **kwargs)
         if self.uses_gndpo:
             # Here the batch has its final rows and order, and none of verl's own timers runs.
             with marked_timer("teacher_log_prob", self.timing_raw, color="olive"):
-                self._compute_teacher_log_prob(batch)
+                overlap = self.teacher.score(batch)
+            if self.teacher_config.placement == "dedicated":
+                metrics.update(overlap)
         return batch
-
-    def _compute_teacher_log_prob(self, batch: KVBatchMeta) -> None:
-        """Let the teacher score the batch; it writes `teacher_log_probs` beside verl's own fields."""
-        # Rows of one prompt together, so that a rank can share it; the result is stored by key, whatever the order.
-        order = order_by_prompt(batch.keys, batch.tags, self.teacher_wg.world_size)
-        request = KVBatchMeta(
-            keys=[batch.keys[row] for row in order],
-            tags=[batch.tags[row] for row in order],
-            partition_id=batch.partition_id,
-            fields=FIELDS,
-            extra_info={},
-        )
-        scored = self.teacher_wg.compute_teacher_log_prob(request)
-        if len(scored) != len(batch):
-            raise RuntimeError(f"the teacher scored {len(scored)} of {len(batch)} rows")
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if not self.uses_gndpo:
             return super()._compute_advantage(batch, metrics)
         algorithm = self.config.algorithm
+        routing = self.teacher.routing
         data = tq.kv_batch_get(
             keys=batch.keys,
             partition_id=batch.partition_id,
@@ -95,10 +108,12 @@ class GNDPOTrainerMixin:
                 "old_log_probs",
                 "rollout_log_probs",
                 "teacher_log_probs",
+                *([routing.column] if routing.column else []),
             ],
         )
         nested_mask = data["response_mask"]
         index = data.pop("uid")
+        teachers = [routing.route(key).label for key in data.pop(routing.column).tolist()] if routing.column else None
         data = DataProto(batch=data.to_padded_tensor())
 
         # The same importance weights and rejection masks as for any other estimator.
@@ -112,10 +127,16 @@ class GNDPOTrainerMixin:
 
         signal = {key: data.batch[key] for key in ("teacher_log_probs", "old_log_probs", "response_mask")}
         advantages, returns = get_adv_estimator_fn(algorithm.adv_estimator)(
-            token_level_rewards=data.batch["rm_scores"], index=index.tolist(), config=algorithm, **signal
+            token_level_rewards=data.batch["rm_scores"],
+            index=index.tolist(),
+            config=algorithm,
+            teacher=teachers,
+            **signal,
         )
         settings = read_signal_config(algorithm, algorithm.adv_estimator)
         metrics.update(describe_signal(**signal, advantages=advantages, settings=settings))
+        if teachers is not None:
+            metrics.update(describe_teachers(teachers, **signal, advantages=advantages, settings=settings))
 
         output = {"advantages": advantages, "returns": returns}
         if corrects:
@@ -138,6 +159,9 @@ def _honour_frozen_tower(student) -> None:
         libraries = [libraries] if isinstance(libraries, str) else list(libraries)
         with open_dict(student.model):
             student.model.external_lib = [*libraries, "verl_gndpo.freeze_vision"]
+            if student.model.get("lora_rank") and not student.model.get("exclude_modules"):
+                # peft adds its adapters after the tower is frozen, and vLLM would leave those of the tower out.
+                student.model.exclude_modules = VISION_MODULES
 
 
 def install(v1) -> None:

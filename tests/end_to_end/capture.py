@@ -11,7 +11,10 @@ from pathlib import Path
 
 from wrapt import register_post_import_hook
 
-FIELDS = ["input_ids", "position_ids", "response_mask", "multi_modal_inputs", "old_log_probs", "teacher_log_probs"]
+FIELDS = [
+    *("input_ids", "position_ids", "response_mask", "multi_modal_inputs", "data_source"),
+    *("old_log_probs", "teacher_log_probs"),
+]
 
 
 def _watch(module) -> None:

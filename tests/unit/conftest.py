@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transfer_queue
 from hydra import compose, initialize_config_module
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+
+from verl_gndpo.config import TeacherConfig, TeacherModelConfig
+from verl_gndpo.teacher.routing import Routing
 
 
 def verl_config(*overrides):
@@ -67,6 +72,8 @@ def gndpo_step(queue, monkeypatch):
     def step(correction=None):
         trainer = object.__new__(get_trainer_cls("sync"))
         trainer.config, trainer.uses_gndpo = verl_config("algorithm.adv_estimator=gndpo"), True
+        single = TeacherConfig(model=TeacherModelConfig(path="T"))
+        trainer.teacher, trainer.teacher_config = SimpleNamespace(routing=Routing(single)), single
         trainer.config.algorithm.rollout_correction = correction
         metrics = {}
         assert trainer._compute_advantage(meta, metrics) == "written"

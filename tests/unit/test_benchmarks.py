@@ -2,11 +2,14 @@
 """The benchmarks run and write what they promise; what they measure is not asserted here."""
 
 import json
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from verl_gndpo.diagnostics import _quantiles
@@ -31,13 +34,14 @@ def test_estimator(tmp_path):
 
 
 def test_teacher_scoring(tmp_path):
-    arguments = ("--shapes", "small", "--rounds", "1", "--threads", "1")
+    arguments = ("--shapes", "small", "--rounds", "1", "--threads", "1", "--methods", "ours")
     rows = run("teacher_scoring", tmp_path / "teacher.json", *arguments)["rows"]
     assert [row["method"] for row in rows] == ["full_logits", "ours"]
     for row in rows:
-        assert row["shape"] and row["seconds"] > 0 and row["peak_gb"] > 0
+        assert row["shape"] and row["seconds"] > 0 and row["processor_s"] > 0 and row["peak_gb"] > 0
         assert row["max_abs_diff"] < 1e-4
         assert row["speedup_vs_full_logits"] > 0 and row["memory_vs_full_logits"] > 0
+        assert "speedup_vs_verl_server" not in row
 
 
 def test_data_prep(tmp_path):
@@ -49,14 +53,54 @@ def test_data_prep(tmp_path):
     assert results[1]["speedup_vs_recipe"] > 0 and results[1]["memory_vs_recipe"] > 0
 
 
-def test_step_summary_drops_the_warm_up(monkeypatch):
+@pytest.fixture
+def step(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from step import STAGES, median_seconds
+    import step
 
-    slow, fast = ({f"timing_s/{stage}": seconds for stage in STAGES} for seconds in (60.0, 1.0))
+    return step
+
+
+def test_step_summary_drops_the_warm_up(step):
+    slow, fast = ({f"timing_s/{stage}": seconds for stage in step.STAGES} for seconds in (60.0, 1.0))
     del fast["timing_s/teacher_log_prob"]
-    seconds = median_seconds([slow, slow, fast, fast, fast])
-    assert seconds.pop("teacher_log_prob") == 0.0 and set(seconds.values()) == {1.0}
+    fast["timing_s/step"] = 3.0
+    seconds = step.median_seconds([slow, slow, fast, fast, fast])
+    assert seconds.pop("teacher_log_prob") == 0.0
+    assert seconds.pop("step") == 3.0 and seconds.pop("step_without_gen") == 2.0
+    assert set(seconds.values()) == {1.0}
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf, None])
+def test_step_refuses_an_arm_that_does_not_learn(step, value):
+    alive = dict.fromkeys(step.ALIVE["verl_opd"], 0.5)
+    step.check_alive("verl_opd", [alive, alive])
+    with pytest.raises(SystemExit, match="verl_opd, step 2: actor/grad_norm"):
+        step.check_alive("verl_opd", [alive, alive | {"actor/grad_norm": value}])
+
+
+def test_step_watches_all_processes_of_a_run(step, tmp_path):
+    """A stand-in for a run: a shell that becomes the "trainer" of 200 MB, which has a child of 200 MB and logs late."""
+    metrics = tmp_path / "metrics.jsonl"
+    trainer = tmp_path / "main_ppo"
+    trainer.write_text(
+        "import subprocess, sys, time\n"
+        "held = bytearray(b'x') * 200_000_000\n"
+        "child = 'import time; held = bytearray(b\"x\") * 200_000_000; time.sleep(4)'\n"
+        "child = subprocess.Popen([sys.executable, '-c', child])\n"
+        "time.sleep(2)\n"
+        f"open({str(metrics)!r}, 'w').write('{{}}\\n')\n"
+        "child.wait()\n"
+    )
+    script = tmp_path / "script.sh"
+    script.write_text(f"sleep 1\nexec {sys.executable} {trainer}\n")
+    process = psutil.Popen(["bash", str(script)])
+    begin = time.monotonic()
+    started, first_line, peak = step.watch(process, metrics)
+    assert process.returncode == 0
+    assert 0.9 < started - begin < first_line - begin - 1.9
+    assert 400e6 < peak.total() < 500e6
+    assert sum(size > 200e6 for size in peak.values()) == 2
 
 
 @pytest.mark.parametrize(

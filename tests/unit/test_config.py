@@ -102,6 +102,7 @@ def test_no_teacher_is_an_error_that_says_how_to_name_one():
         ({"logits_chunk_tokens": 0}, ["teacher.logits_chunk_tokens", "at least 1", "0"]),
         ({"max_token_len_per_gpu": "many"}, ["teacher.max_token_len_per_gpu", "many"]),
         ({"ulysses_sequence_parallel_size": 0}, ["teacher.ulysses_sequence_parallel_size", "at least 1"]),
+        ({"attention": "flash"}, ["teacher.attention", "sdpa or flex", "'flash'"]),
         ({"backend": "sever"}, ["teacher.backend", "worker or server", "'sever'"]),
         ({"placement": "else"}, ["teacher.placement", "colocated, dedicated", "'else'"]),
         ({"placement": "dedicated"}, ["teacher.n_gpus_per_node"]),

@@ -14,7 +14,7 @@ from verl_gndpo.config import read_signal_config, read_teacher_config
 from verl_gndpo.trainer import GNDPOTrainerMixin
 
 MODES = ("sync", "colocate_async", "separate_async")
-OVERRIDDEN = {"__init__", "_setup", "_balance_batch", "_compute_advantage"}
+OVERRIDDEN = {"__init__", "_init_resource_pool_mgr", "_setup", "_balance_batch", "_compute_advantage"}
 
 
 def test_an_existing_config_needs_two_overrides():
@@ -83,7 +83,7 @@ def test_other_estimators_get_the_same_advantages_and_metrics(queue, estimator):
 
 
 def test_no_teacher_is_started_for_other_estimators(monkeypatch):
-    """__init__, _setup and _balance_batch of the mixin do nothing but call verl's."""
+    """__init__, _init_resource_pool_mgr, _setup and _balance_batch of the mixin do nothing but call verl's."""
     calls = []
 
     class Stock:
@@ -91,7 +91,11 @@ def test_no_teacher_is_started_for_other_estimators(monkeypatch):
             calls.append("init")
             self.replay_buffer = SimpleNamespace(poll_interval=2.0)
 
+        def _init_resource_pool_mgr(self):
+            calls.append("pools")
+
         def _setup(self):
+            self._init_resource_pool_mgr()
             calls.append("setup")
 
         def _balance_batch(self, batch, metrics, **kwargs):
@@ -101,8 +105,8 @@ def test_no_teacher_is_started_for_other_estimators(monkeypatch):
     trainer = type("Trainer", (GNDPOTrainerMixin, Stock), {})(verl_config("algorithm.adv_estimator=grpo"))
     trainer._setup()
     assert trainer._balance_batch("batch", {}, keep_minibatch=True) == "batch"
-    assert calls == ["init", "setup", ("balance", {"keep_minibatch": True})]
-    assert trainer.replay_buffer.poll_interval == 2.0 and not hasattr(trainer, "teacher_wg")
+    assert calls == ["init", "pools", "setup", ("balance", {"keep_minibatch": True})]
+    assert trainer.replay_buffer.poll_interval == 2.0 and not hasattr(trainer, "teacher")
 
 
 def run_python(code, **env):

@@ -13,8 +13,8 @@ from verl_gndpo.teacher.shared_prompt import (
     Layout,
     attending,
     attention,
+    check_sequence_parallel,
     find_families,
-    order_by_prompt,
     pack,
     share_prompts,
 )
@@ -59,15 +59,39 @@ def test_the_place_before_each_response_token_predicts_it(shapes):
     assert Layout(families, CPU).predicting.tolist() == expected
 
 
+class Group:
+    """What a layout asks of the ranks that share a row."""
+
+    def __init__(self, size: int, rank: int):
+        self.size, self.rank = lambda: size, lambda: rank
+
+
+@given(SHAPES, st.integers(2, 9))
+@settings(max_examples=100, deadline=None)
+def test_ranks_that_share_a_row_predict_each_response_token_once(shapes, ranks):
+    families = families_of(shapes)
+    predicting = Layout(families, CPU).predicting
+    layouts = [Layout(families, CPU, Group(ranks, rank)) for rank in range(ranks)]
+    length = -(-sum(family.tokens for family in families) // ranks)
+    assert [(x.part.start, x.part.stop) for x in layouts] == [(r * length, r * length + length) for r in range(ranks)]
+    here, places = zip(*(layout.predicted_here() for layout in layouts), strict=True)
+    assert sorted(torch.cat(here).tolist()) == list(range(len(predicting)))
+    for layout, tokens, within in zip(layouts, here, places, strict=True):
+        assert torch.equal(predicting[tokens], within + layout.part.start)
+        assert ((within >= 0) & (within < length)).all()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("flex", [False, True])
 @given(SHAPES, st.sampled_from([None, 1, 3, 100]), st.sampled_from([(2, 2), (4, 2), (4, 1)]))
 @settings(max_examples=100, deadline=None)
-def test_attention_is_that_of_each_sequence_alone(shapes, window, heads):
+def test_attention_is_that_of_each_sequence_alone(flex, shapes, window, heads):
     torch.manual_seed(0)
     families = families_of(shapes)
     tokens = sum(family.tokens for family in families)
     query = torch.randn(1, heads[0], tokens, 8)
     key, value = torch.randn(2, 1, heads[1], tokens, 8).unbind(0)
-    layout = Layout(families, CPU)
+    layout = Layout(families, CPU, flex=flex)
     with attending(layout):
         out, weights = attention(None, query, key, value, None, scaling=0.3, sliding_window=window)
     assert out.shape == (1, tokens, heads[0], 8) and weights is None and layout.calls == 1
@@ -104,26 +128,6 @@ def test_a_family_that_fits_stays_together():
     assert [len(batch) for batch in pack(families, 30)] == [1, 1]
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.sampled_from([1, 2, 3]), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
-def test_each_rank_gets_whole_prompts_and_like_work(prompts, responses, ranks, random):
-    keys = [f"uid_{prompt}_{session}_0" for prompt in range(prompts) for session in range(responses)]
-    random.shuffle(keys)
-    tags = [{"prompt_len": 1 + int(key.split("_")[1]), "response_len": random.randint(1, 9)} for key in keys]
-    order = order_by_prompt(keys, tags, ranks)
-    assert sorted(order) == list(range(len(keys)))
-    if prompts % ranks == 0:
-        parts = [order[rank * len(keys) // ranks : (rank + 1) * len(keys) // ranks] for rank in range(ranks)]
-        held = [{keys[row].split("_")[1] for row in part} for part in parts]
-        assert sum(map(len, held)) == prompts
-
-
-def test_rows_of_unequal_prompts_still_stand_together():
-    keys = ["b_0_0", "a_0_0", "b_1_0", "a_1_0", "b_0_1"]
-    tags = [{"prompt_len": 3, "response_len": 2}] * 5
-    assert [keys[row] for row in order_by_prompt(keys, tags, 5)] == ["b_0_0", "b_1_0", "b_0_1", "a_0_0", "a_1_0"]
-
-
 def test_rows_are_one_family_only_with_the_same_words_positions_and_pictures():
     prompt, other = torch.arange(5), torch.arange(1, 6)
     picture = {"pixel_values": torch.ones(4, 3), "image_grid_thw": torch.tensor([[1, 2, 2]])}
@@ -141,6 +145,12 @@ def test_rows_are_one_family_only_with_the_same_words_positions_and_pictures():
     families = find_families(ids, positions, [1] * len(rows), [images for _, _, images in rows])
     assert [family.rows for family in families] == [(0, 5), (1,), (2,), (3,), (4,)]
     assert families[0] == Family((0, 5), 5, (1, 1))
+
+
+def test_rows_with_images_in_their_responses_share_no_prompt():
+    ids, positions = [torch.arange(6)] * 4, [torch.arange(6)] * 4
+    families = find_families(ids, positions, [2] * 4, [{}] * 4, alone={1, 2})
+    assert [family.rows for family in families] == [(0, 3), (1,), (2,)]
 
 
 def test_the_same_ids_split_elsewhere_are_another_prompt():
@@ -195,6 +205,37 @@ def test_a_models_output_is_that_of_each_sequence_alone(family):
     assert layout.calls == 2
     for places, alone in zip(whole, expected, strict=True):
         torch.testing.assert_close(packed[places], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "possible"),
+    [(4, 2, [1, 2, 4]), (4, 1, [1, 2, 4]), (28, 4, [1, 2, 4, 28]), (12, 3, [1, 3, 6, 12]), (6, 6, [1, 2, 3, 6])],
+)
+def test_heads_are_dealt_out_evenly_or_not_at_all(heads, shared, possible):
+    from transformers import Qwen2_5_VLConfig, Qwen2Config
+
+    text = {"num_attention_heads": heads, "num_key_value_heads": shared}
+    for config in (Qwen2Config(**text), Qwen2_5_VLConfig(text_config=text)):
+        for ranks in range(1, 30):
+            if ranks in possible:
+                check_sequence_parallel(config, ranks)
+                continue
+            with pytest.raises(
+                ValueError, match=rf"size={ranks} does not fit .* {heads} attention heads and {shared} of"
+            ):
+                check_sequence_parallel(config, ranks)
+
+
+def test_inputs_that_sequence_parallelism_does_not_know_are_refused():
+    model = tiny("Qwen2")
+    share_prompts(model)
+    families = families_of([(3, [2])])
+    tokens = torch.arange(5)[None]
+    layout = Layout(families, CPU, Group(2, 0))
+    with attending(layout), pytest.raises(NotImplementedError, match="Qwen2Model is given cache_position"):
+        model(input_ids=tokens, position_ids=tokens, use_cache=False, cache_position=tokens[0])
+    with attending(layout), pytest.raises(NotImplementedError, match="input 0 without a name"):
+        model.model(tokens)
 
 
 def test_layers_of_another_kind_are_refused():

@@ -140,10 +140,14 @@ class TeacherConfig:
     """Tokens of one micro-batch; null: `actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu`."""
 
     logits_chunk_tokens: int = 256
-    """Response tokens whose logits exist at the same time: the peak is this times the vocabulary, in float32."""
+    """Response tokens whose logits exist at once: the peak is at most this times the vocabulary, in float32."""
 
     ulysses_sequence_parallel_size: int = 1
     """Ranks that share one row of tokens; it divides the number of ranks and of attention heads."""
+
+    attention: str = "sdpa"
+    """sdpa: torch's own kernels, prompt by prompt. flex: FlexAttention, one kernel over all prompts of a micro-batch
+    without padding, compiled on an accelerator."""
 
     self_check: bool = True
     """Compare the first scores of a run with a plain forward pass."""
@@ -176,6 +180,8 @@ class TeacherConfig:
             raise ConfigError(f"teacher.temperature must be positive or null (the rollout's), got {self.temperature}")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"teacher.dtype must be float32, bfloat16, float16 or null, got {self.dtype!r}")
+        if self.attention not in ("sdpa", "flex"):
+            raise ConfigError(f"teacher.attention must be sdpa or flex, got {self.attention!r}")
         if self.fsdp.strategy not in ("fsdp", "fsdp2"):
             raise ConfigError(f"teacher.fsdp.strategy must be fsdp2 or fsdp, got {self.fsdp.strategy!r}")
         keys = ("max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size", "nnodes")

@@ -159,6 +159,9 @@ def activate() -> None:
         if not hasattr(torch.cpu, name):
             setattr(torch.cpu, name, function)
     torchvision_ops.install()
+    # vLLM's CPU backend asks each part of a model whether it uses MLA, and fails on parts that name no architecture,
+    # such as Qwen3-VL's language model.
+    os.environ.setdefault("VLLM_MLA_DISABLE", "1")
     paths = [_STARTUP, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     answer_for_vllm_cpu()

@@ -1,27 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probs of response tokens without the logits of anything else, and without encoding an image twice.
 
-Only the rows of the last hidden state that predict a response token go through the output projection, `chunk_tokens` at
-a time, so that the peak is chunk_tokens x vocabulary whatever the prompt, the image or the batch.
+Only the rows of the last hidden state that predict a response token go through the output projection, in blocks, so
+that the peak is at most `chunk_tokens` x vocabulary whatever the prompt, the image or the batch.
 """
 
+import inspect
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
+
+# On a CPU, logits at the same time: a block of them stays in the cache between the product and its exponentials, where
+# all at once would be written to memory and read again several times; and hidden states at the same time, enough that
+# the weights are read once for many of them. The projection takes three quarters of the time (benchmarks.md).
+CPU_LOGITS, CPU_TOKENS = 1 << 21, 1024
 
 
-def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature)[token] in float32: (tokens, vocabulary) and (tokens,) to (tokens,), nats.
+def token_log_probs(
+    hidden: torch.Tensor,
+    token_ids: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    columns: int,
+) -> torch.Tensor:
+    """log softmax((hidden weight^T + bias) / temperature)[token] in float32, with the logits of few ids at a time.
 
-    Overwrites `logits`: without further copies of them it is an eighth faster, and its peak is theirs alone.
+    Args:
+        hidden: (tokens, hidden size).
+        token_ids: (tokens,).
+        weight, bias: (vocabulary, hidden size) and (vocabulary,) of the output projection.
+        temperature: divides the logits.
+        columns: ids whose logits exist at the same time.
+
+    Returns:
+        (tokens,), nats.
     """
-    logits = logits.float()
-    if temperature != 1.0:
-        logits = logits.div_(temperature)
-    peak = logits.amax(-1, keepdim=True)
-    chosen = logits.gather(-1, token_ids.unsqueeze(-1))
-    return (chosen - peak).squeeze(-1) - logits.sub_(peak).exp_().sum(-1).log()
+    chosen = peak = total = None
+    for start in range(0, len(weight), columns):
+        ids = slice(start, start + columns)
+        logits = linear(hidden, weight[ids], None if bias is None else bias[ids]).float()
+        if temperature != 1.0:
+            logits = logits.div_(temperature)
+        own = (token_ids - start).clamp(0, logits.shape[-1] - 1)
+        here = logits.gather(-1, own.unsqueeze(-1)).squeeze(-1)
+        chosen = here if chosen is None else torch.where(token_ids >= start, here, chosen)
+        highest = logits.amax(-1)
+        new_peak = highest if peak is None else torch.maximum(peak, highest)
+        # In place: without further copies of the logits it is an eighth faster, and the peak is theirs alone.
+        sums = logits.sub_(new_peak.unsqueeze(-1)).exp_().sum(-1)
+        total = sums if total is None else total * (peak - new_peak).exp_() + sums
+        peak = new_peak
+    return chosen - peak - total.log()
 
 
 class ScoringHead:
@@ -32,7 +65,8 @@ class ScoringHead:
     whichever way the model is sharded.
     """
 
-    def __init__(self, lm_head: torch.nn.Module, chunk_tokens: int):
+    def __init__(self, lm_head: torch.nn.Linear, chunk_tokens: int):
+        self._lm_head = lm_head
         self._project = lm_head.forward
         self._chunk_tokens = chunk_tokens
         self._request: tuple[torch.Tensor, torch.Tensor, float] | None = None
@@ -58,56 +92,105 @@ class ScoringHead:
             return self._project(hidden_states)
         rows, token_ids, temperature = self._request
         hidden = hidden_states.flatten(0, -2)
+        weight, bias = self._lm_head.weight, self._lm_head.bias
+        tokens, columns = self._chunk_tokens, len(weight)
+        if hidden.device.type == "cpu":
+            tokens, logits = max(min(len(rows), CPU_TOKENS), 1), min(tokens * columns, CPU_LOGITS)
+            columns = max(logits // tokens, 1)
         out = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
-        for i in range(0, len(rows), self._chunk_tokens):
-            chunk = slice(i, i + self._chunk_tokens)
-            out[chunk] = token_log_probs(self._project(hidden[rows[chunk]]), token_ids[chunk], temperature)
+        for i in range(0, len(rows), tokens):
+            chunk = slice(i, i + tokens)
+            out[chunk] = token_log_probs(hidden[rows[chunk]], token_ids[chunk], weight, bias, temperature, columns)
         return out.unsqueeze(0)
 
 
-class DistinctImages:
-    """Lets a vision tower of the Qwen-VL kind encode each distinct image of a call once.
+def encode_distinct_images(module: torch.nn.Module) -> None:
+    """Have the vision tower of a model encode each distinct image of a call once; see `DistinctImages`.
 
-    The n responses to a prompt each bring a copy of its images. As with `ScoringHead`, the tower's own forward is
-    replaced on the instance: it takes `pixel_values` (patches, features) and `grid_thw` (images, 3), and what it
-    returns holds rows of patches or of merged tokens, image by image.
+    Does nothing to a model without one, or with one whose inputs can't be cut into images: it encodes every copy.
+
+    Args:
+        module: a Hugging Face model. Its tower is `model.visual` (Qwen-VL, GLM-V) or `model.vision_tower` (InternVL,
+            LLaVA).
+    """
+    inner = getattr(module, "model", None)
+    for name in ("visual", "vision_tower"):
+        tower = getattr(inner, name, None)
+        if tower is None:
+            continue
+        parameters = inspect.signature(tower.forward).parameters
+        by_grid = "grid_thw" in parameters and hasattr(tower, "spatial_merge_size")
+        if by_grid or next(iter(parameters)) == "pixel_values":
+            DistinctImages(tower)
+
+
+class DistinctImages:
+    """Lets a vision tower encode each distinct image of a call once.
+
+    Prompts that share an image each bring a copy of it. As with `ScoringHead`, the tower's own forward is replaced on
+    the instance. It takes either all patches in one row and a grid an image (Qwen-VL), and what it returns holds rows
+    of patches or of merged tokens, image by image; or an image or tile a row (InternVL), and so does what it returns.
+    Whatever else it returns beside, as Qwen3-VL's features of inner layers, has rows of one of these kinds.
     """
 
     def __init__(self, tower: torch.nn.Module):
         self._encode = tower.forward
-        self._patches_per_token = tower.spatial_merge_size**2
+        self._tower = tower
         tower.forward = self._forward
 
-    def _forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **options):
-        patches = grid_thw.prod(-1).tolist()
-        images = pixel_values.split(patches)
-        distinct, which = _distinct(images, grid_thw)
+    def _forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor | None = None, **options):
+        """
+        Args:
+            pixel_values: (patches, features) with a grid, (images, ...) without.
+            grid_thw: (images, 3), time, height and width in patches.
+            options: handed on. A tensor among them may belong to the images; then every copy is encoded.
+        """
+        grid = {} if grid_thw is None else {"grid_thw": grid_thw}
+        if any(not isinstance(value, bool | int | str | None) for value in options.values()):
+            return self._encode(pixel_values, **grid, **options)
+        rows = [1] * len(pixel_values) if grid_thw is None else grid_thw.prod(-1).tolist()
+        images = pixel_values.split(rows)
+        distinct, which = _distinct(images, [()] * len(images) if grid_thw is None else grid_thw.tolist())
         if len(distinct) == len(images):
-            return self._encode(pixel_values, grid_thw=grid_thw, **options)
-        encoded = self._encode(torch.cat([images[i] for i in distinct]), grid_thw=grid_thw[distinct], **options)
-        patches = [patches[i] for i in distinct]
-        return self._repeat(encoded, patches, which)
-
-    def _repeat(self, encoded: Any, patches: list[int], which: list[int]):
-        """Give each image of the call the rows of the distinct image that it equals."""
-        if isinstance(encoded, torch.Tensor):
-            rows = patches if len(encoded) == sum(patches) else [n // self._patches_per_token for n in patches]
-            parts = encoded.split(rows)
-            return torch.cat([parts[i] for i in which])
-        if isinstance(encoded, dict):
-            return type(encoded)(**{key: self._repeat(value, patches, which) for key, value in encoded.items()})
-        if isinstance(encoded, list | tuple):
-            return type(encoded)(self._repeat(value, patches, which) for value in encoded)
-        return encoded
+            return self._encode(pixel_values, **grid, **options)
+        if grid_thw is not None:
+            grid = {"grid_thw": grid_thw[distinct]}
+        encoded = self._encode(torch.cat([images[i] for i in distinct]), **grid, **options)
+        rows = [rows[i] for i in distinct]
+        sizes = [rows] if grid_thw is None else [rows, [n // self._tower.spatial_merge_size**2 for n in rows]]
+        return _repeat(encoded, {sum(size): size for size in sizes}, which)
 
 
-def _distinct(images: tuple[torch.Tensor, ...], grid_thw: torch.Tensor) -> tuple[list[int], list[int]]:
+def _repeat(encoded: Any, sizes: dict[int, list[int]], which: list[int]):
+    """Give each image of a call the rows of the distinct image that it equals.
+
+    Args:
+        encoded: what a tower made of the distinct images: tensors, in any nesting.
+        sizes: by their sum, how many rows each distinct image may have in a tensor.
+        which: of each image, the distinct one.
+
+    Raises:
+        ValueError: a tensor has a number of rows that no way of cutting it explains.
+    """
+    if isinstance(encoded, torch.Tensor):
+        if len(encoded) not in sizes:
+            raise ValueError(f"a vision tower returned {len(encoded)} rows for images that have {list(sizes)}")
+        parts = encoded.split(sizes[len(encoded)])
+        return torch.cat([parts[i] for i in which])
+    if isinstance(encoded, dict):
+        return type(encoded)(**{key: _repeat(value, sizes, which) for key, value in encoded.items()})
+    if isinstance(encoded, list | tuple):
+        return type(encoded)(_repeat(value, sizes, which) for value in encoded)
+    return encoded
+
+
+def _distinct(images: Sequence[torch.Tensor], shapes: list) -> tuple[list[int], list[int]]:
     """Indices of the distinct images, and for each image the position of its equal among them."""
     distinct, which = [], []
     seen: dict[tuple, list[int]] = {}
-    for i, (image, grid) in enumerate(zip(images, grid_thw.tolist(), strict=True)):
+    for i, (image, shape) in enumerate(zip(images, shapes, strict=True)):
         # The sum finds candidates; only equality makes two images one.
-        candidates = seen.setdefault((*grid, image.sum(dtype=torch.float64).item()), [])
+        candidates = seen.setdefault((*shape, image.sum(dtype=torch.float64).item()), [])
         position = next((p for p in candidates if torch.equal(images[distinct[p]], image)), None)
         if position is None:
             position = len(distinct)

@@ -5,16 +5,25 @@ The tokens of a micro-batch stand in one row without padding: a prompt, its resp
 prompt, and so on, each token with the position that it has in its own sequence. All of a decoder but its attention
 works token by token, so that only attention has to know this layout: here a prompt attends to itself, and a response to
 its prompt and itself. It is registered with transformers under `ATTENTION` like any other attention implementation.
+
+Ranks can share a row (Ulysses sequence parallelism): each runs a part of the tokens through the decoder, and in
+attention each has all tokens and a part of the heads. verl's own way of doing so replaces forwards of classes, with
+attentions that know nothing of a layout; here the decoder's instance takes its part of the row, and `attention`
+exchanges tokens for heads.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
-from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+from verl.utils.ulysses import gather_heads_scatter_seq, gather_seq_scatter_heads
 
 ATTENTION = "gndpo_shared_prompt"
 
@@ -38,6 +47,7 @@ def find_families(
     position_ids: list[torch.Tensor],
     response_lengths: list[int],
     images: list[dict],
+    alone: Collection[int] = (),
 ) -> list[Family]:
     """Rows with equal prompts: ids, positions and whatever tensors of images belong to them.
 
@@ -46,6 +56,7 @@ def find_families(
         position_ids: of each row, (length,) or (axes, length).
         response_lengths: of each row.
         images: of each row, the model's further inputs by name; empty without images.
+        alone: rows with images in their responses: a family's images come once, as those of a prompt do.
 
     Returns:
         The families in the order of their first rows.
@@ -55,6 +66,8 @@ def find_families(
     for row, (ids, positions, response) in enumerate(zip(input_ids, position_ids, response_lengths, strict=True)):
         prompt = len(ids) - response
         key = (ids[:prompt].cpu().numpy().tobytes(), positions[..., :prompt].cpu().numpy().tobytes())
+        if row in alone:
+            key += (row,)
         # Two prompts of the same words may still ask about different pictures.
         candidates = by_prompt.setdefault(key, [])
         family = next((family for family in candidates if _equal(images[members[family][0]], images[row])), None)
@@ -112,37 +125,27 @@ def _split(family: Family, max_tokens: int) -> list[Family]:
     ]
 
 
-def order_by_prompt(keys: list[str], tags: list[dict], ranks: int) -> list[int]:
-    """An order of rows in which equal consecutive parts, one a rank, hold whole prompts and have like work to do.
-
-    Args:
-        keys: of the rows, "{prompt}_{session}_{turn}" as verl's agent loop writes them.
-        tags: of the rows, with `prompt_len` and `response_len` in tokens.
-        ranks: how many parts; it divides the number of rows.
-
-    Returns:
-        Row numbers. Where prompts can't be dealt out whole, the parts cut some of them.
-    """
-    members: dict[str, list[int]] = {}
-    for row, key in enumerate(keys):
-        members.setdefault(key.rsplit("_", 2)[0], []).append(row)
-    families = list(members.values())
-    if len(families) % ranks == 0 and len({len(rows) for rows in families}) == 1:
-        tokens = [tags[rows[0]]["prompt_len"] + sum(tags[row]["response_len"] for row in rows) for rows in families]
-        parts = get_seqlen_balanced_partitions(tokens, k_partitions=ranks, equal_size=True)
-        families = [families[family] for part in parts for family in part]
-    return [row for rows in families for row in rows]
-
-
 class Layout:
     """Where in the row of a micro-batch each prompt and each response stands.
 
     Args:
         families: in their order in the row.
         device: of the row.
+        group: ranks that share the row, each with an equal part of it, padded at its end; None for one rank alone.
+        flex: attend by FlexAttention, in one kernel over the whole row, and not prompt by prompt.
     """
 
-    def __init__(self, families: list[Family], device: torch.device):
+    def __init__(
+        self, families: list[Family], device: torch.device, group: ProcessGroup | None = None, flex: bool = False
+    ):
+        self.group = group
+        self.flex = _Flex(families, device) if flex else None
+        self.tokens = sum(family.tokens for family in families)
+        """Of the row, without its padding."""
+        ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+        length = -(-self.tokens // ranks)
+        self.part = slice(rank * length, (rank + 1) * length)
+        """The tokens of the padded row that this rank runs through the decoder."""
         self.calls = 0
         """How many layers have attended by this layout."""
         self.families: list[tuple[slice, torch.Tensor | None, torch.Tensor | None]] = []
@@ -171,6 +174,12 @@ class Layout:
             start = stop
         self.predicting = torch.cat(predicting)
         """(response tokens,), the place whose output predicts each response token, response by response."""
+
+    def predicted_here(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which response tokens this rank's part predicts, (tokens,), and the places in the part that do."""
+        here = (self.predicting >= self.part.start) & (self.predicting < self.part.stop)
+        tokens = here.nonzero().squeeze(1)
+        return tokens, self.predicting[tokens] - self.part.start
 
 
 _layout: Layout | None = None
@@ -202,7 +211,7 @@ def attention(
     """Attention by the layout, for transformers' `AttentionInterface`.
 
     Args:
-        query: (1, heads, tokens, head size).
+        query: (1, heads, tokens, head size); the tokens of this rank's part where ranks share the row.
         key, value: (1, key-value heads, tokens, head size).
         attention_mask: none; the layout says it all.
         scaling: of the scores; None for the inverse root of the head size.
@@ -220,10 +229,37 @@ def attention(
     if _layout is None:
         raise RuntimeError(f"{ATTENTION} works only within verl_gndpo.teacher.shared_prompt.attending")
     _layout.calls += 1
+    group = _layout.group
+    if group is not None:
+        # As few heads as there may be of keys and values, each rank needs one.
+        key, value = (tensor.repeat_interleave(max(group.size() // key.shape[1], 1), 1) for tensor in (key, value))
+        query, key, value = (
+            gather_seq_scatter_heads(tensor, seq_dim=2, head_dim=1, group=group) for tensor in (query, key, value)
+        )
+    if _layout.flex is not None:
+        out = _layout.flex.attend(query, key, value, scaling, sliding_window)
+    else:
+        out = _by_family(_layout, query, key, value, scaling, sliding_window)
+    if group is not None:
+        out = gather_heads_scatter_seq(out, head_dim=1, seq_dim=2, group=group)
+    return out.transpose(1, 2), None
+
+
+def _by_family(
+    layout: Layout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attention of one prompt after the other, its responses padded to the longest; (1, heads, tokens, head size)."""
     repeats = query.shape[1] // key.shape[1]
     query, key, value = query[0], key[0].repeat_interleave(repeats, 0), value[0].repeat_interleave(repeats, 0)
     out = torch.empty_like(query)
-    for prompt, places, valid in _layout.families:
+    # Padding attends to nothing.
+    out[:, layout.tokens :] = 0
+    for prompt, places, valid in layout.families:
         own = query[:, prompt], key[:, prompt], value[:, prompt]
         out[:, prompt] = _causal(*own, scaling, sliding_window)
         if places is None:
@@ -236,7 +272,47 @@ def attention(
         )
         attended = _causal(queries, keys, values, scaling, sliding_window)
         out[:, places.flatten()[valid]] = attended.transpose(0, 1).flatten(1, 2)[:, valid]
-    return out.transpose(0, 1).unsqueeze(0), None
+    return out.unsqueeze(0)
+
+
+class _Flex:
+    """The same by FlexAttention: nothing is padded, no prompt's keys are repeated, but on an accelerator its kernel has
+    to be compiled first."""
+
+    def __init__(self, families: list[Family], device: torch.device):
+        family, response, place = [], [], []
+        for number, f in enumerate(families):
+            family += [number] * f.tokens
+            response += [-1] * f.prompt + [r for r, length in enumerate(f.responses) for _ in range(length)]
+            place += [*range(f.prompt), *(f.prompt + t for length in f.responses for t in range(length))]
+        self._family, self._response, self._place = (torch.tensor(x, device=device) for x in (family, response, place))
+        self._masks: dict[int | None, BlockMask] = {}
+
+    def attend(self, query, key, value, scaling: float | None, sliding_window: int | None) -> torch.Tensor:
+        """(1, heads, tokens, head size)."""
+        compiled = query.device.type != "cpu"
+        if sliding_window not in self._masks:
+            self._masks[sliding_window] = self._mask(query.shape[2], sliding_window, compiled)
+        kernel = _compiled_flex_attention() if compiled else flex_attention
+        return kernel(query, key, value, block_mask=self._masks[sliding_window], scale=scaling, enable_gqa=True)
+
+    def _mask(self, tokens: int, sliding_window: int | None, compiled: bool) -> BlockMask:
+        # Padding at the end of the row is a family of its own.
+        family, response, place = (
+            pad(x, (0, tokens - len(x)), value=-1) for x in (self._family, self._response, self._place)
+        )
+
+        def sees(_batch, _head, q, k):
+            seen = (k <= q) & (family[q] == family[k]) & ((response[k] < 0) | (response[q] == response[k]))
+            return seen if sliding_window is None else seen & (place[q] - place[k] < sliding_window)
+
+        return create_block_mask(sees, None, None, tokens, tokens, device=family.device, _compile=compiled)
+
+
+@functools.cache
+def _compiled_flex_attention():
+    # Every micro-batch has another number of tokens.
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _causal(
@@ -261,8 +337,11 @@ def _causal(
     return out if batched else out.squeeze(0)
 
 
-def share_prompts(module: torch.nn.Module) -> None:
-    """Has the language model in `module` attend by layouts from now on.
+def share_prompts(module: torch.nn.Module) -> str:
+    """Has the language model in `module` attend by layouts from now on, and take its part of a row that ranks share.
+
+    Returns:
+        The attention implementation that it had.
 
     Raises:
         NotImplementedError: it has layers that mix tokens otherwise than by attention.
@@ -274,4 +353,78 @@ def share_prompts(module: torch.nn.Module) -> None:
     if kinds:
         raise NotImplementedError(f"a teacher with layers of the kind {', '.join(sorted(kinds))} can't share prompts")
     AttentionInterface.register(ATTENTION, attention)
-    config._attn_implementation = ATTENTION
+    replaced, config._attn_implementation = config._attn_implementation, ATTENTION
+    module.get_decoder().register_forward_pre_hook(_take_part, with_kwargs=True)
+    return replaced
+
+
+@contextmanager
+def attending_plainly(module: torch.nn.Module, implementation: str):
+    """Within this context the language model in `module` has an attention implementation of transformers again."""
+    config = module.config.get_text_config()
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = ATTENTION
+
+
+def check_sequence_parallel(config: Any, ranks: int) -> None:
+    """Whether so many ranks can share a row.
+
+    Args:
+        config: of a Hugging Face model.
+        ranks: `teacher.ulysses_sequence_parallel_size`.
+
+    Raises:
+        ValueError: the attention heads can't be dealt out evenly; names the numbers.
+    """
+    if ranks == 1:
+        return
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    if heads % ranks or (shared % ranks and ranks % shared):
+        possible = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
+        raise ValueError(
+            f"ulysses_sequence_parallel_size={ranks} does not fit a teacher with {heads} attention heads and {shared} "
+            f"of keys and values, which are dealt out to the ranks; possible are {', '.join(map(str, possible))}"
+        )
+
+
+# What a decoder is given of each token, and the dimension of the tokens.
+_TOKEN_DIMENSIONS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": 1}
+
+
+def _take_part(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of a decoder: its inputs for this rank's part of a row that ranks share.
+
+    Raises:
+        NotImplementedError: something else of each token goes into the decoder.
+    """
+    if _layout is None or _layout.group is None:
+        return None
+    part, tokens = _layout.part, _layout.tokens
+    taken = dict(kwargs)
+    unknown = [f"input {number} without a name" for number in range(len(args))]
+    for name, value in kwargs.items():
+        if name == "deepstack_visual_embeds" and value is not None:
+            # Of each layer (visual tokens, hidden size): those whose places are in this part.
+            mask = kwargs["visual_pos_masks"][0]
+            start, count = int(mask[: part.start].sum()), int(mask[part].sum())
+            taken[name] = [features[start : start + count] for features in value]
+        elif isinstance(value, torch.Tensor) and name in _TOKEN_DIMENSIONS:
+            taken[name] = _part_of(value, _TOKEN_DIMENSIONS[name], part)
+        elif isinstance(value, torch.Tensor) and tokens in value.shape:
+            unknown.append(name)
+    if unknown:
+        raise NotImplementedError(
+            f"{type(decoder).__name__} is given {', '.join(unknown)}, which sequence parallelism of the teacher "
+            "does not know; set teacher.ulysses_sequence_parallel_size=1"
+        )
+    return args, taken
+
+
+def _part_of(tensor: torch.Tensor, dimension: int, part: slice) -> torch.Tensor:
+    taken = tensor.movedim(dimension, -1)[..., part]
+    return pad(taken, (0, part.stop - part.start - taken.shape[-1])).movedim(-1, dimension)

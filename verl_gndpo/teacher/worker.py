@@ -1,33 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher as a verl worker. Ray unpickles it by importing this module, which must not import the trainer."""
+"""The teachers as a verl worker. Ray unpickles it by importing this module, which must not import the trainer."""
+
+import json
 
 import torch
 from tensordict import TensorDict
-from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
-from verl.utils.profiler import DistProfiler
+from verl.utils.device import get_device_name
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
-from verl_gndpo.config import TeacherConfig
+from verl_gndpo.config import TeacherConfig, TeacherModelConfig
 from verl_gndpo.platforms import without_accelerator
-from verl_gndpo.teacher.engine import TeacherEngineConfig, image_inputs
+from verl_gndpo.teacher.alignment import NAMES, check_rows
+from verl_gndpo.teacher.engine import TeacherEngineConfig
+from verl_gndpo.teacher.routing import Routing
 
-# What of a batch the teacher reads; verl's `response_mask` gives the response lengths.
-FIELDS = ["input_ids", "position_ids", "response_mask", "multi_modal_inputs"]
+# What of a batch the teacher reads; verl's `response_mask` gives the response lengths. The names are for errors, and a
+# field that a batch lacks is left out.
+FIELDS = ["input_ids", "position_ids", "response_mask", "multi_modal_inputs", *NAMES]
 
 
-def _training_worker_config(teacher: TeacherConfig) -> TrainingWorkerConfig:
+def _training_worker_config(teacher: TeacherConfig, model: TeacherModelConfig) -> TrainingWorkerConfig:
     on_cpu = without_accelerator()
     dtype = teacher.dtype or ("float32" if on_cpu else "bfloat16")
     return TrainingWorkerConfig(
         model_type="teacher",
         model_config=HFModelConfig(
-            path=teacher.model.path,
-            trust_remote_code=teacher.model.trust_remote_code,
-            external_lib=teacher.model.external_lib,
-            override_config=dict(teacher.model.override_config),
+            path=model.path,
+            trust_remote_code=model.trust_remote_code,
+            external_lib=model.external_lib,
+            override_config=dict(model.override_config),
             # The ids come from the student; the two tokenizers were compared before the run.
             load_tokenizer=False,
             enable_gradient_checkpointing=False,
@@ -46,58 +52,85 @@ def _training_worker_config(teacher: TeacherConfig) -> TrainingWorkerConfig:
             use_dynamic_bsz=True,
             infer_max_token_len_per_gpu=teacher.max_token_len_per_gpu,
             logits_chunk_tokens=teacher.logits_chunk_tokens,
+            ulysses_sequence_parallel_size=teacher.ulysses_sequence_parallel_size,
             temperature=teacher.temperature,
+            self_check=teacher.self_check,
+            attention=teacher.attention,
         ),
         checkpoint_config=CheckpointConfig(load_contents=["model"], save_contents=["model"]),
     )
 
 
-class TeacherWorker(TrainingWorker):
-    """A frozen model, sharded with FSDP, that scores the response tokens of a batch; nothing else."""
+class TeacherWorker(Worker):
+    """Frozen models, sharded with FSDP, that score the response tokens of a batch; nothing else.
+
+    Several teachers share its process, and those with the same weights share these.
+    """
 
     def __init__(self, config: TeacherConfig):
         """
         Args:
             config: a resolved `teacher` section (`read_teacher_config`).
         """
-        super().__init__(_training_worker_config(config))
+        super().__init__()
+        self._routing = Routing(config)
+        self.models: dict[str, TrainingWorker] = {}
+        self._model_of: dict[str, str] = {}
+        for name, model in config.named.items():
+            weights = (model.path, model.trust_remote_code, model.external_lib, model.override_config)
+            key = self._model_of[name] = json.dumps(weights, sort_keys=True, default=str)
+            if key not in self.models:
+                self.models[key] = TrainingWorker(_training_worker_config(config, model))
+        # They all are laid out over the ranks in the same way.
+        self.set_dispatch_collect("train", **next(iter(self.models.values())).get_dispatch_collect())
 
-    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"))
-    @DistProfiler.annotate(color="olive", role="compute_teacher_log_prob")
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def reset(self) -> None:
+        """Load the weights."""
+        for model in self.models.values():
+            model.reset()
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict:
-        """Log-probs of the response tokens under the teacher.
+        """Log-probs of the response tokens under the teacher of each row, or their weighted mean under several.
 
         Args:
-            data: this rank's rows, with the keys of FIELDS; see `TeacherEngine.forward_backward_batch`.
+            data: this rank's rows, at least one, with the keys of FIELDS and the routing column, if there is one; see
+                `TeacherEngine.forward_backward_batch`.
 
         Returns:
             `teacher_log_probs`, nested (batch, response length), float32, nats, rows in the order of `data`.
 
         Raises:
-            ValueError: a row's image tokens and image patches don't match.
+            NoTeacherError: a row has no teacher.
+            ValueError: a row that can't be scored; see `check_rows` and `check_log_probs`.
         """
-        check_image_tokens(data, self.model_config.hf_config)
-        with self.engine.eval_mode():
-            output = self.engine.infer_batch(data)
-        return tu.get_tensordict(tensor_dict=output["model_output"]).cpu()
+        # Before rows are taken from the batch: verl hands positions on in a form that says its lengths wrongly.
+        tu.maybe_fix_3d_position_ids(data)
+        keys = data[self._routing.column] if self._routing.column else [""] * len(data)
+        routes = [self._routing.route(key) for key in keys]
+        scores: list[torch.Tensor | None] = [None] * len(data)
+        for key, model in self.models.items():
+            shares = [sum(weight for name, weight in route.weights if self._model_of[name] == key) for route in routes]
+            rows = [row for row, share in enumerate(shares) if share > 0]
+            if not _on_any_rank(bool(rows)):
+                continue
+            # All ranks gather the weights together: one without rows for this teacher has it score any of its own.
+            taken = rows or [0]
+            part = data if len(taken) == len(data) else tu.index_select_tensor_dict(data, taken)
+            check_rows(part, model.model_config.hf_config)
+            with model.engine.eval_mode():
+                scored = model.engine.infer_batch(part)["model_output"]["teacher_log_probs"]
+            for row, log_probs in zip(rows, scored.unbind(), strict=False):
+                term = shares[row] * log_probs
+                scores[row] = term if scores[row] is None else scores[row] + term
+        nested = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
+        return tu.get_tensordict(tensor_dict={"teacher_log_probs": nested}).cpu()
 
 
-def check_image_tokens(data: TensorDict, hf_config) -> None:
-    """Compare each row's image placeholders with the patches that come with it.
-
-    Raises:
-        ValueError: they differ; names the row and both numbers.
-    """
-    token_id = getattr(hf_config, "image_token_id", None)
-    merge = getattr(getattr(hf_config, "vision_config", None), "spatial_merge_size", None)
-    if token_id is None or merge is None:
-        return
-    for row, (ids, inputs) in enumerate(zip(data["input_ids"].unbind(), image_inputs(data), strict=True)):
-        grid = inputs.get("image_grid_thw")
-        features = 0 if grid is None else int((torch.as_tensor(grid).prod(-1) // merge**2).sum())
-        tokens = int((ids == token_id).sum())
-        if tokens != features:
-            raise ValueError(
-                f"row {row}: {tokens} image tokens in its ids but images for {features}; "
-                "the prompt's <image> placeholders and its images differ, or the policy sampled an image token"
-            )
+def _on_any_rank(here: bool) -> bool:
+    if torch.distributed.get_world_size() == 1:
+        return here
+    flag = torch.tensor(int(here), device=get_device_name())
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)

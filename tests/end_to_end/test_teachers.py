@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real loop with teachers elsewhere than on the actor's GPUs: several in a pool of their own, verl's servers."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.end_to_end.harness import Run
+from tests.end_to_end.test_training import assert_healthy, overrides, reference_log_probs, settings
+from tests.tiny_models import build_tiny
+
+
+def published(rows: list[dict], clip: float = 5.0) -> list[np.ndarray]:
+    """The advantages of GNDPO over these rows, by numpy in float64."""
+    k = [
+        np.clip(row["teacher_log_probs"].double() - row["old_log_probs"].double(), -clip, clip).numpy() for row in rows
+    ]
+    valid = np.concatenate([ki[row["response_mask"].numpy() != 0] for ki, row in zip(k, rows, strict=True)])
+    gain = 1 / np.sqrt(valid.var(ddof=1) + 1e-8)
+    return [(ki - valid.mean()) * gain * row["response_mask"].numpy() for ki, row in zip(k, rows, strict=True)]
+
+
+def assert_policy_loss(run: Run, step: int) -> None:
+    """What the actor has minimised is the policy loss of our advantages: on the policy itself, minus their mean."""
+    rows = run.captured(step)
+    means = [
+        float(row["advantages"][row["response_mask"] != 0].double().mean())
+        for row in rows
+        if row["response_mask"].any()
+    ]
+    metrics = run.steps[step - 1]
+    assert metrics["actor/pg_loss"] == pytest.approx(-np.mean(means), abs=1e-5)
+    assert not [name for name in metrics if "distillation" in name]
+
+
+@pytest.fixture(scope="module")
+def two_sources(dice, tmp_path_factory) -> Path:
+    """The quickstart's problems, every second one from another source."""
+    path = tmp_path_factory.mktemp("two_sources")
+    for name in ("train", "test"):
+        rows = pd.read_parquet(dice / f"{name}.parquet")
+        rows["data_source"] = ["dice/even" if i % 2 == 0 else "dice/odd" for i in range(len(rows))]
+        rows.to_parquet(path / f"{name}.parquet")
+    return path
+
+
+def test_several_teachers_on_gpus_of_their_own_score_while_others_are_generated(models, two_sources, tmp_path):
+    build_tiny("qwen2_5_vl", tmp_path / "other", seed=2)
+    teachers = {
+        "even": {"path": models / "teacher", "keys": "[dice/even]"},
+        # The samples of the other source have two teachers, one of them with the weights of the first.
+        "odd": {"path": tmp_path / "other", "keys": "[dice/odd]"},
+        "also": {"path": models / "teacher", "keys": "[dice/odd]", "weight": 3},
+    }
+    arguments = overrides(2, tmp_path / "checkpoints", "trainer.save_freq=-1", "trainer.resume_mode=disable")
+    arguments += [
+        "teacher.model.path=null",
+        *(f"+teacher.models.{name}.{key}={x}" for name, teacher in teachers.items() for key, x in teacher.items()),
+        *("teacher.placement=dedicated", "teacher.n_gpus_per_node=1", "ray_kwargs.ray_init.num_gpus=2"),
+        "algorithm.gndpo.scope=teacher",
+        # Some responses wait for others to end.
+        "actor_rollout_ref.rollout.max_num_seqs=8",
+    ]
+    run = Run(tmp_path / "run", settings(models, two_sources, BATCH="8"), arguments).finish()
+    assert_healthy(run, [1, 2], gain=False)
+    assert_policy_loss(run, 1)
+    assert max(step["gndpo/teacher_ahead_share"] for step in run.steps) > 0.2
+    assert max(step["timing_s/teacher_ahead"] for step in run.steps) > 0
+
+    rows = run.captured(1)
+    by_source = {source: [row for row in rows if row["data_source"] == source] for source in ("dice/even", "dice/odd")}
+    assert all(by_source.values())
+    for row in by_source["dice/even"][:2]:
+        expected = reference_log_probs(models / "teacher", row)
+        np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-4, rtol=0)
+    for row in by_source["dice/odd"][:2]:
+        expected = (
+            reference_log_probs(tmp_path / "other", row) / 4 + reference_log_probs(models / "teacher", row) * 3 / 4
+        )
+        np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-4, rtol=0)
+    for label, source in (("even", "dice/even"), ("odd+also", "dice/odd")):
+        for row, expected in zip(by_source[source], published(by_source[source]), strict=True):
+            np.testing.assert_allclose(row["advantages"].numpy(), expected, rtol=1e-5, atol=1e-5)
+        tokens = sum(int((row["response_mask"] != 0).sum()) for row in by_source[source])
+        assert run.steps[0][f"gndpo/teacher/{label}/tokens"] == tokens
+        assert run.steps[0][f"gndpo/teacher/{label}/gain"] > 0
+
+
+def test_verls_own_teacher_servers_feed_the_same_estimator(models, dice, tmp_path):
+    arguments = overrides(2, tmp_path / "checkpoints", "trainer.save_freq=-1", "trainer.resume_mode=disable")
+    server = {
+        **{"free_cache_engine": False, "enable_sleep_mode": False, "tensor_model_parallel_size": 1},
+        **{"max_model_len": 160, "max_num_batched_tokens": 4096, "max_num_seqs": 64},
+    }
+    arguments += [
+        *("teacher.backend=server", "teacher.n_gpus_per_node=1", "ray_kwargs.ray_init.num_gpus=2"),
+        *(f"+teacher.server.{key}={value}" for key, value in server.items()),
+    ]
+    run = Run(tmp_path / "run", settings(models, dice), arguments).finish()
+    assert_healthy(run, [1, 2])
+    assert_policy_loss(run, 1)
+    rows = run.captured(1)
+    for row in rows[:4]:
+        expected = reference_log_probs(models / "teacher", row)
+        np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-3, rtol=0)
+    for row, expected in zip(rows, published(rows), strict=True):
+        np.testing.assert_allclose(row["advantages"].numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert run.steps[0]["gndpo/teacher_ahead_share"] == 1.0

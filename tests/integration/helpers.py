@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows as verl's agent loop makes them, what plain Hugging Face says of them, and one rank in this process."""
+
+import os
+import socket
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
+from verl.utils.model import get_hf_auto_model_class
+from verl.utils.tensordict_utils import nested_tensor_from_tensor_list
+
+
+def load(path, **options) -> torch.nn.Module:
+    """A checkpoint in transformers' own class, in float32, with eager attention."""
+    from transformers import AutoConfig
+
+    model_class = get_hf_auto_model_class(AutoConfig.from_pretrained(path))
+    return model_class.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", **options).eval()
+
+
+def make_rows(path, images_per_prompt: list[int], response_lengths: list[list[int]]) -> list[dict]:
+    """Responses to prompts with images of different sizes, in mixed order.
+
+    Args:
+        path: a checkpoint with its processor, or with its tokenizer alone.
+        images_per_prompt: of each prompt.
+        response_lengths: of each prompt's responses.
+
+    Returns:
+        Rows {ids, positions, inputs, response}: (length,), (length,) or (4, length) as verl's agent loop makes them of
+        Hugging Face's own, the model's further inputs, (response length,).
+    """
+    from transformers import AutoProcessor
+
+    processor, model = AutoProcessor.from_pretrained(path), load(path)
+    rng = np.random.default_rng(0)
+    rows = []
+    for n_images, lengths in zip(images_per_prompt, response_lengths, strict=True):
+        images = [
+            Image.fromarray(rng.integers(0, 255, (28 * rng.integers(1, 4), 28 * rng.integers(1, 4), 3), np.uint8))
+            for _ in range(n_images)
+        ]
+        words = "how many? " * int(rng.integers(1, 6))
+        content = [{"type": "image"}] * n_images + [{"type": "text", "text": words}] if n_images else words
+        chat = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        pictures = {"images": images} if images else {}
+        inputs = dict(processor(text=[text], return_tensors="pt", **pictures))
+        prompt = inputs.pop("input_ids")[0]
+        inputs = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+        for length in lengths:
+            # Ordinary text tokens: the special ones stand at the end of the vocabulary.
+            response = torch.from_numpy(rng.integers(0, 200, length))
+            ids = torch.cat([prompt, response])
+            # Each row brings a copy of the images, as verl's rows do.
+            copies = {name: value.clone() for name, value in inputs.items()}
+            rows.append(
+                {"ids": ids, "positions": positions(model, ids, inputs), "inputs": copies, "response": response}
+            )
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def _kinds(model, ids: torch.Tensor) -> torch.Tensor:
+    """Of each token whether it stands for an image, as the Qwen-VL models of transformers 5 want to be told."""
+    return (ids == model.config.image_token_id).int()
+
+
+def positions(model, ids: torch.Tensor, inputs: dict) -> torch.Tensor:
+    """Of one sequence: (4, length) of plain and rotary positions where the model has its own kind, else (length,)."""
+    plain = torch.arange(len(ids))
+    if not hasattr(model.base_model, "get_rope_index"):
+        return plain
+    grid = inputs.get("image_grid_thw")
+    rotary, _ = model.base_model.get_rope_index(
+        ids[None], mm_token_type_ids=_kinds(model, ids[None]), image_grid_thw=grid
+    )
+    return torch.cat([plain[None], rotary[:, 0]])
+
+
+def hugging_face_log_probs(path, rows: list[dict], temperature: float) -> list[torch.Tensor]:
+    """Log-probs of the response tokens in float64: each row alone, without positions given, with all its logits."""
+    model = load(path)
+    log_probs = []
+    for row in rows:
+        ids = row["ids"][None]
+        inputs = dict(row["inputs"])
+        if hasattr(model.base_model, "get_rope_index"):
+            inputs["mm_token_type_ids"] = _kinds(model, ids)
+        with torch.no_grad():
+            logits = model(input_ids=ids, **inputs).logits[0].double() / temperature
+        scores = logits[:-1].log_softmax(-1).gather(-1, row["ids"][1:, None])[:, 0]
+        log_probs.append(scores[-len(row["response"]) :])
+    return log_probs
+
+
+def nested(tensors) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(list(tensors), layout=torch.jagged)
+
+
+def as_batch(rows: list[dict]) -> TensorDict:
+    """Rows as verl hands them to a worker."""
+    places = [row["positions"] for row in rows]
+    fields = {
+        "input_ids": nested(row["ids"] for row in rows),
+        "position_ids": nested(places)
+        if places[0].dim() == 1
+        else nested_tensor_from_tensor_list(places, ragged_idx=2),
+        "response_mask": nested(torch.ones_like(row["response"]) for row in rows),
+        "multi_modal_inputs": NonTensorStack(*[row["inputs"] for row in rows]),
+    }
+    return TensorDict(fields, batch_size=len(rows))
+
+
+def assert_equal_to(expected: list[torch.Tensor], scored: TensorDict) -> None:
+    """Compare each row's teacher log-probs to 1e-4 nats."""
+    scored = scored["teacher_log_probs"]
+    assert scored.values().dtype == torch.float32
+    for row, (ours, reference) in enumerate(zip(scored.unbind(), expected, strict=True)):
+        torch.testing.assert_close(
+            ours.double(), reference, atol=1e-4, rtol=0, msg=lambda m, row=row: f"row {row}: {m}"
+        )
+
+
+@contextmanager
+def stock_transformers():
+    """Undoes at its end what verl replaces in transformers' classes in a worker's process, which here is that of all
+    tests."""
+    from transformers.integrations import flash_attention
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: F401
+    from transformers.models.qwen2_vl import modeling_qwen2_vl  # noqa: F401
+    from transformers.models.qwen3_vl import modeling_qwen3_vl  # noqa: F401
+    from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe  # noqa: F401
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]
+    classes = {c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, torch.nn.Module)}
+    before = [(c, dict(vars(c))) for c in classes]
+    flash = flash_attention._flash_attention_forward
+    try:
+        yield
+    finally:
+        flash_attention._flash_attention_forward = flash
+        for model_class, attributes in before:
+            for name in vars(model_class).keys() - attributes.keys():
+                delattr(model_class, name)
+            for name, value in attributes.items():
+                if vars(model_class).get(name) is not value:
+                    setattr(model_class, name, value)
+
+
+@contextmanager
+def one_rank():
+    """This process as the only rank of a gloo group, as Ray would set it up; transformers' classes are left as they
+    were."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    before = dict(os.environ)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "RAY_LOCAL_WORLD_SIZE": "1"}
+    try:
+        with stock_transformers():
+            yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several teachers on two gloo ranks, asked through verl's TransferQueue, against plain Hugging Face forwards."""
+
+import time
+
+import hydra
+import numpy as np
+import pytest
+import ray
+import transfer_queue as tq
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
+from transfer_queue import KVBatchMeta
+from verl.single_controller.ray import RayResourcePool
+
+from examples.quickstart.tiny_vlm import build_tiny_vlm
+from tests.integration.helpers import as_batch, hugging_face_log_probs, make_rows
+from verl_gndpo.config import NamedTeacherConfig, TeacherConfig
+from verl_gndpo.teacher.client import TeacherClient, prompt_of
+
+OPTIONS = {"override_config": {"attn_implementation": "sdpa"}}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return {name: build_tiny_vlm(tmp_path_factory.mktemp(name), seed=seed) for name, seed in (("one", 3), ("other", 4))}
+
+
+@pytest.fixture(scope="module")
+def rows(paths):
+    """Three responses to each of four prompts; two prompts of source "a", one of "b", one of "c"."""
+    rows = make_rows(paths["one"], [1, 0, 2, 1], [[5, 2, 7], [4, 3, 1], [6, 2, 2], [3, 3, 5]])
+    prompts: dict[tuple, list[dict]] = {}
+    for row in rows:
+        prompts.setdefault(tuple(row["ids"][: -len(row["response"])].tolist()), []).append(row)
+    assert len(prompts) == 4
+    return [
+        row | {"source": source, "key": f"prompt_{prompt}_{session}_0"}
+        for prompt, (source, group) in enumerate(zip("aabc", prompts.values(), strict=True))
+        for session, row in enumerate(group)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(paths, rows):
+    """Of each row the log-probs under its teachers: "a" has one, "b" the other, "c" both, one of them three times."""
+    one, other = (hugging_face_log_probs(paths[name], rows, 1.0) for name in ("one", "other"))
+    shares = {"a": (1, 0), "b": (0, 1), "c": (0.75, 0.25)}
+    return {
+        row["key"]: sum(share * x for share, x in zip(shares[row["source"]], pair, strict=True))
+        for row, *pair in zip(rows, one, other, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def queue():
+    """verl's TransferQueue, as in its config, with one storage unit."""
+    ray.init(num_cpus=32, num_gpus=2, include_dashboard=False, object_store_memory=200_000_000)
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        config = hydra.compose("ppo_trainer").transfer_queue
+    config.enable = True
+    config.backend.SimpleStorage.num_data_storage_units = 1
+    tq.init(config)
+    yield
+    tq.close()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(queue, paths):
+    models = {
+        "first": NamedTeacherConfig(path=str(paths["one"]), keys=["a", "c"], weight=3, **OPTIONS),
+        "second": NamedTeacherConfig(path=str(paths["other"]), keys=["b", "c"], **OPTIONS),
+        "again": NamedTeacherConfig(path=str(paths["one"]), keys=["unused"], **OPTIONS),
+    }
+    config = TeacherConfig(models=models, temperature=1.0, max_token_len_per_gpu=4096)
+    client = TeacherClient(config, RayResourcePool([2], use_gpu=True, max_colocate_count=3), "cpu")
+    client.load()
+    return client
+
+
+def put(rows: list[dict]) -> KVBatchMeta:
+    """Rows into the queue as verl's agent loop leaves them there, without a score."""
+    batch = as_batch(rows)
+    batch["data_source"] = NonTensorStack(*[row["source"] for row in rows])
+    batch["uid"] = NonTensorStack(*[prompt_of(row["key"]) for row in rows])
+    keys = [row["key"] for row in rows]
+    tags = [{"seq_len": len(row["ids"])} for row in rows]
+    tq.kv_clear(keys=keys, partition_id="train")
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=batch, tags=tags)
+    return KVBatchMeta(keys=keys, tags=tags, partition_id="train")
+
+
+def assert_scored(batch: KVBatchMeta, expected: dict) -> None:
+    data: TensorDict = tq.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["teacher_log_probs"])
+    for key, scores in zip(batch.keys, data["teacher_log_probs"].unbind(), strict=True):
+        np.testing.assert_allclose(scores.double().numpy(), expected[key].numpy(), atol=1e-4, rtol=0, err_msg=key)
+
+
+def finish(client: TeacherClient, timeout_s: float = 60) -> None:
+    """Until what was sent ahead is scored."""
+    ray.wait(client._running.futures, num_returns=len(client._running.futures), timeout=timeout_s)
+
+
+def test_each_sample_gets_the_scores_of_its_teachers(client, rows, expected):
+    batch = put(rows)
+    assert client.score(batch)["gndpo/teacher_ahead_share"] == 0
+    assert_scored(batch, expected)
+
+
+def test_a_rank_without_samples_for_a_teacher_takes_part_all_the_same(client, rows, expected):
+    """Sources "a" and "b" in equal numbers: with two ranks, whatever the order, some rank lacks one in some call."""
+    for sources in ("a", "b", "ab"):
+        batch = put([row for row in rows if row["source"] in sources][-3:])
+        client.score(batch)
+        assert_scored(batch, expected)
+
+
+def test_fewer_rows_than_ranks_are_filled_up_with_rows_that_were_scored_before(client, rows, expected):
+    batch = put(rows)
+    ahead = range(len(rows) - 1)
+    client.score_ahead([batch.keys[i] for i in ahead], [batch.tags[i] for i in ahead], "train")
+    overlap = client.score(batch)
+    assert overlap["gndpo/teacher_ahead_share"] == pytest.approx(11 / 12)
+    assert_scored(batch, expected)
+
+
+def test_finished_rows_are_sent_once_and_while_the_workers_are_idle(client, rows, expected):
+    batch = put(rows)
+    first, second = slice(0, 6), slice(0, 12)
+    client.score_ahead(batch.keys[first], batch.tags[first], "train")
+    running = client._running
+    finish(client)
+    client.score_ahead(batch.keys[second], batch.tags[second], "train")
+    assert client._running is not running
+    finish(client)
+    client.score_ahead(batch.keys, batch.tags, "train")
+    assert client._running is None, "all rows were sent"
+    began = time.monotonic()
+    overlap = client.score(batch)
+    assert overlap["gndpo/teacher_ahead_share"] == 1 and overlap["timing_s/teacher_ahead"] > 0
+    assert time.monotonic() - began < 1
+    assert_scored(batch, expected)
+
+
+def test_prompts_that_are_thrown_away_are_forgotten(client, rows):
+    batch = put(rows)
+    client.score_ahead(batch.keys[:6], batch.tags[:6], "train")
+    client.forget({prompt_of(batch.keys[0])})
+    assert client._running is None
+    assert client.score(batch)["gndpo/teacher_ahead_share"] == pytest.approx(3 / 12)
+
+
+def test_an_error_in_a_worker_reaches_the_trainer(client, rows):
+    broken = [dict(row) for row in rows]
+    position = next(i for i, row in enumerate(broken) if len(row["inputs"]))
+    broken[position]["inputs"] = {}
+    batch = put(broken)
+    with pytest.raises(Exception, match=r"image tokens.*images"):
+        client.score(batch)

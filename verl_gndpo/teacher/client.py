@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher as the trainer sees it: a worker group that is asked for rows of verl's TransferQueue."""
+
+import time
+
+import ray
+import transfer_queue as tq
+from transfer_queue import KVBatchMeta
+from verl.protocol import DataProtoFuture
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+
+from verl_gndpo.config import TeacherConfig
+from verl_gndpo.teacher.routing import Routing, place_rows
+from verl_gndpo.teacher.worker import FIELDS, TeacherWorker
+
+
+class TeacherClient:
+    """Sends rows to the workers, each once, and waits for their scores, which the workers write beside the rows."""
+
+    def __init__(self, teacher: TeacherConfig, pool: RayResourcePool, device_name: str):
+        """Start the workers, without waiting for them.
+
+        Args:
+            teacher: a resolved `teacher` section (`read_teacher_config`).
+            pool: the GPUs to run on.
+            device_name: as in verl's `trainer.device`.
+        """
+        self.routing = Routing(teacher)
+        self._workers = RayWorkerGroup(
+            resource_pool=pool,
+            ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(TeacherWorker), config=teacher),
+            device_name=device_name,
+            name_prefix="teacher",
+        )
+        self._ranks = 0
+        self._sent: set[str] = set()
+        self._running: DataProtoFuture | None = None
+        self._since = 0.0
+        self._seconds_ahead = 0.0
+
+    def load(self) -> None:
+        """Load the weights, and wait for it; the workers can score from then on."""
+        self._workers.reset()
+        self._ranks = max(self._workers._query_dispatch_info("train")) + 1
+
+    def score(self, batch: KVBatchMeta) -> dict[str, float]:
+        """Have every row of a batch scored, and wait for it.
+
+        Returns:
+            gndpo/teacher_ahead_share: share of the rows that were sent before by `score_ahead`;
+            timing_s/teacher_ahead: how long the workers have worked on such rows until now, since the last batch.
+        """
+        self._count_seconds_ahead()
+        seconds, self._seconds_ahead = self._seconds_ahead, 0.0
+        self.finish()
+        missing = [row for row, key in enumerate(batch.keys) if key not in self._sent]
+        ahead = len(batch) - len(missing)
+        if missing:
+            # Each rank needs a row, or it would miss the others' gathering of the weights.
+            again = (row for row in range(len(batch)) if row not in set(missing))
+            missing += [row for row, _ in zip(again, range(self._ranks - len(missing)), strict=False)]
+            self._send([batch.keys[row] for row in missing], [batch.tags[row] for row in missing], batch.partition_id)
+            self.finish()
+        self._sent.difference_update(batch.keys)
+        return {"gndpo/teacher_ahead_share": ahead / len(batch), "timing_s/teacher_ahead": seconds}
+
+    def score_ahead(self, keys: list[str], tags: list[dict], partition: str) -> None:
+        """Have the workers begin with those of these rows that they don't have yet, if they are idle."""
+        if self._running is not None:
+            if len(ray.wait(self._running.futures, num_returns=len(self._running.futures), timeout=0)[1]):
+                return
+            self._count_seconds_ahead()
+            self.finish()
+        new = [(key, tag) for key, tag in zip(keys, tags, strict=True) if key not in self._sent]
+        if len(new) >= self._ranks:
+            self._send(*map(list, zip(*new, strict=True)), partition)
+
+    def forget(self, prompts: set[str]) -> None:
+        """Rows of these prompts are about to be thrown away, and the workers must not be reading them then."""
+        self.finish()
+        self._sent = {key for key in self._sent if prompt_of(key) not in prompts}
+
+    def finish(self) -> None:
+        """Wait for what the workers are doing.
+
+        Raises:
+            Whatever a worker has raised.
+        """
+        if self._running is not None:
+            running, self._running = self._running, None
+            ray.get(running.futures)
+
+    def _count_seconds_ahead(self) -> None:
+        if self._running is not None:
+            self._seconds_ahead += time.monotonic() - self._since
+
+    def _send(self, keys: list[str], tags: list[dict], partition: str) -> None:
+        column = self.routing.column
+        values = [""] * len(keys)
+        if column is not None:
+            values = list(tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=[column])[column])
+        order = place_rows(
+            prompts=[prompt_of(key) for key in keys],
+            routes=[self.routing.route(value) for value in values],
+            tokens=[tag["seq_len"] for tag in tags],
+            ranks=self._ranks,
+        )
+        request = KVBatchMeta(
+            keys=[keys[row] for row in order],
+            tags=[tags[row] for row in order],
+            partition_id=partition,
+            fields=[*FIELDS, *([column] if column is not None and column not in FIELDS else [])],
+        )
+        self._running = self._workers.compute_teacher_log_prob(request)
+        self._since = time.monotonic()
+        self._sent.update(keys)
+
+
+def prompt_of(key: str) -> str:
+    """The prompt of a row: verl's agent loop names rows "{prompt}_{session}_{turn}"."""
+    return key.rsplit("_", 2)[0]
+
+
+def score_while_generating(replay_buffer, teacher: TeacherClient) -> None:
+    """Have the teacher score finished prompts whenever verl's replay buffer waits for others.
+
+    A custom sampler (trainer.v1.sampler.custom_sampler) that waits in another way loses the overlap and nothing else.
+    """
+    wait = getattr(replay_buffer, "_wait_for_next_poll", None)
+    if wait is None:
+        return
+    clear = replay_buffer._clear_groups
+
+    def wait_and_score(partition: str, last_debug_time: float) -> float:
+        if partition == "train":
+            rows = replay_buffer.partitions[partition]
+            finished = replay_buffer.finished_keys[partition]
+            keys = [key for key in rows if prompt_of(key) in finished]
+            teacher.score_ahead(keys, [rows[key] for key in keys], partition)
+        return wait(partition, last_debug_time)
+
+    def finish_and_clear(partition: str, prompts: set[str]) -> None:
+        if prompts:
+            teacher.forget(prompts)
+        clear(partition, prompts)
+
+    replay_buffer._wait_for_next_poll = wait_and_score
+    replay_buffer._clear_groups = finish_and_clear

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`teacher.backend=server`: verl's own teacher replicas (vLLM or SGLang), for our estimators.
+
+verl's agent loop asks them as soon as a response is finished, if `distillation.enabled` is set. verl would put their
+log-probs into the actor's loss; here they become advantages like a worker's, and the actor keeps its policy loss.
+"""
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from omegaconf import OmegaConf, open_dict
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import RolloutConfig
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from verl_gndpo.config import ConfigError, TeacherConfig
+from verl_gndpo.teacher.routing import Routing
+
+
+class PolicyLossWorker(ActorRolloutRefWorker):
+    """verl's actor, with the policy loss of its own section although `distillation.enabled` is set."""
+
+    def __init__(self, config, role: str, distillation_config=None, **kwargs):
+        super().__init__(config, role, **kwargs)
+
+
+class ServerTeacher:
+    """The replicas' log-probs, there when a batch is: checked, cut to the responses, and stored like a worker's."""
+
+    def __init__(self, teacher: TeacherConfig):
+        self.routing = Routing(teacher)
+
+    def score(self, batch: KVBatchMeta) -> dict[str, float]:
+        """Store `teacher_log_probs` of every row of a batch.
+
+        Returns:
+            gndpo/teacher_ahead_share: share of the rows that were scored before the last was generated: all.
+
+        Raises:
+            ValueError: a replica has scored other tokens than the student's.
+        """
+        fields = ["input_ids", "response_mask", "teacher_logprobs", "teacher_ids"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        scores = response_log_probs(data, batch.keys)
+        tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=TensorDict({"teacher_log_probs": scores}, batch_size=len(batch)),
+        )
+        return {"gndpo/teacher_ahead_share": 1.0}
+
+
+def response_log_probs(data: TensorDict, names: list[str]) -> torch.Tensor:
+    """Of what verl stores of a replica's answer, the log-probs of the response tokens.
+
+    Args:
+        data: nested `input_ids` (batch, length), `response_mask` (batch, response length), and `teacher_logprobs` and
+            `teacher_ids` (batch, length, 1): at each place log-prob and id of the token after it.
+        names: of the rows, for messages.
+
+    Returns:
+        Nested (batch, response length), float32, nats.
+
+    Raises:
+        ValueError: a replica has scored other tokens than the student's.
+    """
+    rows = []
+    responses = data["response_mask"].offsets().diff().tolist()
+    fields = (data[name].unbind() for name in ("input_ids", "teacher_logprobs", "teacher_ids"))
+    for name, response, ids, log_probs, scored in zip(names, responses, *fields, strict=True):
+        if len(ids) != len(log_probs):
+            raise ValueError(f"row {name}: {len(ids)} tokens, but the teacher has scored {len(log_probs)}")
+        place = slice(len(ids) - response - 1, len(ids) - 1)
+        wrong = (scored[place, 0] != ids[len(ids) - response :]).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                f"row {name}: response token {at} is {int(ids[len(ids) - response + at])}, but the teacher has scored "
+                f"{int(scored[place, 0][at])}: its server sees another prompt than the student"
+            )
+        rows.append(log_probs[place, 0].float())
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def distillation_section(config: Any, teacher: TeacherConfig) -> Any:
+    """verl's `distillation` section for the replicas that `teacher` asks for.
+
+    Args:
+        config: verl's whole config; it stays as it is.
+        teacher: a resolved `teacher` section with `backend=server`.
+
+    Raises:
+        ConfigError: verl refuses it; most likely a setting in `teacher.server`.
+    """
+    unknown = sorted(set(teacher.server) - {field.name for field in fields(RolloutConfig)})
+    if unknown:
+        raise ConfigError(f"teacher.server.{unknown[0]} is no setting of verl's rollout servers")
+    section = OmegaConf.to_container(config.distillation, resolve=True)
+    template = section["teacher_models"]["teacher_model"]
+    replica = template["inference"] = template["inference"] | teacher.server
+    size = math.prod(replica.get(f"{kind}_parallel_size", 1) for kind in ("tensor_model", "data", "pipeline_model"))
+    replicas = teacher.n_gpus_per_node * teacher.nnodes // size // len(teacher.named)
+    entries = [
+        template | {"key": model.keys[0], "model_path": model.path, "num_replicas": replicas}
+        for model in teacher.named.values()
+    ]
+    # verl takes a single teacher from this entry, and of several only the others.
+    section["teacher_models"] = {"teacher_model": entries[0]}
+    if len(entries) > 1:
+        section["teacher_models"] |= {f"teacher_{number}": entry for number, entry in enumerate(entries)}
+    section |= {"enabled": True, "n_gpus_per_node": teacher.n_gpus_per_node, "nnodes": teacher.nnodes}
+    section["teacher_key"] = teacher.routing_key
+    # A loss that verl's checks accept; no actor of ours computes it.
+    section["distillation_loss"] |= {"loss_mode": "k1", "use_policy_gradient": True}
+    section = OmegaConf.create(section)
+    try:
+        omega_conf_to_dataclass(section)
+    # verl's dataclasses, hydra and OmegaConf each raise their own.
+    except Exception as error:
+        raise ConfigError(f"verl refuses these teacher servers: {' '.join(str(error).split())}") from error
+    return section
+
+
+def use_servers(config: Any, teacher: TeacherConfig) -> None:
+    """Have verl start the replicas and its agent loop ask them."""
+    with open_dict(config):
+        config.distillation = distillation_section(config, teacher)
