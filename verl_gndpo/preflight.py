@@ -263,7 +263,9 @@ def _check_cpu_run(config: Any) -> list[Check]:
                 "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
             )
         )
-    number = config.trainer.n_gpus_per_node + _get(config, "teacher.n_gpus_per_node", 0)
+    number = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    if uses_gndpo(config):
+        number += _get(config, "teacher.n_gpus_per_node", 0) * _get(config, "teacher.nnodes", 1)
     if _get(config, "ray_kwargs.ray_init.num_gpus", 0) < number:
         detail = f"Ray counts fewer than {number} GPUs on this machine, and verl places each worker on one"
         remedy = f"+ray_kwargs.ray_init.num_gpus={number}, a logical count, unless the run joins a Ray cluster"
@@ -382,6 +384,15 @@ def _check_teacher_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
     if rest:
         detail = f"teacher.ulysses_sequence_parallel_size={size} does not divide the teacher's {per_node * nodes} GPUs"
         return [Check("settings", "error", detail, "a divisor of it")]
+    shards = teacher.fsdp.fsdp_size
+    if shards != -1 and shards < per_node * nodes and per_node * nodes % shards:
+        detail = f"teacher.fsdp.fsdp_size={shards} does not divide the teacher's {per_node * nodes} GPUs"
+        return [Check("settings", "error", detail, "a divisor of it, or -1 for all")]
+    vision = [model.override_config.get("attn_implementation") for model in teacher.named.values()]
+    if teacher.dtype == "float32" and not without_accelerator() and set(vision) & {None, "flash_attention_2"}:
+        detail = "teacher.dtype=float32, and flash_attention_2, verl's default for a vision tower, knows no float32"
+        remedy = "+teacher.model.override_config.attn_implementation=sdpa"
+        return [Check("settings", "error", detail, remedy)]
     rows = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
     mode = config.trainer.v1.trainer_mode
     rows //= _get(config, f"trainer.v1.{mode}.parameter_sync_step", 1)
@@ -403,38 +414,52 @@ def check_routing(config: Any) -> list[Check]:
     routing = Routing(teacher)
     if routing.column is None or _get(config, "data.custom_cls.path"):
         return []
-    found = _values_of_column(config, routing.column)
-    if found is None:
-        detail = f"teacher.routing_key={routing.column} is no column of data.train_files"
+    found, lacking, unread = _values_of_column(config, routing.column)
+    if lacking:
+        detail = f"teacher.routing_key={routing.column} is no column of data.train_files {', '.join(lacking)}"
         return [Check("routing", "error", detail, "name a column that tells the teachers' samples apart")]
     checks = []
+    if unread:
+        detail = f"{', '.join(unread)}: not looked into, so a sample without a teacher would stop the run"
+        checks.append(Check("routing", "warning", detail))
+    other = sorted({type(value).__name__ for value in found if not isinstance(value, str)})
+    if other and teacher.backend == "server":
+        detail = f"column {routing.column} holds {', '.join(other)}; verl's teacher servers are found by strings"
+        checks.append(Check("routing", "error", detail, "teacher.backend=worker, or a column of strings"))
+    found = {str(value) for value in found}
     unknown = sorted(found - set(routing.keys)) if EVERY_SAMPLE not in routing.keys else []
     if unknown:
         detail = f"no teacher for {routing.column}={', '.join(unknown)}; there are keys for {', '.join(routing.keys)}"
         checks.append(Check("routing", "error", detail, "add them to teacher.models.<name>.keys"))
     unused = sorted(set(routing.keys) - found - {EVERY_SAMPLE})
-    if unused:
+    if unused and not unread:
         detail = f"teacher.models has keys that no training row has: {', '.join(unused)}"
         checks.append(Check("routing", "warning", detail, f"the rows have {', '.join(sorted(found))}"))
     return checks or [Check("routing", "ok", f"{routing.column}: {', '.join(sorted(found))}")]
 
 
-def _values_of_column(config: Any, column: str) -> set[str] | None:
-    """What a column of the local training files holds; None where none of them has it."""
-    found = None
+def _values_of_column(config: Any, column: str) -> tuple[set, list[str], list[str]]:
+    """What a column of the training files holds, the files that lack it, and those that can't be looked into."""
+    found: set = set()
+    lacking, unread = [], []
     files = config.data.get("train_files")
     for file in [files] if isinstance(files, str) else list(files or ()):
-        # A file that can't be read is what `check_data` tells of.
-        with contextlib.suppress(pa.ArrowException, OSError), pq.ParquetFile(Path(file).expanduser()) as parquet:
-            if column in parquet.schema_arrow.names:
-                found = found or set()
+        try:
+            with pq.ParquetFile(Path(file).expanduser()) as parquet:
+                if column not in parquet.schema_arrow.names:
+                    lacking.append(file)
+                    continue
                 for batch in parquet.iter_batches(columns=[column]):
-                    found |= {str(value) for value in pc.unique(batch[column]).to_pylist()}
-    return found
+                    found |= set(pc.unique(batch[column]).to_pylist())
+        except (pa.ArrowException, OSError):
+            unread.append(file)
+    return found, lacking, unread
 
 
 def check_models(config: Any) -> list[Check]:
     """Student and teachers exist, and the teachers can score what the student writes."""
+    from verl.utils.fs import copy_to_local
+
     from verl_gndpo.teacher.compatibility import ModelFiles, ModelNotFound, is_remote, read_model_files
     from verl_gndpo.teacher.shared_prompt import check_sequence_parallel
 
@@ -442,8 +467,13 @@ def check_models(config: Any) -> list[Check]:
 
     def read(role: str, key: str, path: str, trusted: bool, tokenizer_path: str | None = None) -> ModelFiles | None:
         if is_remote(path):
-            checks.append(Check(role, "warning", f"{path} is not local: it was not compared with the other model"))
-            return None
+            # As verl does in the workers, which find it in the same cache. It raises nothing if it fails.
+            local = copy_to_local(path)
+            if not os.path.isdir(local):
+                detail = f"{path} can't be copied here, so it can't be compared with the other model"
+                checks.append(Check(role, "error", detail, f"make it readable from here, or correct {key}"))
+                return None
+            path = local
         try:
             files = read_model_files(path, role, trust_remote_code=trusted, tokenizer_path=tokenizer_path)
         except ModelNotFound as error:

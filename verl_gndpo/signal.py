@@ -141,6 +141,10 @@ def advantages_by_group(
         members.setdefault(group, []).append(row)
     if len(members) < 2 or not response_mask.any():
         return log_ratio_advantages(teacher_log_probs, old_log_probs, response_mask, **settings)[0]
+    valid = response_mask != 0
+    if not (teacher_log_probs[valid].double() - old_log_probs[valid].double()).isfinite().all():
+        # Here, where rows have the numbers that they have in the batch.
+        _raise_not_finite(teacher_log_probs, old_log_probs, response_mask)
     advantages = torch.zeros(response_mask.shape, dtype=torch.float32, device=response_mask.device)
     for rows in members.values():
         part = [x[rows] for x in (teacher_log_probs, old_log_probs, response_mask)]

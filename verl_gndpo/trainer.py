@@ -7,6 +7,8 @@ The three trainers of verl's registry are replaced, under their own names, by su
 `algorithm.adv_estimator` is one of ours. (Under a new name verl would give a trainer its asynchronous replay buffer.)
 """
 
+import logging
+
 import ray
 import transfer_queue as tq
 from omegaconf import open_dict
@@ -23,7 +25,9 @@ from verl_gndpo.config import read_signal_config, read_teacher_config, uses_gndp
 from verl_gndpo.diagnostics import describe_signal, describe_teachers
 from verl_gndpo.preflight import require
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating
-from verl_gndpo.teacher.server import PolicyLossWorker, ServerTeacher, use_servers
+from verl_gndpo.teacher.server import POLICY_LOSS_WORKERS, ServerTeacher, use_servers
+
+logger = logging.getLogger(__name__)
 
 # verl's replay buffer looks for finished rollouts every 2 s; with rollouts of a few seconds that is a large part of a
 # step.
@@ -58,7 +62,8 @@ class GNDPOTrainerMixin:
         teacher = self.teacher_config
         if teacher.backend == "server":
             for role in {Role.Actor, Role.ActorRollout, Role.ActorRolloutRef} & self.role_worker_mapping.keys():
-                self.role_worker_mapping[role] = ray.remote(PolicyLossWorker)
+                stock = self.role_worker_mapping[role].__ray_actor_class__
+                self.role_worker_mapping[role] = ray.remote(POLICY_LOSS_WORKERS[stock])
             self.teacher = ServerTeacher(teacher)
             return
         pools, name = self.resource_pool_manager, "global_pool"
@@ -81,7 +86,7 @@ class GNDPOTrainerMixin:
         # By now the rollout replicas sleep, so that the weights can go through the accelerator to where they are kept.
         self.teacher.load()
         if self.teacher_config.placement == "dedicated":
-            score_while_generating(self.replay_buffer, self.teacher)
+            self.score_finished = score_while_generating(self.replay_buffer, self.teacher)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics, **kwargs) -> KVBatchMeta:
         batch = super()._balance_batch(batch, metrics, **kwargs)
@@ -91,6 +96,15 @@ class GNDPOTrainerMixin:
                 overlap = self.teacher.score(batch)
             if self.teacher_config.placement == "dedicated":
                 metrics.update(overlap)
+                self.score_finished()
+            # A custom sampler may keep no such account.
+            failed = getattr(self.replay_buffer, "failure_keys", {}).get("train")
+            if failed and self.teacher_config.backend == "server":
+                logger.warning(
+                    "%d prompts of this step have failed and verl goes on without them; where the teacher's servers "
+                    "are the reason, the log has it under 'Error in _run_prompt'",
+                    len(failed),
+                )
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -134,6 +148,8 @@ class GNDPOTrainerMixin:
             **signal,
         )
         settings = read_signal_config(algorithm, algorithm.adv_estimator)
+        if teachers is None:
+            settings.scope = "batch"
         metrics.update(describe_signal(**signal, advantages=advantages, settings=settings))
         if teachers is not None:
             metrics.update(describe_teachers(teachers, **signal, advantages=advantages, settings=settings))

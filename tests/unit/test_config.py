@@ -110,7 +110,11 @@ def test_no_teacher_is_an_error_that_says_how_to_name_one():
         ({"backend": "server", "n_gpus_per_node": 1, "placement": "colocated"}, ["placement=dedicated"]),
         ({"backend": "server", "n_gpus_per_node": 1}, ["temperature 1", "0.7", "teacher.backend=worker"]),
         ({"server": {"name": "vllm"}}, ["teacher.server", "no effect"]),
-        ({"models": {"a": {"path": "A"}}}, ["teacher.model.path", "teacher.models", "both"]),
+        ({"models": {"a": {"path": "A"}}}, ["teacher.model and teacher.models", "both"]),
+        ({"model": {"trust_remote_code": True}, "models": {"a": {"path": "A"}}}, ["teacher.model and", "both"]),
+        ({"routing_key": "subject"}, ["teacher.routing_key", "no effect", "teacher.models"]),
+        ({"nnodes": 2}, ["teacher.nnodes", "placement=dedicated"]),
+        ({"fsdp": {"fsdp_size": 0}}, ["teacher.fsdp.fsdp_size", "-1", "got 0"]),
         ({"model": {}, "models": {"a": {"pth": "A"}}}, ["teacher.models.a.pth", "teacher.models.a.path?"]),
         ({"model": {}, "models": {"a": {}}}, ["teacher.models.a.path is not given"]),
         ({"model": {}, "models": {"a": {"path": "A", "weight": 0}}}, ["teacher.models.a.weight", "positive"]),
@@ -183,6 +187,28 @@ def test_verls_servers_take_one_key_a_teacher(models, words):
     with pytest.raises(ConfigError) as error:
         teacher(model={}, models=models, backend="server", n_gpus_per_node=2, temperature=1.0)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"dtype": "float32"}, "teacher.dtype"),
+        ({"self_check": False}, "teacher.self_check"),
+        ({"fsdp": {"param_offload": True}}, "teacher.fsdp"),
+        ({"model": {"path": "T", "trust_remote_code": True}}, "teacher.model.trust_remote_code"),
+        ({"model": {}, "models": {"a": {"path": "A", "weight": 2}}}, "teacher.models.a.weight"),
+    ],
+)
+def test_what_a_server_would_ignore_is_refused(settings, words):
+    with pytest.raises(ConfigError) as error:
+        teacher(backend="server", n_gpus_per_node=2, temperature=1.0, **settings)
+    assert words in str(error.value) and "teacher.server" in str(error.value)
+
+
+def test_greedy_rollouts_have_nothing_to_compare():
+    config = compose(*TEACHER, "actor_rollout_ref.rollout.temperature=0")
+    with pytest.raises(ConfigError, match=r"rollout\.temperature=0\.0.*above 0"):
+        read_teacher_config(config)
 
 
 def test_the_server_group_selects_the_servers():

@@ -315,11 +315,12 @@ SERVER = ("teacher.backend=server", "teacher.n_gpus_per_node=2", "teacher.temper
     ("overrides", "words"),
     [
         (["teacher.server.gpu_mem=0.5"], ["teacher.server.gpu_mem", "no setting"]),
-        (["teacher.server.tensor_model_parallel_size=3"], ["verl refuses these teacher servers", "must divide"]),
+        (["teacher.server.tensor_model_parallel_size=3"], ["is 2, which 1 teacher(s) can't share", "replicas of 3"]),
+        (["teacher.server.tensor_model_parallel_size=0"], ["replicas of 0", "tensor_model_parallel_size"]),
         (["teacher.server.max_model_len=10"], ["verl refuses these teacher servers", "max_model_len=10"]),
         (
             ["teacher.model.path=null", "teacher.models.a.path=A", "teacher.models.b.path=B"],
-            ["verl refuses these teacher servers", "must match", "=2"],
+            ["is 2, which 2 teacher(s) can't share in replicas of 2 GPUs"],
         ),
         (["teacher.server.tensor_model_parallel_size=1"], None),
     ],
@@ -355,6 +356,30 @@ def test_a_routing_key_that_is_no_column(make_config, student, tmp_path):
     expect(checks, "error", "teacher.routing_key=subject is no column")
 
 
+def test_files_that_can_t_be_looked_into_are_not_taken_for_wrong(make_config, student, tmp_path):
+    write_sources(tmp_path / "train.parquet", ["even", "odd"] * 2)
+    (tmp_path / "more.jsonl").write_text("{}")
+    files = f"data.train_files=[{tmp_path / 'train.parquet'},{tmp_path / 'more.jsonl'},hdfs://host/x.parquet]"
+    checks = check_routing(make_config(*two_teachers(student), files))
+    assert not errors(checks)
+    expect(checks, "warning", "more.jsonl, hdfs://host/x.parquet: not looked into")
+    lacking = tmp_path / "lacking.parquet"
+    write(lacking, [("<image>How many?", 1)] * 4, drop=["data_source"])
+    files = f"data.train_files=[{tmp_path / 'train.parquet'},{lacking}]"
+    expect(check_routing(make_config(*two_teachers(student), files)), "error", "is no column", "lacking.parquet")
+
+
+def test_verls_servers_are_found_by_strings_only(make_config, student, tmp_path):
+    write_sources(tmp_path / "train.parquet", [1, 2, 1, 2])
+    numbers = (
+        *("teacher.model.path=null", f"teacher.models.one.path={student}", "teacher.models.one.keys=['1']"),
+        *(f"teacher.models.two.path={student}", "teacher.models.two.keys=['2']"),
+    )
+    assert not errors(check_routing(make_config(*numbers)))
+    checks = check_routing(make_config(*numbers, *SERVER))
+    expect(checks, "error", "data_source holds int", "teacher.backend=worker")
+
+
 def test_a_single_teacher_is_not_routed(make_config):
     assert check_routing(make_config()) == []
 
@@ -378,6 +403,19 @@ def test_each_of_several_teachers_is_compared_with_the_student(make_config, stud
     checks = check_models(make_config("teacher.model.path=null", *several))
     expect(checks, "error", "config.image_token_id")
     assert len(errors(checks)) == 1
+
+
+def test_shards_have_to_divide_the_ranks(make_config):
+    checks = check_settings(make_config("trainer.n_gpus_per_node=3", "teacher.fsdp.fsdp_size=2"))
+    expect(checks, "error", "teacher.fsdp.fsdp_size=2 does not divide the teacher's 3 GPUs")
+    assert not errors(check_settings(make_config("trainer.n_gpus_per_node=4", "teacher.fsdp.fsdp_size=2")))
+
+
+def test_flash_attention_knows_no_float32(make_config, monkeypatch):
+    monkeypatch.setattr(preflight, "without_accelerator", lambda: False)
+    plain = "actor_rollout_ref.model.override_config.attn_implementation=null"
+    expect(check_settings(make_config("teacher.dtype=float32", plain)), "error", "knows no float32", "sdpa")
+    assert not errors(check_settings(make_config("teacher.dtype=float32")))
 
 
 def test_what_verl_itself_refuses_is_told_in_one_line(make_config):
@@ -577,8 +615,15 @@ def test_a_student_whose_processor_verl_would_do_without(make_config, teacher, s
     expect(checks, "error", "verl can't use the processor of", str(teacher), "images would be lost")
 
 
-def test_a_model_that_is_elsewhere_is_not_compared(make_config):
-    expect(check_models(make_config(teacher="hdfs://host/teacher")), "warning", "hdfs://host/teacher is not local")
+def test_a_model_that_is_elsewhere_is_copied_and_compared(make_config, teacher, monkeypatch):
+    edit(teacher / "config.json", lambda c: c.update(image_token_id=7))
+    monkeypatch.setattr("verl.utils.fs.copy_to_local", lambda path: {"hdfs://host/teacher": str(teacher)}[path])
+    expect(check_models(make_config(teacher="hdfs://host/teacher")), "error", "config.image_token_id")
+
+
+def test_a_model_that_can_t_be_copied_is_not_trusted(make_config):
+    checks = check_models(make_config(teacher="hdfs://host/teacher"))
+    expect(checks, "error", "hdfs://host/teacher can't be copied here", "correct teacher.model.path")
 
 
 @pytest.mark.parametrize(

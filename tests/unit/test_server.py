@@ -5,10 +5,12 @@ import hydra
 import pytest
 import torch
 from tensordict import TensorDict
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_gndpo.config import read_teacher_config
-from verl_gndpo.teacher.server import distillation_section, response_log_probs, use_servers
+from verl_gndpo.teacher.server import POLICY_LOSS_WORKERS, distillation_section, response_log_probs, use_servers
 
 
 def nested(rows):
@@ -47,6 +49,31 @@ def test_another_number_of_scores_than_tokens_names_row_and_both_numbers():
     data["teacher_logprobs"] = nested([[[0.0]] * 5])
     with pytest.raises(ValueError, match="row x: 3 tokens, but the teacher has scored 5"):
         response_log_probs(data, ["x"])
+
+
+def test_the_actor_of_each_trainer_keeps_what_verl_gives_it():
+    """`separate_async` saves and restores the actor's weights by methods of its own worker class."""
+    assert set(POLICY_LOSS_WORKERS) == {ActorRolloutRefWorker, DetachActorWorker}
+    for stock, ours in POLICY_LOSS_WORKERS.items():
+        assert issubclass(ours, stock)
+        assert {name for name in dir(stock)} <= set(dir(ours))
+    assert hasattr(POLICY_LOSS_WORKERS[DetachActorWorker], "save_model_to_cpu")
+
+
+@pytest.mark.parametrize(
+    ("mode", "worker"), [("sync", "PolicyLossWorker"), ("separate_async", "DetachPolicyLossWorker")]
+)
+def test_the_mixin_gives_the_trainer_its_worker(mode, worker):
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    config = compose("teacher.model.path=T", "algorithm.adv_estimator=gndpo")
+    trainer = object.__new__(get_trainer_cls(mode))
+    trainer.config, trainer.uses_gndpo, trainer.teacher_config = config, True, read_teacher_config(config)
+    trainer._enable_hybrid_replicas = True
+    use_servers(config, trainer.teacher_config)
+    trainer._init_resource_pool_mgr()
+    classes = {role: cls.__ray_actor_class__.__name__ for role, cls in trainer.role_worker_mapping.items()}
+    assert worker in classes.values()
 
 
 def compose(*overrides):

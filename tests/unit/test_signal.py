@@ -316,6 +316,14 @@ def test_scope_teacher_needs_more_than_one_teacher_to_differ():
     assert torch.equal(together, whole), "the statistics are global unless told otherwise"
 
 
+def test_a_bad_number_in_a_group_is_named_by_its_row_in_the_batch():
+    teacher, old, mask = batch()
+    teacher[3, 0] = float("nan")
+    mask[3, 0] = 1
+    with pytest.raises(ValueError, match="row 3, position 0"):
+        advantages_by_group(["a", "a", "b", "b", "b", "a"], teacher, old, mask)
+
+
 def test_no_valid_token_in_any_group_is_an_error():
     teacher, old, mask = batch()
     with pytest.raises(ValueError, match="no valid response token"):

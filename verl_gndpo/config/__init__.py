@@ -15,6 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from verl_gndpo import ESTIMATORS
 
 EVERY_SAMPLE = "*"
+# Keys of `teacher` that only `backend=worker` reads.
+WORKER_SETTINGS = (
+    *("dtype", "max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size"),
+    *("attention", "self_check", "fsdp"),
+)
 
 
 class ConfigError(ValueError):
@@ -189,13 +194,17 @@ class TeacherConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"teacher.{key} must be at least 1, got {value}")
+        if self.fsdp.fsdp_size != -1 and self.fsdp.fsdp_size < 1:
+            raise ConfigError(f"teacher.fsdp.fsdp_size must be -1 (all ranks) or at least 1, got {self.fsdp.fsdp_size}")
 
     def _validate_models(self) -> None:
-        if self.model.path and self.models:
+        if self.models and self.model != TeacherModelConfig():
             raise ConfigError(
-                "both teacher.model.path and teacher.models are given; one teacher goes into the first, several into "
-                "the second"
+                "both teacher.model and teacher.models are given; one teacher goes into the first, several into the "
+                "second"
             )
+        if not self.models and self.routing_key != TeacherConfig.routing_key:
+            raise ConfigError("teacher.routing_key has no effect with a single teacher; teacher.models holds several")
         for name, model in self.models.items():
             if not model.path:
                 raise ConfigError(f"teacher.models.{name}.path is not given: a folder or hub id")
@@ -215,15 +224,31 @@ class TeacherConfig:
         if self.server and not on_server:
             raise ConfigError("teacher.server has no effect with teacher.backend=worker")
         if not (on_server or self.placement == "dedicated"):
-            if self.n_gpus_per_node is not None:
-                raise ConfigError("teacher.n_gpus_per_node has no effect without teacher.placement=dedicated")
+            for key in ("n_gpus_per_node", "nnodes"):
+                if getattr(self, key) != getattr(TeacherConfig, key):
+                    raise ConfigError(f"teacher.{key} has no effect without teacher.placement=dedicated")
             return
         if self.n_gpus_per_node is None:
             raise ConfigError("a dedicated teacher needs teacher.n_gpus_per_node (and teacher.nnodes, default 1)")
         if on_server:
-            claimed: dict[str, str] = {}
+            self._validate_server()
+
+    def _validate_server(self) -> None:
+        defaults, plain = TeacherConfig(), TeacherModelConfig()
+        unused = [key for key in WORKER_SETTINGS if getattr(self, key) != getattr(defaults, key)]
+        for name, model in self.named.items():
+            section = f"models.{name}" if self.models else "model"
+            given = [f.name for f in fields(TeacherModelConfig) if getattr(model, f.name) != getattr(plain, f.name)]
+            unused += [f"{section}.{key}" for key in given if key != "path"]
+            unused += [f"{section}.weight"] if model.weight != NamedTeacherConfig.weight else []
+        if unused:
+            raise ConfigError(
+                f"teacher.{unused[0]} has no effect with teacher.backend=server, whose settings are in teacher.server"
+            )
+        claimed: dict[str, str] = {}
+        if self.models:
             for name, model in self.named.items():
-                if self.models and (len(model.keys) != 1 or EVERY_SAMPLE in model.keys):
+                if len(model.keys) != 1 or EVERY_SAMPLE in model.keys:
                     raise ConfigError(
                         f"teacher.models.{name}.keys: with teacher.backend=server each teacher has one key, got "
                         f"{', '.join(model.keys)}; teacher.backend=worker knows no such limit"
@@ -310,6 +335,11 @@ def read_teacher_config(config: Any) -> TeacherConfig:
     student = config.actor_rollout_ref
     if teacher.temperature is None:
         teacher.temperature = float(student.rollout.temperature)
+        if not teacher.temperature > 0:
+            raise ConfigError(
+                f"actor_rollout_ref.rollout.temperature={teacher.temperature}: greedy rollouts have no log-probs to "
+                "compare; set it, or teacher.temperature, above 0"
+            )
     if teacher.max_token_len_per_gpu is None:
         teacher.max_token_len_per_gpu = int(student.rollout.get("log_prob_max_token_len_per_gpu") or 16384)
     teacher.placement = teacher.placement or ("dedicated" if teacher.backend == "server" else "colocated")

@@ -2,12 +2,14 @@
 """The teacher as the trainer sees it: a worker group that is asked for rows of verl's TransferQueue."""
 
 import time
+from collections.abc import Callable
 
 import ray
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.protocol import DataProtoFuture
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from verl_gndpo.config import TeacherConfig
 from verl_gndpo.teacher.routing import Routing, place_rows
@@ -57,7 +59,7 @@ class TeacherClient:
         ahead = len(batch) - len(missing)
         if missing:
             # Each rank needs a row, or it would miss the others' gathering of the weights.
-            again = (row for row in range(len(batch)) if row not in set(missing))
+            again = (row for row, key in enumerate(batch.keys) if key in self._sent)
             missing += [row for row, _ in zip(again, range(self._ranks - len(missing)), strict=False)]
             self._send([batch.keys[row] for row in missing], [batch.tags[row] for row in missing], batch.partition_id)
             self.finish()
@@ -65,20 +67,32 @@ class TeacherClient:
         return {"gndpo/teacher_ahead_share": ahead / len(batch), "timing_s/teacher_ahead": seconds}
 
     def score_ahead(self, keys: list[str], tags: list[dict], partition: str) -> None:
-        """Have the workers begin with those of these rows that they don't have yet, if they are idle."""
+        """Have the workers begin with those of these rows that they don't have yet, if they are idle.
+
+        Nothing is sent before there is a prompt for each rank, since ranks would have to run one together.
+
+        Args:
+            keys, tags: of all rows of some prompts.
+            partition: of verl's TransferQueue.
+        """
         if self._running is not None:
-            if len(ray.wait(self._running.futures, num_returns=len(self._running.futures), timeout=0)[1]):
+            ready, pending = ray.wait(self._running.futures, num_returns=len(self._running.futures), timeout=0)
+            # Raises what one rank has raised while the others wait for it.
+            ray.get(ready)
+            if pending:
                 return
             self._count_seconds_ahead()
-            self.finish()
+            self._running = None
         new = [(key, tag) for key, tag in zip(keys, tags, strict=True) if key not in self._sent]
-        if len(new) >= self._ranks:
+        if len({prompt_of(key) for key, _ in new}) >= self._ranks:
             self._send(*map(list, zip(*new, strict=True)), partition)
 
     def forget(self, prompts: set[str]) -> None:
         """Rows of these prompts are about to be thrown away, and the workers must not be reading them then."""
-        self.finish()
-        self._sent = {key for key in self._sent if prompt_of(key) not in prompts}
+        sent = {key for key in self._sent if prompt_of(key) in prompts}
+        if sent:
+            self.finish()
+            self._sent -= sent
 
     def finish(self) -> None:
         """Wait for what the workers are doing.
@@ -121,28 +135,42 @@ def prompt_of(key: str) -> str:
     return key.rsplit("_", 2)[0]
 
 
-def score_while_generating(replay_buffer, teacher: TeacherClient) -> None:
+def score_while_generating(replay_buffer, teacher: TeacherClient) -> Callable[[], None]:
     """Have the teacher score finished prompts whenever verl's replay buffer waits for others.
 
-    A custom sampler (trainer.v1.sampler.custom_sampler) that waits in another way loses the overlap and nothing else.
+    A custom sampler (trainer.v1.sampler.custom_sampler) that waits or throws rows away in another way is left alone.
+
+    Returns:
+        What has the teacher begin with prompts that are finished now; it does not wait.
     """
-    wait = getattr(replay_buffer, "_wait_for_next_poll", None)
-    if wait is None:
-        return
-    clear = replay_buffer._clear_groups
+
+    def nothing() -> None:
+        pass
+
+    buffer = type(replay_buffer)
+    for name in ("_wait_for_next_poll", "_clear_groups"):
+        if getattr(buffer, name, None) is not getattr(ReplayBuffer, name):
+            return nothing
+    wait, clear = replay_buffer._wait_for_next_poll, replay_buffer._clear_groups
+
+    def score_finished() -> None:
+        rows, finished = replay_buffer.partitions["train"], replay_buffer.finished_keys["train"]
+        keys = [key for key in rows if prompt_of(key) in finished]
+        teacher.score_ahead(keys, [rows[key] for key in keys], "train")
+
+    def look_and_score() -> None:
+        replay_buffer._sync_metadata_from_transfer_queue()
+        score_finished()
 
     def wait_and_score(partition: str, last_debug_time: float) -> float:
         if partition == "train":
-            rows = replay_buffer.partitions[partition]
-            finished = replay_buffer.finished_keys[partition]
-            keys = [key for key in rows if prompt_of(key) in finished]
-            teacher.score_ahead(keys, [rows[key] for key in keys], partition)
+            score_finished()
         return wait(partition, last_debug_time)
 
     def finish_and_clear(partition: str, prompts: set[str]) -> None:
-        if prompts:
-            teacher.forget(prompts)
+        teacher.forget(prompts)
         clear(partition, prompts)
 
     replay_buffer._wait_for_next_poll = wait_and_score
     replay_buffer._clear_groups = finish_and_clear
+    return look_and_score

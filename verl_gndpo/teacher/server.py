@@ -14,6 +14,7 @@ import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import RolloutConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker
@@ -22,11 +23,22 @@ from verl_gndpo.config import ConfigError, TeacherConfig
 from verl_gndpo.teacher.routing import Routing
 
 
-class PolicyLossWorker(ActorRolloutRefWorker):
-    """verl's actor, with the policy loss of its own section although `distillation.enabled` is set."""
+class _PolicyLoss:
+    """Gives an actor of verl the policy loss of its own section although `distillation.enabled` is set."""
 
     def __init__(self, config, role: str, distillation_config=None, **kwargs):
         super().__init__(config, role, **kwargs)
+
+
+class PolicyLossWorker(_PolicyLoss, ActorRolloutRefWorker):
+    """The actor of verl's trainers `sync` and `colocate_async`."""
+
+
+class DetachPolicyLossWorker(_PolicyLoss, DetachActorWorker):
+    """The actor of verl's trainer `separate_async`."""
+
+
+POLICY_LOSS_WORKERS = {ActorRolloutRefWorker: PolicyLossWorker, DetachActorWorker: DetachPolicyLossWorker}
 
 
 class ServerTeacher:
@@ -104,7 +116,14 @@ def distillation_section(config: Any, teacher: TeacherConfig) -> Any:
     template = section["teacher_models"]["teacher_model"]
     replica = template["inference"] = template["inference"] | teacher.server
     size = math.prod(replica.get(f"{kind}_parallel_size", 1) for kind in ("tensor_model", "data", "pipeline_model"))
-    replicas = teacher.n_gpus_per_node * teacher.nnodes // size // len(teacher.named)
+    gpus = teacher.n_gpus_per_node * teacher.nnodes
+    if size < 1 or gpus % (size * len(teacher.named)):
+        raise ConfigError(
+            f"teacher.n_gpus_per_node x teacher.nnodes is {gpus}, which {len(teacher.named)} teacher(s) can't share in "
+            f"replicas of {size} GPUs (teacher.server.tensor_model_parallel_size times data_ and "
+            "pipeline_model_parallel_size; verl's default is 2)"
+        )
+    replicas = gpus // size // len(teacher.named)
     entries = [
         template | {"key": model.keys[0], "model_path": model.path, "num_replicas": replicas}
         for model in teacher.named.values()

@@ -115,8 +115,8 @@ class TeacherWorker(Worker):
             rows = [row for row, share in enumerate(shares) if share > 0]
             if not _on_any_rank(bool(rows)):
                 continue
-            # All ranks gather the weights together: one without rows for this teacher has it score any of its own.
-            taken = rows or [0]
+            # All ranks gather the weights together: one without rows for this teacher has it score its shortest.
+            taken = rows or [int(data["input_ids"].offsets().diff().argmin())]
             part = data if len(taken) == len(data) else tu.index_select_tensor_dict(data, taken)
             check_rows(part, model.model_config.hf_config)
             with model.engine.eval_mode():
