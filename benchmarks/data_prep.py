@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from _common import machine, print_table, write_json
+from _common import machine, print_table, proportional, with_children, write_json
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,35 +94,15 @@ def measure(command: list[str], cache: Path) -> tuple[float, float, float]:
         start = time.perf_counter()
         process = psutil.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
         while process.poll() is None:
-            pss, anonymous = proportional([process, *children(process)])
-            peak, peak_anonymous = max(peak, pss), max(peak_anonymous, anonymous)
+            sizes = [proportional(member) for member in with_children(process)]
+            peak = max(peak, sum(size["Pss"] for size in sizes))
+            peak_anonymous = max(peak_anonymous, sum(size["Pss_Anon"] for size in sizes))
             time.sleep(SAMPLE_S)
         seconds = time.perf_counter() - start
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"{command} failed:\n{log.read().decode()[-3000:]}")
     return seconds, peak, peak_anonymous
-
-
-def children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def proportional(processes: list[psutil.Process]) -> tuple[int, int]:
-    total = {"Pss:": 0, "Pss_Anon:": 0}
-    for process in processes:
-        try:
-            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it has ended
-            continue
-        for line in lines:
-            name, *value = line.split()
-            if name in total:
-                total[name] += int(value[0]) * 1024
-    return total["Pss:"], total["Pss_Anon:"]
 
 
 def main() -> None:
