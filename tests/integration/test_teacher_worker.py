@@ -66,9 +66,11 @@ def start(teacher_path):
 
 
 def test_two_ranks_small_micro_batches_equal_one_rank_and_hugging_face(start, rows, expected):
-    """Chunks and micro-batches small and large, prompts split between them and between ranks or not: one result."""
+    """Chunks and micro-batches small and large, prompts split between them and between ranks or not, either attention:
+    one result."""
     batch = as_batch(rows)
-    split = start(2, logits_chunk_tokens=3, max_token_len_per_gpu=80).compute_teacher_log_prob(batch.clone()).get()
+    small = {"logits_chunk_tokens": 3, "max_token_len_per_gpu": 80, "attention": "flex"}
+    split = start(2, **small).compute_teacher_log_prob(batch.clone()).get()
     group = start(1)
     whole = group.compute_teacher_log_prob(batch.clone()).get()
     assert_equal_to(expected, split)
