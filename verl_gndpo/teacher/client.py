@@ -9,7 +9,6 @@ import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.protocol import DataProtoFuture
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from verl_gndpo.config import TeacherConfig
 from verl_gndpo.teacher.routing import Routing, place_rows
@@ -143,6 +142,9 @@ def score_while_generating(replay_buffer, teacher: TeacherClient) -> Callable[[]
     Returns:
         What has the teacher begin with prompts that are finished now; it does not wait.
     """
+
+    # Importing it imports the trainers, which import this module.
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
     def nothing() -> None:
         pass
