@@ -96,16 +96,21 @@ class GNDPOTrainerMixin:
                 overlap = self.teacher.score(batch)
             if self.teacher_config.placement == "dedicated":
                 metrics.update(overlap)
+            if self.teacher_config.backend == "server":
+                self._warn_of_failed_prompts()
+            elif self.teacher_config.placement == "dedicated":
                 self.score_finished()
-            # A custom sampler may keep no such account.
-            failed = getattr(self.replay_buffer, "failure_keys", {}).get("train")
-            if failed and self.teacher_config.backend == "server":
-                logger.warning(
-                    "%d prompts of this step have failed and verl goes on without them; where the teacher's servers "
-                    "are the reason, the log has it under 'Error in _run_prompt'",
-                    len(failed),
-                )
         return batch
+
+    def _warn_of_failed_prompts(self) -> None:
+        # A custom sampler may keep no such account.
+        failed = getattr(self.replay_buffer, "failure_keys", {}).get("train")
+        if failed:
+            logger.warning(
+                "%d prompts of this step have failed and verl goes on without them; where the teacher's servers are "
+                "the reason, the log has it under 'Error in _run_prompt'",
+                len(failed),
+            )
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if not self.uses_gndpo:

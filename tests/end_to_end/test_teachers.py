@@ -60,13 +60,14 @@ def test_several_teachers_on_gpus_of_their_own_score_while_others_are_generated(
         *(f"+teacher.models.{name}.{key}={x}" for name, teacher in teachers.items() for key, x in teacher.items()),
         *("teacher.placement=dedicated", "teacher.n_gpus_per_node=1", "ray_kwargs.ray_init.num_gpus=2"),
         "algorithm.gndpo.scope=teacher",
-        # Some responses wait for others to end.
-        "actor_rollout_ref.rollout.max_num_seqs=8",
+        # Most responses wait for others to end.
+        "actor_rollout_ref.rollout.max_num_seqs=4",
     ]
     run = Run(tmp_path / "run", settings(models, two_sources, BATCH="8"), arguments).finish()
     assert_healthy(run, [1, 2], gain=False)
     assert_policy_loss(run, 1)
-    assert max(step["gndpo/teacher_ahead_share"] for step in run.steps) > 0.2
+    # One prompt of the eight, at least.
+    assert max(step["gndpo/teacher_ahead_share"] for step in run.steps) > 0.1
     assert max(step["timing_s/teacher_ahead"] for step in run.steps) > 0
 
     rows = run.captured(1)
