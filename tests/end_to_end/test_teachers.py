@@ -104,8 +104,9 @@ def test_verls_own_teacher_servers_feed_the_same_estimator(models, dice, tmp_pat
     assert_policy_loss(run, 1)
     rows = run.captured(1)
     for row in rows[:4]:
-        expected = reference_log_probs(models / "teacher", row)
-        np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-3, rtol=0)
+        # A random model gives placeholders 1e-3 of the probability, a trained one none.
+        expected = reference_log_probs(models / "teacher", row, without_placeholders=True)
+        np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-4, rtol=0)
     for row, expected in zip(rows, published(rows), strict=True):
         np.testing.assert_allclose(row["advantages"].numpy(), expected, rtol=1e-5, atol=1e-5)
     assert run.steps[0]["gndpo/teacher_ahead_share"] == 1.0

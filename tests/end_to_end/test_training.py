@@ -62,11 +62,14 @@ def prompts(rows: list[dict]) -> list[list[int]]:
     return sorted({tuple(row["input_ids"][: -len(row["response_mask"])].tolist()) for row in rows})
 
 
-def reference_log_probs(path: Path, row: dict) -> np.ndarray:
-    """Log-probs of a row's response by a plain Hugging Face forward with its own positions, in float64."""
+def reference_log_probs(path: Path, row: dict, **options) -> np.ndarray:
+    """Log-probs of a row's response by a plain Hugging Face forward with its own positions, in float64.
+
+    `options` are those of `hugging_face_log_probs`.
+    """
     inputs = {k: v for k, v in row["multi_modal_inputs"].items() if k in ("pixel_values", "image_grid_thw")}
     plain = {"ids": row["input_ids"], "inputs": inputs, "response": row["response_mask"]}
-    return hugging_face_log_probs(path, [plain], temperature=1.0)[0].numpy()
+    return hugging_face_log_probs(path, [plain], temperature=1.0, **options)[0].numpy()
 
 
 @pytest.fixture(scope="module")

@@ -82,8 +82,11 @@ def positions(model, ids: torch.Tensor, inputs: dict) -> torch.Tensor:
     return torch.cat([plain[None], rotary[:, 0]])
 
 
-def hugging_face_log_probs(path, rows: list[dict], temperature: float) -> list[torch.Tensor]:
-    """Log-probs of the response tokens in float64: each row alone, without positions given, with all its logits."""
+def hugging_face_log_probs(
+    path, rows: list[dict], temperature: float, without_placeholders: bool = False
+) -> list[torch.Tensor]:
+    """Log-probs of the response tokens in float64: each row alone, without positions given, with all its logits; or
+    with those of the images' and videos' placeholders left out, as verl's inference servers do."""
     model = load(path)
     log_probs = []
     for row in rows:
@@ -93,6 +96,8 @@ def hugging_face_log_probs(path, rows: list[dict], temperature: float) -> list[t
             inputs["mm_token_type_ids"] = _kinds(model, ids)
         with torch.no_grad():
             logits = model(input_ids=ids, **inputs).logits[0].double() / temperature
+        if without_placeholders:
+            logits[:, [model.config.image_token_id, model.config.video_token_id]] = -torch.inf
         scores = logits[:-1].log_softmax(-1).gather(-1, row["ids"][1:, None])[:, 0]
         log_probs.append(scores[-len(row["response"]) :])
     return log_probs
