@@ -374,19 +374,16 @@ def check_settings(config: Any) -> list[Check]:
 
 def _check_teacher_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
     """The teacher's ranks can be grouped as they are to be, and each gets a row of every batch."""
-    dedicated = teacher.placement == "dedicated"
-    per_node, nodes = (
-        (teacher if dedicated else config.trainer).n_gpus_per_node,
-        (teacher if dedicated else config.trainer).nnodes,
-    )
+    place = teacher if teacher.placement == "dedicated" else config.trainer
+    gpus = place.n_gpus_per_node * place.nnodes
     size = teacher.ulysses_sequence_parallel_size
-    ranks, rest = divmod(per_node * nodes, size)
+    ranks, rest = divmod(gpus, size)
     if rest:
-        detail = f"teacher.ulysses_sequence_parallel_size={size} does not divide the teacher's {per_node * nodes} GPUs"
+        detail = f"teacher.ulysses_sequence_parallel_size={size} does not divide the teacher's {gpus} GPUs"
         return [Check("settings", "error", detail, "a divisor of it")]
     shards = teacher.fsdp.fsdp_size
-    if shards != -1 and shards < per_node * nodes and per_node * nodes % shards:
-        detail = f"teacher.fsdp.fsdp_size={shards} does not divide the teacher's {per_node * nodes} GPUs"
+    if shards != -1 and shards < gpus and gpus % shards:
+        detail = f"teacher.fsdp.fsdp_size={shards} does not divide the teacher's {gpus} GPUs"
         return [Check("settings", "error", detail, "a divisor of it, or -1 for all")]
     vision = [model.override_config.get("attn_implementation") for model in teacher.named.values()]
     if teacher.dtype == "float32" and not without_accelerator() and set(vision) & {None, "flash_attention_2"}:
@@ -442,8 +439,7 @@ def _values_of_column(config: Any, column: str) -> tuple[set, list[str], list[st
     """What a column of the training files holds, the files that lack it, and those that can't be looked into."""
     found: set = set()
     lacking, unread = [], []
-    files = config.data.get("train_files")
-    for file in [files] if isinstance(files, str) else list(files or ()):
+    for file in _files(config, "train_files"):
         try:
             with pq.ParquetFile(Path(file).expanduser()) as parquet:
                 if column not in parquet.schema_arrow.names:
@@ -588,6 +584,12 @@ def check_data(config: Any) -> list[Check]:
     return checks
 
 
+def _files(config: Any, key: str) -> list[str]:
+    """The files of `data.<key>`, which may name one, several or none."""
+    files = config.data.get(key)
+    return [files] if isinstance(files, str) else list(files or ())
+
+
 def check_rewards(config: Any) -> list[Check]:
     """Every data source of the files has a reward function, which verl finds out after the first rollout; and none is
     trained on that must not be."""
@@ -630,9 +632,8 @@ def check_rewards(config: Any) -> list[Check]:
 def _data_sources(config: Any, key: str) -> set[tuple[str, str]]:
     """Data sources of the local parquet files of `data.<key>`, each with how its rows say answers are graded."""
     found = set()
-    files = config.data.get(key)
     column = _get(config, "data.reward_fn_key", "data_source")
-    for file in [files] if isinstance(files, str) else list(files or ()):
+    for file in _files(config, key):
         # A file that can't be read is what `check_data` tells of.
         with contextlib.suppress(pa.ArrowException, OSError), pq.ParquetFile(Path(file).expanduser()) as parquet:
             leaves = [parquet.schema.column(i).path for i in range(parquet.metadata.num_columns)]
