@@ -23,7 +23,7 @@ from verl.utils.torch_functional import masked_whiten
 
 from verl_gndpo.config import read_signal_config
 from verl_gndpo.diagnostics import describe_signal
-from verl_gndpo.signal import log_ratio_advantages
+from verl_gndpo.signal import compute_advantages
 
 RESPONSES_A_PROMPT = 16
 
@@ -44,7 +44,6 @@ def make_rivals(batch: dict[str, torch.Tensor]) -> dict:
     """By name, the functions to time; each takes nothing."""
     teacher, old, mask = batch.values()
     settings = read_signal_config(None, "gndpo")
-    options = {"clip": settings.clip, "center": settings.center, "scale": settings.scale}
     rewards = torch.zeros_like(old)
     rewards[:, 0] = torch.randint(0, 2, (len(old),), generator=torch.Generator().manual_seed(0)).float()
     index = np.array([str(i // RESPONSES_A_PROMPT) for i in range(len(old))], dtype=object)
@@ -54,7 +53,7 @@ def make_rivals(batch: dict[str, torch.Tensor]) -> dict:
         return masked_whiten(torch.clamp(teacher - old, -5, 5), mask) * mask
 
     def ours():
-        return log_ratio_advantages(**batch, **options)[0]
+        return compute_advantages(**batch, settings=settings)
 
     def ours_with_metrics():
         return describe_signal(**batch, advantages=ours(), settings=settings)

@@ -4,5 +4,7 @@
 Importing this package is cheap; `verl` loads `verl_gndpo.plugin` by itself (entry point `verl.plugins`).
 """
 
+from verl_gndpo.presets import PRESETS
+
 SUPPORTED_VERL = "0.9.1"
-ESTIMATORS = ("gndpo", "opd")
+ESTIMATORS = tuple(PRESETS)

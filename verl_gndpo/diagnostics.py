@@ -48,7 +48,7 @@ def describe_signal(
     d = _flat(teacher_log_probs.float() - old_log_probs.float())[valid]
     a = _flat(advantages)[valid]
     n = d.size
-    bound = np.inf if settings.clip is None else settings.clip
+    bound = settings.limit if settings.bound in ("clamp", "mask") else np.inf
     k = d.clip(-bound, bound)
     mean, std = _mean_and_std(d)
     mu, sigma = _mean_and_std(k)
@@ -71,8 +71,10 @@ def describe_signal(
         "gndpo/k3": _mean(np.expm1(at_most_20) - at_most_20),
         "gndpo/tokens": float(n),
     }
-    if settings.scope == "batch":
-        described["gndpo/gain"] = (sigma**2 + settings.std_floor**2) ** -0.5 if settings.scale and n > 1 else 1.0
+    if "teacher" not in (settings.baseline, settings.scale):
+        described["gndpo/gain"] = (
+            (sigma**2 + settings.std_floor**2) ** -0.5 if settings.scale == "batch" and n > 1 else 1.0
+        )
     return described
 
 
@@ -95,8 +97,9 @@ def describe_teachers(
         rows = [row for row, name in enumerate(teachers) if name == teacher]
         part = [x[rows] for x in (teacher_log_probs, old_log_probs, response_mask, advantages)]
         if part[2].any():
-            metrics = describe_signal(*part, replace(settings, scope="batch"))
-            if settings.scope == "batch":
+            own = {stage: "batch" for stage in ("baseline", "scale") if getattr(settings, stage) == "teacher"}
+            metrics = describe_signal(*part, replace(settings, **own))
+            if not own:
                 # All teachers share one.
                 del metrics["gndpo/gain"]
             described |= {name.replace("gndpo/", f"gndpo/teacher/{teacher}/", 1): x for name, x in metrics.items()}

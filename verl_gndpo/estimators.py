@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from verl_gndpo import ESTIMATORS
-from verl_gndpo.config import read_signal_config
-from verl_gndpo.signal import advantages_by_group
+from verl_gndpo.config import SignalConfig, read_signal_config
+from verl_gndpo.signal import SignalState, compute_advantages
 
 
 def compute_log_ratio_advantage(
@@ -18,25 +19,33 @@ def compute_log_ratio_advantage(
     response_mask: torch.Tensor,
     teacher_log_probs: torch.Tensor | None = None,
     old_log_probs: torch.Tensor | None = None,
+    token_level_rewards: torch.Tensor | None = None,
+    index: Sequence[str] | None = None,
     config: Any = None,
     teacher: Sequence[str] | None = None,
+    kl: torch.Tensor | None = None,
+    state: SignalState | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """verl's estimator interface over `signal.log_ratio_advantages`.
+    """verl's estimator interface over `signal.compute_advantages`.
 
     Args:
-        estimator: "gndpo" (batch-whitened) or "opd" (bounded only).
+        estimator: one of presets.py.
         response_mask: (batch, response_length).
         teacher_log_probs, old_log_probs: (batch, response_length), nats.
+        token_level_rewards: (batch, response_length), for `task_reward.coef` above 0.
+        index: prompt of each row.
         config: verl's `algorithm` section; `config.gndpo` holds the settings.
         teacher: of each row, which teacher has scored it; None: the same for all.
-        _: what verl hands every estimator and this signal does not use (token_level_rewards, index).
+        kl: (batch, response_length), KL(student || teacher) at each position, nats, for baseline=kl.
+        state: what scale=ema carries from step to step; updated.
+        _: what verl hands every estimator and this signal does not use.
 
     Returns:
         (advantages, returns), both (batch, response_length) float32; the two are the same tensor.
 
     Raises:
-        ValueError: no teacher log-probs, or what `signal.log_ratio_advantages` refuses.
+        ValueError: no teacher log-probs, or what `signal.compute_advantages` refuses.
     """
     if teacher_log_probs is None or old_log_probs is None:
         raise ValueError(
@@ -45,18 +54,41 @@ def compute_log_ratio_advantage(
             "what is missing"
         )
     settings = read_signal_config(config, estimator)
-    groups = teacher if settings.scope == "teacher" else None
-    advantages = advantages_by_group(
-        groups,
+    advantages = compute_advantages(
         teacher_log_probs,
         old_log_probs,
         response_mask,
-        clip=settings.clip,
-        center=settings.center,
-        scale=settings.scale,
-        std_floor=settings.std_floor,
+        settings,
+        groups=index,
+        teachers=teacher,
+        kl=kl,
+        task_advantages=_task_advantages(settings, token_level_rewards, response_mask, index, config),
+        state=state,
     )
     return advantages, advantages
+
+
+def _task_advantages(
+    settings: SignalConfig,
+    token_level_rewards: torch.Tensor | None,
+    response_mask: torch.Tensor,
+    index: Sequence[str] | None,
+    config: Any,
+) -> torch.Tensor | None:
+    """What verl's own estimator makes of the task reward; None where it is not mixed in."""
+    task = settings.task_reward
+    if not task.coef:
+        return None
+    if token_level_rewards is None or index is None:
+        raise ValueError(
+            "algorithm.gndpo.task_reward.coef is not 0 and the batch has no token_level_rewards or no index"
+        )
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    advantages, _ = get_adv_estimator_fn(task.estimator)(
+        token_level_rewards=token_level_rewards, response_mask=response_mask, index=np.array(index), config=config
+    )
+    return advantages
 
 
 def register(core_algos) -> None:

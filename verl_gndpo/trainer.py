@@ -153,8 +153,6 @@ class GNDPOTrainerMixin:
             **signal,
         )
         settings = read_signal_config(algorithm, algorithm.adv_estimator)
-        if teachers is None:
-            settings.scope = "batch"
         metrics.update(describe_signal(**signal, advantages=advantages, settings=settings))
         if teachers is not None:
             metrics.update(describe_teachers(teachers, **signal, advantages=advantages, settings=settings))

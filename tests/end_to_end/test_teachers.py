@@ -59,7 +59,8 @@ def test_several_teachers_on_gpus_of_their_own_score_while_others_are_generated(
         "teacher.model.path=null",
         *(f"+teacher.models.{name}.{key}={x}" for name, teacher in teachers.items() for key, x in teacher.items()),
         *("teacher.placement=dedicated", "teacher.n_gpus_per_node=1", "ray_kwargs.ray_init.num_gpus=2"),
-        "algorithm.gndpo.scope=teacher",
+        "algorithm.gndpo.baseline=teacher",
+        "algorithm.gndpo.scale=teacher",
         # Most responses wait for others to end.
         "actor_rollout_ref.rollout.max_num_seqs=4",
     ]

@@ -17,8 +17,8 @@ from tests.integration.helpers import (
     nested,
     one_rank,
 )
+from verl_gndpo.blockwise import log_ratio_advantages
 from verl_gndpo.config import TeacherConfig, TeacherModelConfig
-from verl_gndpo.signal import log_ratio_advantages
 from verl_gndpo.teacher.worker import TeacherWorker
 
 TEMPERATURE = 0.7

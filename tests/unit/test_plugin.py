@@ -20,12 +20,12 @@ OVERRIDDEN = {"__init__", "_init_resource_pool_mgr", "_setup", "_balance_batch",
 def test_an_existing_config_needs_two_overrides():
     config = verl_config("algorithm.adv_estimator=gndpo", "+teacher.model.path=teacher")
     assert read_teacher_config(config).model.path == "teacher"
-    assert read_signal_config(config.algorithm, "gndpo").clip == 5.0
+    assert read_signal_config(config.algorithm, "gndpo").limit == 5.0
 
 
 def test_hydra_finds_the_config_groups():
     config = verl_config("algorithm.adv_estimator=gndpo", "+teacher=worker", "+gndpo=default", "teacher.model.path=t")
-    assert config.teacher.model.path == "t" and config.algorithm.gndpo.clip == 5.0
+    assert config.teacher.model.path == "t" and config.algorithm.gndpo.std_floor == 1e-4
     # The groups and the typed defaults are one set of defaults.
     bare = verl_config("algorithm.adv_estimator=gndpo", "+teacher.model.path=t")
     assert read_teacher_config(config) == read_teacher_config(bare)

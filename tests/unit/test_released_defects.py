@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig
 
-from verl_gndpo.signal import log_ratio_advantages
+from verl_gndpo.blockwise import log_ratio_advantages
 from verl_gndpo.teacher.engine import TeacherEngine, TeacherEngineConfig
 
 

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from verl_gndpo.config import SignalConfig, read_signal_config
+from verl_gndpo.blockwise import BLOCK_TOKENS, log_ratio_advantages
+from verl_gndpo.config import read_signal_config
 from verl_gndpo.diagnostics import describe_signal, describe_teachers
 from verl_gndpo.estimators import compute_log_ratio_advantage
-from verl_gndpo.signal import BLOCK_TOKENS, advantages_by_group, log_ratio_advantages
+from verl_gndpo.signal import compute_advantages
 
 
 def published_formula(teacher, old, mask, clip=5.0, center=True, scale=True):
@@ -213,10 +214,10 @@ def test_advantages_carry_no_gradient():
 
 
 def test_raw_ratios_are_not_clamped():
-    """Defect 2 of the released code: its naive baseline is clamped already. clip=null is the arm without a bound."""
+    """Defect 2 of the released code: its naive baseline is clamped already. bound=none is the arm without one."""
     teacher, old, mask = batch(spread=10.0)
     advantages, _ = compute_log_ratio_advantage(
-        "opd", response_mask=mask, teacher_log_probs=teacher, old_log_probs=old, config={"gndpo": {"clip": None}}
+        "opd", response_mask=mask, teacher_log_probs=teacher, old_log_probs=old, config={"gndpo": {"bound": "none"}}
     )
     assert advantages.abs().max() > 5
     close(advantages, published_formula(teacher, old, mask, clip=None, center=False, scale=False))
@@ -228,20 +229,13 @@ def test_without_a_teacher_the_error_says_who_provides_it():
         compute_log_ratio_advantage("gndpo", response_mask=mask, old_log_probs=old)
 
 
-def test_an_explicit_stage_wins_over_the_name():
-    assert read_signal_config({"gndpo": {"center": False}}, "gndpo") == SignalConfig(center=False, scale=True)
-    assert read_signal_config({"gndpo": {"scale": True}}, "opd") == SignalConfig(center=False, scale=True)
-    assert read_signal_config(None, "opd") == SignalConfig(center=False, scale=False)
-
-
 @given(batches(), st.sampled_from([None, 1.0, 5.0]), st.sampled_from(["gndpo", "opd"]))
 @settings(max_examples=100, deadline=None)
 def test_diagnostics_against_numpy(data, clip, estimator):
     teacher, old, mask = data
-    config = read_signal_config({"gndpo": {"clip": clip}}, estimator)
-    advantages, moments = log_ratio_advantages(
-        teacher, old, mask, clip=clip, center=config.center, scale=config.scale, std_floor=config.std_floor
-    )
+    config = read_signal_config({"gndpo": {"limit": clip} if clip else {"bound": "none"}}, estimator)
+    whiten = estimator == "gndpo"
+    advantages, moments = log_ratio_advantages(teacher, old, mask, clip=clip, center=whiten, scale=whiten)
     m = describe_signal(teacher, old, mask, advantages, config)
     valid = mask.numpy() != 0
     d = (teacher.double() - old.double()).numpy()[valid]
@@ -291,7 +285,8 @@ def test_outliers_are_amplified_as_the_reference_says():
 def test_statistics_of_a_group_are_those_of_its_rows_alone(data, random):
     teacher, old, mask = data
     groups = [random.choice("ab") for _ in mask]
-    advantages = advantages_by_group(groups, teacher, old, mask)
+    settings = read_signal_config({"gndpo": {"baseline": "teacher", "scale": "teacher"}}, "gndpo")
+    advantages = compute_advantages(teacher, old, mask, settings, teachers=groups)
     for group in set(groups):
         rows = [row for row, name in enumerate(groups) if name == group]
         if mask[rows].any():
@@ -302,9 +297,9 @@ def test_statistics_of_a_group_are_those_of_its_rows_alone(data, random):
             assert not advantages[rows].any()
 
 
-def test_scope_teacher_needs_more_than_one_teacher_to_differ():
+def test_statistics_by_teacher_need_more_than_one_teacher_to_differ():
     teacher, old, mask = batch()
-    config = {"gndpo": {"scope": "teacher"}}
+    config = {"gndpo": {"baseline": "teacher", "scale": "teacher"}}
     inputs = {"teacher_log_probs": teacher, "old_log_probs": old, "response_mask": mask}
     whole, _ = compute_log_ratio_advantage("gndpo", **inputs, config=config)
     close(whole, published_formula(teacher, old, mask))
@@ -313,28 +308,26 @@ def test_scope_teacher_needs_more_than_one_teacher_to_differ():
     for rows in (slice(0, 3), slice(3, 6)):
         close(apart[rows], published_formula(teacher[rows], old[rows], mask[rows]))
     together, _ = compute_log_ratio_advantage("gndpo", **inputs, config={}, teacher=labels)
-    assert torch.equal(together, whole), "the statistics are global unless told otherwise"
+    close(together, published_formula(teacher, old, mask))
 
 
-def test_a_bad_number_in_a_group_is_named_by_its_row_in_the_batch():
+@pytest.mark.parametrize("bound", ["none", "tanh"])
+def test_a_bad_number_is_named_by_its_row_in_the_batch(bound):
     teacher, old, mask = batch()
     teacher[3, 0] = float("nan")
     mask[3, 0] = 1
+    settings = read_signal_config({"gndpo": {"bound": bound, "baseline": "group"}}, "gndpo")
     with pytest.raises(ValueError, match="row 3, position 0"):
-        advantages_by_group(["a", "a", "b", "b", "b", "a"], teacher, old, mask)
-
-
-def test_no_valid_token_in_any_group_is_an_error():
-    teacher, old, mask = batch()
+        compute_advantages(teacher, old, mask, settings, groups=["a", "a", "b", "b", "b", "a"])
     with pytest.raises(ValueError, match="no valid response token"):
-        advantages_by_group(["a", "b"] * 3, teacher, old, mask * 0)
+        compute_advantages(teacher, old, mask * 0, settings, groups=["a", "b"] * 3)
 
 
 @pytest.mark.parametrize("scope", ["batch", "teacher"])
 def test_each_teachers_metrics_are_those_of_its_rows(scope):
     teacher, old, mask = batch(spread=4.0)
     labels = ["one", "two+three"] * 3
-    config = read_signal_config({"gndpo": {"scope": scope}}, "gndpo")
+    config = read_signal_config({"gndpo": {"baseline": scope, "scale": scope}}, "gndpo")
     inputs = {"teacher_log_probs": teacher, "old_log_probs": old, "response_mask": mask}
     advantages, _ = compute_log_ratio_advantage("gndpo", **inputs, config={"gndpo": {"scope": scope}}, teacher=labels)
     metrics = describe_teachers(labels, **inputs, advantages=advantages, settings=config)

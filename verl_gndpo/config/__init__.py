@@ -6,13 +6,14 @@ key or a wrong type is an error that names the key, its section and the nearest 
 """
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_gndpo import ESTIMATORS
+from verl_gndpo import ESTIMATORS, PRESETS
 
 EVERY_SAMPLE = "*"
 # Keys of `teacher` that only `backend=worker` reads.
@@ -27,38 +28,96 @@ class ConfigError(ValueError):
 
 
 @dataclass
+class TaskRewardConfig:
+    """`algorithm.gndpo.task_reward`: the task's own reward, mixed into the advantages."""
+
+    coef: float = 0.0
+    """Root mean square of the task's part over that of the teacher's, in each batch; 0: the reward is only logged."""
+
+    estimator: str = "grpo"
+    """Which of verl's estimators turns rewards into advantages."""
+
+
+@dataclass
 class SignalConfig:
-    """`algorithm.gndpo`: how the teacher-student log-ratio becomes an advantage."""
+    """`algorithm.gndpo`: how the teacher-student log-ratio becomes an advantage (signal.py has the formulas).
 
-    clip: float | None = 5.0
-    """Bound of the log-ratio in nats, on both sides; null leaves it raw."""
+    One rule: what is given here wins over the preset, setting by setting; null leaves a setting to the preset, and what
+    the preset does not name has the value of `STAGE_DEFAULTS`.
+    """
 
-    center: bool | None = None
-    """Subtract the mean over all response tokens of the batch; null: what the estimator's name says (gndpo yes, opd
-    no)."""
+    preset: str | None = None
+    """Which published signal to start from (presets.py); null: the one that `algorithm.adv_estimator` names."""
 
-    scale: bool | None = None
-    """Divide by the standard deviation over all response tokens; null: what the estimator's name says (gndpo yes, opd
-    no)."""
+    bound: str | None = None
+    """none, clamp, tanh, sign, power, proximal, soft_clamp or mask."""
+
+    limit: float | None = None
+    """Of bound=clamp and mask, nats, on both sides."""
+
+    power_alpha: float | None = None
+    """Of bound=power: the exponent of both probabilities."""
+
+    proximal_alpha: float | None = None
+    """Of bound=proximal: the teacher's share of the mixture that the student is drawn to."""
+
+    soft_clamp_factor: float | None = None
+    """Of bound=soft_clamp: the limit as a multiple of the batch mean of abs(log-ratio)."""
+
+    baseline: str | None = None
+    """none, or the mean over the batch, the prompt's group, the position in the response, or the teacher; or kl, the
+    value of the state in closed form, from `top_k` log-probs of both models."""
+
+    scale: str | None = None
+    """none, or divide by the deviation over the batch, the group or the teacher, or by its average over steps (ema); or
+    rank, which keeps only the order."""
 
     std_floor: float = 1e-4
-    """Floor of the standard deviation in nats, added in quadrature: sqrt(var + std_floor^2). 1e-4 is the published
-    1e-8."""
+    """Floor of the standard deviation in the bound's unit, added in quadrature: sqrt(var + std_floor^2). 1e-4 is the
+    published 1e-8."""
 
-    scope: str = "batch"
-    """Over which tokens mean and deviation run: all of the "batch", or with several teachers those of each "teacher"
-    apart."""
+    gain_limit: float | None = None
+    """Largest factor that the scale may be; null: only `std_floor` limits it."""
+
+    ema_decay: float | None = None
+    """Of scale=ema: weight of the steps before, 0 to 1."""
+
+    task_reward: TaskRewardConfig = field(default_factory=TaskRewardConfig)
 
     def validate(self) -> None:
-        if self.clip is not None and not self.clip > 0:
-            raise ConfigError(f"algorithm.gndpo.clip must be positive or null (raw log-ratios), got {self.clip}")
+        """Of a resolved config."""
+        for key, known in STAGES.items():
+            if getattr(self, key) not in known:
+                raise ConfigError(f"algorithm.gndpo.{key} must be {' | '.join(known)}, got {getattr(self, key)!r}")
+        for key in ("limit", "power_alpha", "soft_clamp_factor", "gain_limit"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ConfigError(f"algorithm.gndpo.{key} must be positive, got {value}")
         if not self.std_floor > 0:
             raise ConfigError(
                 f"algorithm.gndpo.std_floor must be positive, got {self.std_floor}: it is what is left to divide by "
                 "where all log-ratios are equal"
             )
-        if self.scope not in ("batch", "teacher"):
-            raise ConfigError(f"algorithm.gndpo.scope must be batch or teacher, got {self.scope!r}")
+        if not 0 < self.proximal_alpha < 1:
+            raise ConfigError(f"algorithm.gndpo.proximal_alpha must be between 0 and 1, got {self.proximal_alpha}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"algorithm.gndpo.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if not 0 <= self.task_reward.coef < math.inf:
+            raise ConfigError(f"algorithm.gndpo.task_reward.coef must be at least 0, got {self.task_reward.coef}")
+
+
+STAGES = {
+    "bound": ("none", "clamp", "tanh", "sign", "power", "proximal", "soft_clamp", "mask"),
+    "baseline": ("none", "batch", "group", "position", "teacher", "kl"),
+    "scale": ("none", "batch", "group", "teacher", "ema", "rank"),
+}
+STAGE_DEFAULTS = {
+    "limit": 5.0,
+    "power_alpha": 5.0,
+    "proximal_alpha": 0.5,
+    "soft_clamp_factor": 3.0,
+    "ema_decay": 0.9,
+}
 
 
 @dataclass
@@ -293,7 +352,6 @@ def _read(section: str, schema: type, given: Any):
     except OmegaConfBaseException as error:
         key = f"{section}.{error.full_key}" if error.full_key else section
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    config.validate()
     return config
 
 
@@ -304,22 +362,55 @@ def _get(config: Any, key: str) -> Any:
 
 
 def read_signal_config(algorithm: Any, estimator: str) -> SignalConfig:
-    """The settings of `algorithm.gndpo`, with `center` and `scale` resolved.
+    """The settings of `algorithm.gndpo`, resolved: every stage and its parameters are filled in.
 
     Args:
         algorithm: verl's `algorithm` section (DictConfig, dict, dataclass) or None for the defaults.
-        estimator: "gndpo" or "opd". An explicit `center` or `scale` wins over what the name stands for.
+        estimator: `algorithm.adv_estimator`, the preset unless `algorithm.gndpo.preset` names another.
 
     Raises:
         ConfigError: unknown key, wrong type or value out of range.
     """
     if estimator not in ESTIMATORS:
         raise ConfigError(f"unknown estimator {estimator!r}; this project has {', '.join(ESTIMATORS)}")
-    config = _read("algorithm.gndpo", SignalConfig, _get(algorithm, "gndpo"))
-    whiten = estimator == "gndpo"
-    config.center = whiten if config.center is None else config.center
-    config.scale = whiten if config.scale is None else config.scale
+    config = _read("algorithm.gndpo", SignalConfig, _translate_old_keys(_get(algorithm, "gndpo")))
+    preset = config.preset or estimator
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known presets: {', '.join(PRESETS)}"
+        raise ConfigError(f"algorithm.gndpo.preset={preset} is unknown; {hint}")
+    for key, value in (STAGE_DEFAULTS | PRESETS[preset]).items():
+        if getattr(config, key) is None:
+            setattr(config, key, value)
+    config.preset = preset
+    config.validate()
     return config
+
+
+def _translate_old_keys(given: Any) -> Any:
+    """The stages that `clip`, `center`, a bool as `scale`, and `scope` stood for, in configs from before there were
+    stages."""
+    if OmegaConf.is_config(given):
+        given = OmegaConf.to_container(given, resolve=True)
+    if not isinstance(given, dict):
+        return given
+    given = dict(given)
+    if "clip" in given:
+        limit = given.pop("clip")
+        given |= {"bound": "none"} if limit is None else {"bound": "clamp", "limit": limit}
+    segment = given.pop("scope", "batch")
+    if segment not in ("batch", "teacher"):
+        raise ConfigError(
+            f"algorithm.gndpo.scope must be batch or teacher, got {segment!r}; baseline and scale know more"
+        )
+    for old, stage in (("center", "baseline"), ("scale", "scale")):
+        if isinstance(given.get(old), bool):
+            given[stage] = segment if given.pop(old) else "none"
+    if given.get("center", False) is None:
+        del given["center"]
+    if segment == "teacher":
+        given = {"baseline": segment, "scale": segment} | {k: x for k, x in given.items() if x is not None}
+    return given
 
 
 def read_teacher_config(config: Any) -> TeacherConfig:
@@ -332,6 +423,7 @@ def read_teacher_config(config: Any) -> TeacherConfig:
         ConfigError: no teacher configured, unknown key, wrong type or value out of range.
     """
     teacher = _read("teacher", TeacherConfig, _get(config, "teacher"))
+    teacher.validate()
     student = config.actor_rollout_ref
     if teacher.temperature is None:
         teacher.temperature = float(student.rollout.temperature)

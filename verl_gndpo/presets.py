@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published signals by name, as stages of `algorithm.gndpo`. Each is an `algorithm.adv_estimator`, too."""
+
+PRESETS: dict[str, dict] = {
+    # GNDPO, arXiv 2606.09091.
+    "gndpo": {"bound": "clamp", "limit": 5.0, "baseline": "batch", "scale": "batch"},
+    # On-policy distillation as Thinking Machines describes it, raw, and with the bound of GNDPO's own baseline.
+    "opd_raw": {"bound": "none", "baseline": "none", "scale": "none"},
+    "opd": {"bound": "clamp", "limit": 5.0, "baseline": "none", "scale": "none"},
+    # PowerOPD, arXiv 2606.17199, with the exponent of its released code; tanh is one of its rivals.
+    "power_opd": {"bound": "power", "power_alpha": 5.0, "baseline": "none", "scale": "none"},
+    "tanh_opd": {"bound": "tanh", "baseline": "none", "scale": "none"},
+    # TV-OPD, arXiv 2609.08341.
+    "tv_opd": {"bound": "sign", "baseline": "none", "scale": "none"},
+    # TOP-D, arXiv 2607.04751, with each token's own reward: without its mean over the tokens that follow.
+    "top_d": {"bound": "proximal", "proximal_alpha": 0.5, "baseline": "group", "scale": "group"},
+    # arXiv 2607.07050.
+    "soft_clamp_opd": {"bound": "soft_clamp", "soft_clamp_factor": 3.0, "baseline": "none", "scale": "none"},
+    # Uni-OPD, arXiv 2605.03677.
+    "uni_opd": {"bound": "mask", "limit": 5.0, "baseline": "none", "scale": "none"},
+    # vOPD, arXiv 2605.07865.
+    "v_opd": {"bound": "none", "baseline": "kl", "scale": "none"},
+}
