@@ -133,6 +133,7 @@ class Settings:
         optimizer: "adamw" (betas 0.9 and 0.999, weight decay 0.01) or "sgd" (without momentum).
         grad_clip: bound of the gradient's norm; None for no clipping.
         temperature: of sampling and of all log-probs.
+        teacher_temperature: divides the teacher's logits once more; below 1 the teacher is sharper than it is.
         evaluate_every: steps between two measurements of the accuracy; there is one before and after the training too.
         problems: what is trained on, "train" or "degraded".
         evaluate_on: "validation" or "test".
@@ -147,6 +148,7 @@ class Settings:
     optimizer: str = "adamw"
     grad_clip: float | None = 1.0
     temperature: float = 1.0
+    teacher_temperature: float = 1.0
     evaluate_every: int = 10
     problems: str = "train"
     evaluate_on: str = "validation"
@@ -155,8 +157,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer={self.optimizer!r}: use adamw or sgd")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}: training needs a positive one")
+        for name in ("temperature", "teacher_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: training needs a positive one")
 
 
 def read_prompts(model, problems: Problems, indices: Sequence[int]) -> Prompts:
@@ -450,7 +453,8 @@ def train(
             prompts=prompts,
         )
         with torch.no_grad():
-            teacher = score(world.teacher, problems, rollout, temperature=settings.temperature)
+            sharpness = settings.temperature * settings.teacher_temperature
+            teacher = score(world.teacher, problems, rollout, temperature=sharpness)
         log_probs, full = score(model, problems, rollout, temperature=settings.temperature, prompts=prompts)
         batch = make_batch(problems, rollout, teacher, (log_probs, full))
         tokens = batch.response_mask.sum()

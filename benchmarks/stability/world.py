@@ -182,10 +182,11 @@ def _read(path: Path, made_by: str) -> dict | None:
     return content if content["fingerprint"] == made_by else None
 
 
-def prepare(out: Path) -> World:
+def prepare(out: Path, names: Sequence[str] = tuple(STARTS)) -> World:
     """Make teacher and start points in a folder, or find them there, and draw the problems.
 
     Args:
+        names: of the start points that are wanted.
         out: holds ``models`` (of `pretrain.pretrain`), ``starts/<name>.pt`` and ``starts/accuracy.json`` afterwards.
 
     Raises:
@@ -195,7 +196,7 @@ def prepare(out: Path) -> World:
     # Once, so that an edit during the training does not put a wrong name on what was trained.
     made_by = fingerprint()
     accuracy = {"teacher": pretrain.pretrain(out / "models")["teacher"]["accuracy"]}
-    paths = {name: out / "starts" / f"{name}.pt" for name in STARTS}
+    paths = {name: out / "starts" / f"{name}.pt" for name in names}
     missing = [name for name, path in paths.items() if _read(path, made_by) is None]
     if missing:
         (out / "starts").mkdir(parents=True, exist_ok=True)
@@ -209,9 +210,9 @@ def prepare(out: Path) -> World:
         starts[name] = _load(out / "models" / "student").requires_grad_(False)
         starts[name].load_state_dict(content["state"])
     off = {
-        name: f"{accuracy[name]:.3f} and not {start.share * accuracy['teacher']:.3f}"
-        for name, start in STARTS.items()
-        if abs(accuracy[name] - start.share * accuracy["teacher"]) > TOLERANCE
+        name: f"{accuracy[name]:.3f} and not {STARTS[name].share * accuracy['teacher']:.3f}"
+        for name in names
+        if abs(accuracy[name] - STARTS[name].share * accuracy["teacher"]) > TOLERANCE
     }
     if off:
         raise RuntimeError(
