@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,16 @@ def _task_advantages(
         )
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-    advantages, _ = get_adv_estimator_fn(task.estimator)(
-        token_level_rewards=token_level_rewards, response_mask=response_mask, index=np.array(index), config=config
+    estimator = get_adv_estimator_fn(task.estimator)
+    # verl hands this setting of `algorithm` over by itself, to estimators that know it.
+    normalises = "norm_adv_by_std_in_grpo"
+    own = {normalises: (config or {}).get(normalises, True)} if normalises in signature(estimator).parameters else {}
+    advantages, _ = estimator(
+        token_level_rewards=token_level_rewards,
+        response_mask=response_mask,
+        index=np.array(index),
+        config=config,
+        **own,
     )
     return advantages
 

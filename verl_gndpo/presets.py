@@ -10,6 +10,10 @@ PRESETS: dict[str, dict] = {
     # PowerOPD, arXiv 2606.17199, with the exponent of its released code; tanh is one of its rivals.
     "power_opd": {"bound": "power", "power_alpha": 5.0, "baseline": "none", "scale": "none"},
     "tanh_opd": {"bound": "tanh", "baseline": "none", "scale": "none"},
+    # This project's: docs/study.md says how they were found and what they are worth.
+    "gap_opd": {"bound": "gap", "negative_limit": 0.4, "baseline": "none", "scale": "none"},
+    "odds_opd": {"bound": "odds", "negative_limit": 0.4, "baseline": "none", "scale": "none"},
+    "log_odds_opd": {"bound": "log_odds", "limit": 5.0, "baseline": "none", "scale": "none"},
     # TV-OPD, arXiv 2609.08341.
     "tv_opd": {"bound": "sign", "baseline": "none", "scale": "none"},
     # TOP-D, arXiv 2607.04751, with each token's own reward: without its mean over the tokens that follow.

@@ -25,6 +25,9 @@ import torch
 from verl_gndpo.blockwise import check_batch, log_ratio_advantages, raise_not_finite
 from verl_gndpo.config import SignalConfig
 
+# The log-prob, in nats, above which a model is taken to be as sure as this: a probability of 1 has no log-odds.
+CERTAIN = -1e-9
+
 # --- bound: D (tokens,) in nats -> k (tokens,) and which tokens still count ------------------------------------------
 
 
@@ -60,6 +63,43 @@ def power(teacher: torch.Tensor, old: torch.Tensor, exponent: float) -> torch.Te
     return (exponent * larger).exp() * -torch.expm1(-exponent * d.abs()) * d.sign()
 
 
+def gap(teacher: torch.Tensor, old: torch.Tensor, negative_limit: float) -> torch.Tensor:
+    """k = sqrt(pi_old) * max(pi_T - pi_old, -negative_limit), of D's sign (this project's; docs/study.md).
+
+    The gap of the probabilities is bounded and vanishes as the student approaches the teacher. Its weight makes the
+    gradients of likely and unlikely tokens more alike, and with it the positive side ends at 2 / sqrt(27) = 0.38. The
+    negative side has to be told where to end: outliers are tokens that the teacher is said to hate.
+    """
+    return (old / 2).exp() * power(teacher, old, 1.0).clamp(min=-negative_limit)
+
+
+def odds(teacher: torch.Tensor, old: torch.Tensor, negative_limit: float) -> torch.Tensor:
+    """k = pi_old * max(tanh((logit pi_T - logit pi_old) / 2), -negative_limit), of D's sign (this project's).
+
+    Where two tokens are possible, the product of pi_old and any odd function of the log-odds ratio gives the same
+    gradient whichever of the two is sampled: it has the baseline that leaves no variance.
+    """
+    # Odds need probabilities up to 1, above which rounding may take a log-prob.
+    teacher, old = teacher.clamp(max=0), old.clamp(max=0)
+    student, rest = old.exp(), -torch.expm1(old)
+    disagree = student * -torch.expm1(teacher) + teacher.exp() * rest
+    # tanh((logit q - logit p) / 2) = (q - p) / (p (1 - q) + q (1 - p)); both certain of the same: no opinion.
+    opinion = torch.where(disagree > 0, power(teacher, old, 1.0) / disagree, 0.0)
+    return student * opinion.clamp(min=-negative_limit)
+
+
+def log_odds(teacher: torch.Tensor, old: torch.Tensor, limit: float) -> torch.Tensor:
+    """k = pi_old * clip(logit pi_T - logit pi_old, -limit, +limit), of D's sign (this project's; docs/study.md).
+
+    As `odds`, but it grows with the disagreement up to a larger limit, as the log-ratio does: a signal that saturates
+    is weak at first, and too strong near the end for the learning rate that makes up for it. In nats.
+    """
+    log_odds_teacher, log_odds_old = (
+        x - torch.log(-torch.expm1(x)) for x in (teacher.clamp(max=CERTAIN), old.clamp(max=CERTAIN))
+    )
+    return old.clamp(max=0).exp() * (log_odds_teacher - log_odds_old).clamp(-limit, limit)
+
+
 def proximal(d: torch.Tensor, alpha: float) -> torch.Tensor:
     """k = log(alpha * rho + 1 - alpha), rho = pi_T / pi_old: the log-ratio to a teacher that is a mixture of both.
 
@@ -86,6 +126,9 @@ BOUNDS: dict[str, Callable[[torch.Tensor, torch.Tensor, SignalConfig], torch.Ten
     "tanh": lambda teacher, old, s: tanh(teacher - old),
     "sign": lambda teacher, old, s: sign(teacher - old),
     "power": lambda teacher, old, s: power(teacher, old, s.power_alpha),
+    "gap": lambda teacher, old, s: gap(teacher, old, s.negative_limit),
+    "odds": lambda teacher, old, s: odds(teacher, old, s.negative_limit),
+    "log_odds": lambda teacher, old, s: log_odds(teacher, old, s.limit),
     "proximal": lambda teacher, old, s: proximal(teacher - old, s.proximal_alpha),
     "soft_clamp": lambda teacher, old, s: soft_clamp(teacher - old, s.soft_clamp_factor),
     "mask": lambda teacher, old, s: no_bound(teacher - old),

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_module
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from verl_gndpo.config import TeacherConfig, TeacherModelConfig
+from verl_gndpo.config import TeacherConfig, TeacherModelConfig, read_signal_config
 from verl_gndpo.teacher.routing import Routing
 
 
@@ -31,16 +31,24 @@ def queue(monkeypatch):
     store["rm_scores"] = nested(lambda n: torch.rand(n, generator=generator))
     for name in ("old_log_probs", "rollout_log_probs", "teacher_log_probs"):
         store[name] = nested(lambda n: -torch.rand(n, generator=generator))
+    store["teacher_kl"] = nested(lambda n: torch.rand(n, generator=generator))
+    store["responses"] = nested(lambda n: torch.arange(n))
+    store["prompts"] = nested(lambda n: torch.arange(2))
+    store["data_source"] = ["geo", "geo", "mmk", "mmk"]
     written = {}
 
     def kv_batch_get(keys, partition_id, select_fields):
-        data = TensorDict({k: store[k] for k in select_fields if k in store}, batch_size=len(lengths))
+        data = TensorDict(batch_size=len(lengths))
+        for name in store.keys() & set(select_fields):
+            data[name] = store[name]
         data["uid"] = ["a", "a", "b", "b"]
         return data
 
     def kv_batch_put(keys, partition_id, fields):
         written.update({k: v.to_padded_tensor(0.0) for k, v in fields.items()})
-        return "written"
+        return KVBatchMeta(
+            keys=keys, tags=meta.tags, partition_id=partition_id, fields=sorted({*store, *fields.keys()})
+        )
 
     monkeypatch.setattr(transfer_queue, "kv_batch_get", kv_batch_get)
     monkeypatch.setattr(transfer_queue, "kv_batch_put", kv_batch_put)
@@ -48,10 +56,42 @@ def queue(monkeypatch):
     return store, written, meta
 
 
+class Letters:
+    """A tokenizer of five tokens; `e` ends a response."""
+
+    tokens = ("a", "1", "{", "e", "<image>")
+    eos_token_id, all_special_ids = 3, [3, 4]
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(self.tokens[i] for i in ids)
+
+    def batch_decode(self, rows):
+        return [self.decode(ids) for ids in rows]
+
+
 @pytest.fixture
-def gndpo_step(queue, monkeypatch):
-    """A function that runs the advantage step of the replaced `sync` trainer: (correction config) ->
-    (what the queue holds, what was written, metrics, what the estimator was called with)."""
+def make_monitor(tmp_path, monkeypatch):
+    """A function that builds the monitor of a student with the tokenizer `Letters`: (verl's config) -> monitor."""
+    import verl_gndpo.monitor as monitor_module
+
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "metrics.jsonl"))
+    monkeypatch.setattr(monitor_module, "copy_to_local", lambda path: path)
+    monkeypatch.setattr(monitor_module, "get_generation_config", lambda path, **_: SimpleNamespace(eos_token_id=[3]))
+
+    def make(config):
+        settings = read_signal_config(config.algorithm, config.algorithm.adv_estimator)
+        return monitor_module.SignalMonitor(config, settings, Letters(), SimpleNamespace(image_token_id=4))
+
+    return make
+
+
+@pytest.fixture
+def gndpo_step(queue, make_monitor, monkeypatch):
+    """A function that runs the advantage step of the replaced `sync` trainer: (correction config, overrides, what
+    scale=ema carries) -> (what the queue holds, what was written, metrics, what the estimator was called with)."""
     from verl.trainer.ppo.v1 import get_trainer_cls
 
     import verl_gndpo.trainer as trainer_module
@@ -69,14 +109,16 @@ def gndpo_step(queue, monkeypatch):
 
     monkeypatch.setattr(trainer_module, "get_adv_estimator_fn", watched)
 
-    def step(correction=None):
+    def step(correction=None, overrides=("algorithm.adv_estimator=gndpo",), state=None):
         trainer = object.__new__(get_trainer_cls("sync"))
-        trainer.config, trainer.uses_gndpo = verl_config("algorithm.adv_estimator=gndpo"), True
+        trainer.config, trainer.uses_gndpo = verl_config(*overrides), True
+        trainer.signal_state = state
+        trainer.monitor, trainer.timing_raw, trainer.global_steps = make_monitor(trainer.config), {}, 10
         single = TeacherConfig(model=TeacherModelConfig(path="T"))
         trainer.teacher, trainer.teacher_config = SimpleNamespace(routing=Routing(single)), single
         trainer.config.algorithm.rollout_correction = correction
         metrics = {}
-        assert trainer._compute_advantage(meta, metrics) == "written"
+        assert trainer._compute_advantage(meta, metrics).keys == meta.keys
         return store, dict(written), metrics, saw
 
     return step

@@ -100,6 +100,7 @@ def test_a_missing_section_means_the_defaults(algorithm):
         ({"preset": "powr_opd"}, ["algorithm.gndpo.preset=powr_opd", "did you mean power_opd?"]),
         ({"proximal_alpha": 1.0}, ["algorithm.gndpo.proximal_alpha", "between 0 and 1", "1.0"]),
         ({"ema_decay": 1.0}, ["algorithm.gndpo.ema_decay", "below 1", "1.0"]),
+        ({"top_k": 0}, ["algorithm.gndpo.top_k", "at least 1", "got 0"]),
         ({"power_alpha": -1.0}, ["algorithm.gndpo.power_alpha", "positive", "-1.0"]),
         ({"gain_limit": 0.0}, ["algorithm.gndpo.gain_limit", "positive", "0.0"]),
         ({"task_reward": {"coef": -1.0}}, ["algorithm.gndpo.task_reward.coef", "at least 0", "-1.0"]),

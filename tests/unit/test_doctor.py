@@ -78,7 +78,7 @@ def test_the_overrides_are_those_of_main_ppo(doctor, found):
     assert doctor(*overrides, "hydra.run.dir=elsewhere").exit_code == 0
     (config,) = asked
     assert config.teacher.model.path == "T"
-    assert config.algorithm.gndpo.clip == 5.0
+    assert config.algorithm.gndpo.std_floor == 1e-4
     assert "logger" not in config.trainer
     assert config.trainer.test_freq == -1
     assert config.trainer.v1.trainer_mode == "sync"

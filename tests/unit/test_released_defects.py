@@ -3,7 +3,7 @@
 
 Elsewhere: the clamped baseline and whitening of one token (test_signal.py), scoring without padding removal and the
 teacher's temperature (integration/test_teacher_worker.py), unlike tokenizers (test_preflight.py), the missing
-diagnostics (test_signal.py, end_to_end).
+diagnostics (test_diagnostics.py, end_to_end).
 """
 
 import pytest

@@ -23,6 +23,7 @@ stages = st.fixed_dictionaries({stage: st.sampled_from(names) for stage, names i
 PARAMETERS = {
     "limit": 2.5,
     "power_alpha": 0.7,
+    "negative_limit": 0.25,
     "proximal_alpha": 0.3,
     "soft_clamp_factor": 1.5,
     "std_floor": 1e-2,
@@ -35,12 +36,21 @@ def oracle(teacher, old, mask, s, groups, teachers, kl):
     teacher, old, kl = (np.asarray(x, np.float64) for x in (teacher, old, kl))
     valid = np.asarray(mask) != 0
     d = np.where(valid, teacher - old, 0.0)
+    p, q = np.exp(old), np.exp(teacher)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # From log-probs, as 1 - p rounds to 0; certain of the same (inf - inf): no opinion.
+        log_odds = [x - np.log(-np.expm1(x)) for x in (np.minimum(teacher, 0), np.minimum(old, 0))]
+        opinion = np.nan_to_num(np.tanh((log_odds[0] - log_odds[1]) / 2), nan=0.0)
+    certain_odds = lambda x: (x := np.minimum(x, -1e-9)) - np.log1p(-np.exp(x))  # noqa: E731
     bounds = {
         "none": lambda: d,
         "clamp": lambda: np.clip(d, -s.limit, s.limit),
         "tanh": lambda: np.tanh(d),
         "sign": lambda: np.sign(d),
         "power": lambda: np.exp(teacher) ** s.power_alpha - np.exp(old) ** s.power_alpha,
+        "gap": lambda: np.sqrt(p) * np.maximum(q - p, -s.negative_limit),
+        "odds": lambda: np.minimum(p, 1) * np.maximum(opinion, -s.negative_limit),
+        "log_odds": lambda: np.minimum(p, 1) * np.clip(certain_odds(teacher) - certain_odds(old), -s.limit, s.limit),
         "proximal": lambda: np.logaddexp(math.log(s.proximal_alpha) + d, math.log(1 - s.proximal_alpha)),
         "soft_clamp": lambda: np.clip(d, -(c := s.soft_clamp_factor * np.abs(d[valid]).mean()), c),
         "mask": lambda: d,
@@ -203,7 +213,9 @@ def test_scaled_advantages_have_no_unit(scale):
     torch.testing.assert_close(double, single, rtol=1e-4, atol=1e-4)
 
 
-@given(problems(), st.sampled_from(["clamp", "tanh", "sign", "power", "proximal", "soft_clamp"]))
+@given(
+    problems(), st.sampled_from(["clamp", "tanh", "sign", "power", "gap", "odds", "log_odds", "proximal", "soft_clamp"])
+)
 @quick
 def test_bounds_keep_the_sign(data, bound):
     """No token that the teacher likes less is reinforced, as long as there is no baseline."""
@@ -219,6 +231,9 @@ def test_bounds_hold_where_exponentials_overflow():
         "tanh": [-1, 1, -1, 1],
         "sign": [-1, 1, -1, 1],
         "power": [-0.995, 0.995, -1, 1],
+        "gap": [-0.4 * math.exp(-5e-4), 0, -0.4, 0],
+        "odds": [-0.4 * math.exp(-1e-3), 0, -0.4, 0],
+        "log_odds": [-5 * math.exp(-1e-3), 0, -5, 0],
         "proximal": [math.log(0.5), 1e4 + math.log(0.5), math.log(0.5), 800 + math.log(0.5)],
     }
     for bound, values in expected.items():
@@ -237,6 +252,20 @@ def test_the_power_reward_becomes_the_log_ratio_as_its_exponent_vanishes():
 def test_small_proximal_signals_are_not_lost():
     d = torch.tensor([1e-12, -1e-12], dtype=torch.float64)
     torch.testing.assert_close(proximal(d, 0.5), d / 2, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("preset", "limits"), [("odds_opd", {"negative_limit": 1.0}), ("log_odds_opd", {})])
+def test_odds_give_the_same_gradient_whichever_of_two_tokens_is_sampled(preset, limits):
+    logits = torch.tensor([0.7, -0.2], dtype=torch.float64, requires_grad=True)
+    student, teacher = logits.log_softmax(-1), torch.tensor([0.45, 0.55], dtype=torch.float64).log()
+    config = read_signal_config({"gndpo": limits}, preset)
+    advantages = compute_advantages(teacher[:, None], student.detach()[:, None], torch.ones(2, 1), config)
+    first, second = (
+        torch.autograd.grad(a * log_prob, logits, retain_graph=True)[0]
+        for a, log_prob in zip(advantages[:, 0].double(), student, strict=True)
+    )
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-9)
+    assert first[0] < 0 < first[1], "towards the teacher"
 
 
 def test_outliers_are_dropped_from_the_statistics_too():
@@ -323,6 +352,15 @@ def test_the_task_reward_goes_through_verls_estimator():
     assert factor > 0 and torch.equal(mixed, returns)
     torch.testing.assert_close(part, factor * grpo.double(), rtol=1e-4, atol=1e-6)
     assert (part.norm() / plain.double().norm()).item() == pytest.approx(0.5, rel=1e-5)
+    # Dr. GRPO's switch, which verl hands over beside the config. Groups with different spreads tell the two apart.
+    rewards[1, 0] = 5.0
+    unscaled = config | {"norm_adv_by_std_in_grpo": False}
+    mixed, _ = compute_log_ratio_advantage("gndpo", **inputs, token_level_rewards=rewards, config=unscaled)
+    grpo, _ = get_adv_estimator_fn("grpo")(
+        token_level_rewards=rewards, response_mask=mask, index=np.array(index), norm_adv_by_std_in_grpo=False
+    )
+    part = (mixed - plain).double()
+    torch.testing.assert_close(part, part[0, 0] / grpo[0, 0] * grpo.double(), rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"task_reward\.coef.*token_level_rewards"):
         compute_log_ratio_advantage("gndpo", **inputs, config=config)
 

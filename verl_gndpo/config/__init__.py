@@ -39,6 +39,42 @@ class TaskRewardConfig:
 
 
 @dataclass
+class WorstTokensConfig:
+    """`algorithm.gndpo.worst_tokens`: the tokens with the largest abs(log-ratio) of a step, with their context."""
+
+    every: int = 10
+    """Steps from one that is written down to the next; 0: none is. A step that raises a warning is, too, unless one
+    within the last `every` steps was."""
+
+    count: int = 10
+    """Tokens of a step."""
+
+    path: str | None = None
+    """File of JSON lines; null: gndpo_worst_tokens.jsonl beside the file of verl's file logger
+    (VERL_FILE_LOGGER_PATH), else in `trainer.default_local_dir`."""
+
+
+@dataclass
+class WarnConfig:
+    """`algorithm.gndpo.warn`: when to warn of what a step's metrics show (signal_warnings.py); null: never."""
+
+    gain: float | None = 20.0
+    """Above this `gndpo/gain`."""
+
+    sign_flip_share: float | None = 0.3
+    """Above this `gndpo/sign_flip_share`."""
+
+    truncated_share_rise: float | None = 0.1
+    """When `gndpo/response/truncated_share` is by more than this above that of the run's first steps."""
+
+    correlation: float | None = 0.99
+    """Below this `training/rollout_actor_probs_pearson_corr`."""
+
+    data_source_gradient_share: float | None = 0.8
+    """When one of several data sources has more than this of the gradient."""
+
+
+@dataclass
 class SignalConfig:
     """`algorithm.gndpo`: how the teacher-student log-ratio becomes an advantage (signal.py has the formulas).
 
@@ -50,13 +86,16 @@ class SignalConfig:
     """Which published signal to start from (presets.py); null: the one that `algorithm.adv_estimator` names."""
 
     bound: str | None = None
-    """none, clamp, tanh, sign, power, proximal, soft_clamp or mask."""
+    """none, clamp, tanh, sign, power, gap, odds, log_odds, proximal, soft_clamp or mask."""
 
     limit: float | None = None
-    """Of bound=clamp and mask, nats, on both sides."""
+    """Of bound=clamp, mask and log_odds, nats, on both sides."""
 
     power_alpha: float | None = None
     """Of bound=power: the exponent of both probabilities."""
+
+    negative_limit: float | None = None
+    """Of bound=gap and odds: how far below 0 they may go before they are weighted, 0 to 1."""
 
     proximal_alpha: float | None = None
     """Of bound=proximal: the teacher's share of the mixture that the student is drawn to."""
@@ -66,7 +105,11 @@ class SignalConfig:
 
     baseline: str | None = None
     """none, or the mean over the batch, the prompt's group, the position in the response, or the teacher; or kl, the
-    value of the state in closed form, from `top_k` log-probs of both models."""
+    value of the state in closed form."""
+
+    top_k: int | None = None
+    """Of baseline=kl: how many of the student's most likely tokens count one by one in the KL divergence; all others
+    count as one, which makes it a lower bound."""
 
     scale: str | None = None
     """none, or divide by the deviation over the batch, the group or the teacher, or by its average over steps (ema); or
@@ -84,6 +127,10 @@ class SignalConfig:
 
     task_reward: TaskRewardConfig = field(default_factory=TaskRewardConfig)
 
+    worst_tokens: WorstTokensConfig = field(default_factory=WorstTokensConfig)
+
+    warn: WarnConfig = field(default_factory=WarnConfig)
+
     def validate(self) -> None:
         """Of a resolved config."""
         for key, known in STAGES.items():
@@ -98,24 +145,41 @@ class SignalConfig:
                 f"algorithm.gndpo.std_floor must be positive, got {self.std_floor}: it is what is left to divide by "
                 "where all log-ratios are equal"
             )
+        if self.top_k < 1:
+            raise ConfigError(f"algorithm.gndpo.top_k must be at least 1, got {self.top_k}")
+        if not 0 < self.negative_limit <= 1:
+            raise ConfigError(f"algorithm.gndpo.negative_limit must be above 0, at most 1, got {self.negative_limit}")
         if not 0 < self.proximal_alpha < 1:
             raise ConfigError(f"algorithm.gndpo.proximal_alpha must be between 0 and 1, got {self.proximal_alpha}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"algorithm.gndpo.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
         if not 0 <= self.task_reward.coef < math.inf:
             raise ConfigError(f"algorithm.gndpo.task_reward.coef must be at least 0, got {self.task_reward.coef}")
+        for key, least in (("every", 0), ("count", 1)):
+            value = getattr(self.worst_tokens, key)
+            if value < least:
+                raise ConfigError(f"algorithm.gndpo.worst_tokens.{key} must be at least {least}, got {value}")
+        if self.worst_tokens.path == "":
+            raise ConfigError("algorithm.gndpo.worst_tokens.path is empty; null stands for the default")
+        for key, value in vars(self.warn).items():
+            most = math.inf if key == "gain" else 1.0
+            if value is not None and not 0 < value <= most:
+                allowed = "positive" if key == "gain" else "above 0 and at most 1"
+                raise ConfigError(f"algorithm.gndpo.warn.{key} must be {allowed}, or null for no warning, got {value}")
 
 
 STAGES = {
-    "bound": ("none", "clamp", "tanh", "sign", "power", "proximal", "soft_clamp", "mask"),
+    "bound": ("none", "clamp", "tanh", "sign", "power", "gap", "odds", "log_odds", "proximal", "soft_clamp", "mask"),
     "baseline": ("none", "batch", "group", "position", "teacher", "kl"),
     "scale": ("none", "batch", "group", "teacher", "ema", "rank"),
 }
 STAGE_DEFAULTS = {
     "limit": 5.0,
     "power_alpha": 5.0,
+    "negative_limit": 0.4,
     "proximal_alpha": 0.5,
     "soft_clamp_factor": 3.0,
+    "top_k": 64,
     "ema_decay": 0.9,
 }
 
