@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import logging
 import os
@@ -29,6 +30,7 @@ from verl_gndpo.config import (
     EVERY_SAMPLE,
     ConfigError,
     TeacherConfig,
+    WorstTokensConfig,
     read_signal_config,
     read_teacher_config,
     uses_gndpo,
@@ -36,6 +38,7 @@ from verl_gndpo.config import (
 from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.rewards import ANSWER_TYPES
 from verl_gndpo.rewards.graders import GRADERS
+from verl_gndpo.worst_tokens import why_not_writable
 
 logger = logging.getLogger(__name__)
 
@@ -321,11 +324,11 @@ def check_settings(config: Any) -> list[Check]:
     def error(detail: str, remedy: str) -> None:
         errors.append(Check("settings", "error", detail, remedy))
 
+    signal = teacher = None
     try:
-        read_signal_config(config.algorithm, config.algorithm.adv_estimator)
+        signal = read_signal_config(config.algorithm, config.algorithm.adv_estimator)
     except ConfigError as problem:
         error(str(problem), "")
-    teacher = None
     try:
         teacher = read_teacher_config(config)
         if teacher.backend == "server":
@@ -336,6 +339,12 @@ def check_settings(config: Any) -> list[Check]:
         error(str(problem), "")
     if teacher is not None and teacher.backend == "worker":
         errors += _check_teacher_ranks(config, teacher)
+    if signal is not None:
+        errors += _check_worst_tokens(signal.worst_tokens)
+    if signal is not None and signal.baseline == "kl":
+        errors += _check_kl(config, teacher)
+    if signal is not None and signal.task_reward.coef:
+        errors += _check_task_reward(signal.task_reward.estimator)
     if _get(config, "gndpo") is not None:
         error("there is a section gndpo at the top level, which nothing reads", "move its keys to algorithm.gndpo")
     if not config.trainer.use_v1:
@@ -397,6 +406,62 @@ def _check_teacher_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
         detail = f"the teacher has {ranks} ranks, and a batch {rows} rows (data.train_batch_size times rollout.n)"
         return [Check("settings", "error", detail, "give it fewer GPUs, or a larger batch")]
     return []
+
+
+def _check_worst_tokens(worst: WorstTokensConfig) -> list[Check]:
+    """The file of the worst tokens can be written."""
+    problem = why_not_writable(Path(worst.path).expanduser()) if worst.path and worst.every else None
+    if problem is None:
+        return []
+    remedy = "a file in a folder that can be written to, or null for the default"
+    return [Check("settings", "error", f"algorithm.gndpo.worst_tokens.path={worst.path}: {problem}", remedy)]
+
+
+def _check_kl(config: Any, teacher: TeacherConfig | None) -> list[Check]:
+    """Student and teacher can be compared at every position: logits of both, on workers that know what to return."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    found = []
+    if teacher is not None and teacher.backend == "server":
+        found.append(("teacher.backend=server returns log-probs of its own choice only", "teacher.backend=worker"))
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        detail = f"actor_rollout_ref.actor.strategy={actor.strategy} does not return the student's most likely tokens"
+        found.append((detail, "actor_rollout_ref.actor.strategy=fsdp2"))
+    else:
+        for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"):
+            if _get(actor, key, 1) > 1:
+                detail = f"actor_rollout_ref.actor.{key}={_get(actor, key)} spreads a row's logits over ranks"
+                found.append((detail, f"actor_rollout_ref.actor.{key}=1"))
+    if model.get("use_fused_kernels"):
+        detail = "actor_rollout_ref.model.use_fused_kernels=True never has the student's logits"
+        found.append((detail, "actor_rollout_ref.model.use_fused_kernels=False"))
+    if _get(config, "algorithm.rollout_correction.bypass_mode"):
+        detail = "algorithm.rollout_correction.bypass_mode=True leaves out the student's pass over the batch"
+        found.append((detail, "algorithm.rollout_correction.bypass_mode=False"))
+    return [
+        Check("settings", "error", f"algorithm.gndpo.baseline=kl: {detail}", f"{remedy}, or another baseline")
+        for detail, remedy in found
+    ]
+
+
+def _check_task_reward(name: str) -> list[Check]:
+    """The task reward's estimator is one of verl's, and asks for nothing that this step does not have."""
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+
+    given = {"token_level_rewards", "response_mask", "index", "config"}
+    usable = []
+    for known, estimator in ADV_ESTIMATOR_REGISTRY.items():
+        parameters = inspect.signature(estimator).parameters.values()
+        needs = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+        if known not in ESTIMATORS and needs <= given:
+            usable.append(known)
+    if name in usable:
+        return []
+    detail = f"algorithm.gndpo.task_reward.estimator={name} is unknown to verl"
+    if name in ESTIMATORS:
+        detail = f"algorithm.gndpo.task_reward.estimator={name} makes its advantages of a teacher, not of rewards"
+    elif name in ADV_ESTIMATOR_REGISTRY:
+        detail = f"algorithm.gndpo.task_reward.estimator={name} needs more than rewards and the prompt of each row"
+    return [Check("settings", "error", detail, f"one of {', '.join(sorted(usable))}")]
 
 
 def check_routing(config: Any) -> list[Check]:

@@ -24,6 +24,8 @@ REWARD = [
 ]
 PUBLISHED_METRICS = [
     *(f"gndpo/log_ratio/{name}" for name in ("mean", "std", "min", "max", "p01", "p99")),
+    *("gndpo/effective_sample_share", "gndpo/token/digits/share", "gndpo/response/truncated_share"),
+    *("gndpo/position/0/k1", "gndpo/warning/correlation", "timing_s/gndpo_diagnostics"),
     *("gndpo/clipped_low_share", "gndpo/clipped_high_share", "gndpo/mu", "gndpo/sigma", "gndpo/gain"),
     *("gndpo/advantage_abs_max", "gndpo/sign_flip_share", "gndpo/k3", "actor/grad_norm", "timing_s/teacher_log_prob"),
 ]

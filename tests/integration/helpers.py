@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
+from verl.trainer.config import CheckpointConfig
 from verl.utils.model import get_hf_auto_model_class
 from verl.utils.tensordict_utils import nested_tensor_from_tensor_list
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
 
 
 def load(path, **options) -> torch.nn.Module:
@@ -87,6 +90,14 @@ def hugging_face_log_probs(
 ) -> list[torch.Tensor]:
     """Log-probs of the response tokens in float64: each row alone, without positions given, with all its logits; or
     with those of the images' and videos' placeholders left out, as verl's inference servers do."""
+    whole = hugging_face_distributions(path, rows, temperature, without_placeholders)
+    return [x.gather(-1, row["response"][:, None])[:, 0] for x, row in zip(whole, rows, strict=True)]
+
+
+def hugging_face_distributions(
+    path, rows: list[dict], temperature: float, without_placeholders: bool = False
+) -> list[torch.Tensor]:
+    """The same of all ids at each response token, (response length, vocabulary)."""
     model = load(path)
     log_probs = []
     for row in rows:
@@ -98,9 +109,36 @@ def hugging_face_log_probs(
             logits = model(input_ids=ids, **inputs).logits[0].double() / temperature
         if without_placeholders:
             logits[:, [model.config.image_token_id, model.config.video_token_id]] = -torch.inf
-        scores = logits[:-1].log_softmax(-1).gather(-1, row["ids"][1:, None])[:, 0]
-        log_probs.append(scores[-len(row["response"]) :])
+        log_probs.append(logits[:-1].log_softmax(-1)[-len(row["response"]) :])
     return log_probs
+
+
+def start_actor(path, packed: bool, max_tokens: int = 4096) -> TrainingWorker:
+    """verl's own FSDP engine, as the actor that computes `old_log_probs`."""
+    worker = TrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=HFModelConfig(
+                path=str(path),
+                load_tokenizer=False,
+                use_remove_padding=packed,
+                enable_gradient_checkpointing=False,
+                override_config={"attn_implementation": "sdpa"},
+            ),
+            engine_config=FSDPEngineConfig(
+                strategy="fsdp2",
+                model_dtype="float32",
+                mixed_precision={"param_dtype": "float32", "reduce_dtype": "float32", "buffer_dtype": "float32"},
+                use_torch_compile=False,
+                use_dynamic_bsz=True,
+                infer_max_token_len_per_gpu=max_tokens,
+            ),
+            optimizer_config=FSDPOptimizerConfig(lr=1e-6, total_training_steps=1),
+            checkpoint_config=CheckpointConfig(),
+        )
+    )
+    worker.reset()
+    return worker
 
 
 def nested(tensors) -> torch.Tensor:

@@ -3,12 +3,16 @@
 
 import pytest
 import torch
-from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
-from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
-from verl.workers.engine_workers import TrainingWorker
 
-from tests.integration.helpers import as_batch, assert_equal_to, hugging_face_log_probs, make_rows, one_rank
+from tests.integration.helpers import (
+    as_batch,
+    assert_equal_to,
+    hugging_face_log_probs,
+    make_rows,
+    one_rank,
+    start_actor,
+)
 from tests.tiny_models import FAMILIES, build_tiny
 from verl_gndpo.config import TeacherConfig, TeacherModelConfig
 from verl_gndpo.teacher.worker import TeacherWorker
@@ -111,29 +115,7 @@ def test_a_student_without_images_counts_positions_on_one_axis(path, rows, expec
 def old_log_probs(path, rows: list[dict], packed: bool) -> list[torch.Tensor]:
     """What verl's own FSDP engine says as the actor that computes `old_log_probs`."""
     with one_rank():
-        worker = TrainingWorker(
-            TrainingWorkerConfig(
-                model_type="language_model",
-                model_config=HFModelConfig(
-                    path=str(path),
-                    load_tokenizer=False,
-                    use_remove_padding=packed,
-                    enable_gradient_checkpointing=False,
-                    override_config=ATTENTION,
-                ),
-                engine_config=FSDPEngineConfig(
-                    strategy="fsdp2",
-                    model_dtype="float32",
-                    mixed_precision={"param_dtype": "float32", "reduce_dtype": "float32", "buffer_dtype": "float32"},
-                    use_torch_compile=False,
-                    use_dynamic_bsz=True,
-                    infer_max_token_len_per_gpu=MAX_TOKENS,
-                ),
-                optimizer_config=FSDPOptimizerConfig(lr=1e-6, total_training_steps=1),
-                checkpoint_config=CheckpointConfig(),
-            )
-        )
-        worker.reset()
+        worker = start_actor(path, packed)
         batch = as_batch(rows)
         batch["loss_mask"] = batch["response_mask"]
         tu.assign_non_tensor(batch, temperature=TEMPERATURE, calculate_entropy=False, compute_loss=False)

@@ -22,6 +22,7 @@ from tensordict.tensorclass import NonTensorStack
 from tests.integration import helpers
 from tests.tiny_models import build_tiny
 from verl_gndpo.config import TeacherConfig, TeacherFSDPConfig, TeacherModelConfig
+from verl_gndpo.top_k import IDS, LOG_PROBS, top_log_probs
 
 RANKS = 4
 TEMPERATURE = 0.7
@@ -66,14 +67,14 @@ class Rank:
         (model,) = self.worker.models.values()
         return model.engine
 
-    def score(self, rows):
-        """Score this rank's rows of all: (row numbers, log-probs, what was printed)."""
+    def score(self, rows, name="teacher_log_probs"):
+        """Score this rank's rows of all: (row numbers, log-probs or what else has this name, what was printed)."""
         size, rank = self.engine.get_data_parallel_size(), self.engine.get_data_parallel_rank()
         own = range(rank * len(rows) // size, (rank + 1) * len(rows) // size)
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             scored = self.worker.compute_teacher_log_prob(as_batch([rows[row] for row in own]))
-        return list(own), [x.numpy() for x in scored["teacher_log_probs"].unbind()], printed.getvalue()
+        return list(own), [x.numpy() for x in scored[name].unbind()], printed.getvalue()
 
     def watch(self):
         """From now on count the tokens that the decoder's layers run, and the times that the weights move."""
@@ -164,11 +165,11 @@ class Ranks:
             raise RuntimeError("\n".join(errors))
         return [answer for answer, _ in answers]
 
-    def score(self, rows):
-        """Log-probs of all rows; ranks that share rows must agree."""
+    def score(self, rows, name="teacher_log_probs"):
+        """Log-probs of all rows, or what else has this name; ranks that share rows must agree."""
         scores = [None] * len(rows)
         self.printed = ""
-        for numbers, log_probs, printed in self("score", rows):
+        for numbers, log_probs, printed in self("score", rows, name):
             self.printed += printed
             for number, scored in zip(numbers, log_probs, strict=True):
                 assert scores[number] is None or np.array_equal(scores[number], scored)
@@ -193,6 +194,8 @@ def as_batch(rows):
     """Rows {ids, positions, inputs, response, mask, names} as verl hands them to a worker."""
     data = helpers.as_batch(rows)
     data["response_mask"] = helpers.nested(row["mask"] for row in rows)
+    for name in (IDS, LOG_PROBS) if IDS in rows[0] else ():
+        data[name] = helpers.nested(row[name] for row in rows)
     for name in rows[0]["names"]:
         data[name] = NonTensorStack(*[row["names"][name] for row in rows])
     return data
@@ -310,6 +313,26 @@ def test_ranks_that_share_a_row_score_as_one_does_alone(family, ranks, name, sha
     per_rank = [tokens for tokens, _ in ranks("watched")]
     assert all(per_rank[rank] == per_rank[rank - rank % shared] for rank in range(RANKS))
     assert max(map(max, per_rank)) <= -(-limit // shared)
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_ranks_that_share_a_row_agree_on_the_divergence(family, ranks, shared):
+    """From a student that says the same at every token, against the teacher's whole distribution."""
+    model = family("qwen3")
+    rows = model.rows()
+    student = torch.randn(model.model.config.vocab_size, generator=torch.Generator().manual_seed(0)) * 3
+    ids, log_probs = top_log_probs(student[None], len(student))
+    expected = []
+    for row in rows:
+        length = len(row["mask"])
+        row |= {IDS: ids.expand(length, -1).int().clone(), LOG_PROBS: log_probs.expand(length, -1).clone()}
+        with torch.no_grad():
+            logits = model.model(input_ids=row["ids"][None]).logits[0, -length - 1 : -1].double() / TEMPERATURE
+        p = student.double().log_softmax(-1)
+        expected.append((p.exp() * (p - logits.log_softmax(-1))).sum(-1).numpy())
+    ranks("start", model.path, {"ulysses_sequence_parallel_size": shared, "max_token_len_per_gpu": 60})
+    assert_equal(ranks.score(rows, "teacher_kl"), expected)
+    assert_equal(ranks.score(rows), [model.log_probs(row) for row in rows])
 
 
 SHARDINGS = [

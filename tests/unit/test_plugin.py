@@ -15,6 +15,7 @@ from verl_gndpo.trainer import GNDPOTrainerMixin
 
 MODES = ("sync", "colocate_async", "separate_async")
 OVERRIDDEN = {"__init__", "_init_resource_pool_mgr", "_setup", "_balance_batch", "_compute_advantage"}
+OVERRIDDEN |= {"_compute_old_log_prob", "_save_checkpoint", "_load_checkpoint"}
 
 
 def test_an_existing_config_needs_two_overrides():
@@ -75,7 +76,7 @@ def test_other_estimators_get_the_same_advantages_and_metrics(queue, estimator):
         instance.config, instance.uses_gndpo = config, False
         metrics = {}
         written.clear()
-        assert instance._compute_advantage(batch, metrics) == "written"
+        assert instance._compute_advantage(batch, metrics).keys == batch.keys
         results.append((dict(written), metrics))
     (ours, our_metrics), (stock, stock_metrics) = results
     assert our_metrics == stock_metrics and ours.keys() == stock.keys()
@@ -83,7 +84,7 @@ def test_other_estimators_get_the_same_advantages_and_metrics(queue, estimator):
 
 
 def test_no_teacher_is_started_for_other_estimators(monkeypatch):
-    """__init__, _init_resource_pool_mgr, _setup and _balance_batch of the mixin do nothing but call verl's."""
+    """Each overridden method of the mixin does nothing but call verl's."""
     calls = []
 
     class Stock:
@@ -102,10 +103,23 @@ def test_no_teacher_is_started_for_other_estimators(monkeypatch):
             calls.append(("balance", kwargs))
             return batch
 
+        def _compute_old_log_prob(self, batch, metrics):
+            calls.append("student")
+            return batch
+
+        def _save_checkpoint(self):
+            calls.append("save")
+
+        def _load_checkpoint(self):
+            calls.append("load")
+
     trainer = type("Trainer", (GNDPOTrainerMixin, Stock), {})(verl_config("algorithm.adv_estimator=grpo"))
     trainer._setup()
     assert trainer._balance_batch("batch", {}, keep_minibatch=True) == "batch"
-    assert calls == ["init", "pools", "setup", ("balance", {"keep_minibatch": True})]
+    assert trainer._compute_old_log_prob("batch", {}) == "batch"
+    trainer._save_checkpoint()
+    trainer._load_checkpoint()
+    assert calls == ["init", "pools", "setup", ("balance", {"keep_minibatch": True}), "student", "save", "load"]
     assert trainer.replay_buffer.poll_interval == 2.0 and not hasattr(trainer, "teacher")
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 import verl
 from huggingface_hub import constants as hub
 from omegaconf import OmegaConf
@@ -21,6 +22,7 @@ from verl.trainer.ppo import core_algos, v1
 
 from examples.quickstart.tiny_vlm import build_tiny_vlm, build_tokenizer
 from verl_gndpo import preflight
+from verl_gndpo.estimators import compute_log_ratio_advantage
 from verl_gndpo.preflight import (
     PreflightError,
     check_data,
@@ -160,14 +162,14 @@ def test_without_a_config_only_the_environment_is_checked():
 
 def test_all_errors_come_in_one_message(make_config, on_cpu, tmp_path):
     config = make_config(
-        "algorithm.gndpo.clp=1", "trainer.use_v1=False", f"data.val_files={tmp_path}/no.parquet", teacher="/no/where"
+        "algorithm.gndpo.limt=1", "trainer.use_v1=False", f"data.val_files={tmp_path}/no.parquet", teacher="/no/where"
     )
     with pytest.raises(PreflightError) as error:
         require(config)
     lines = str(error.value).splitlines()
     assert lines[0] == "verl-gndpo: 4 error(s), nothing was started"
     assert len(lines) == 5
-    for words in ("algorithm.gndpo.clip?", "trainer.use_v1=True", "/no/where", "no.parquet"):
+    for words in ("algorithm.gndpo.limit?", "trainer.use_v1=True", "/no/where", "no.parquet"):
         assert words in str(error.value)
 
 
@@ -301,7 +303,7 @@ def test_an_estimator_that_nobody_knows(make_config):
 
 def test_a_run_without_gndpo_is_verls_own_business(make_config, on_cpu):
     # Neither the teacher's path nor the settings that only GNDPO has matter.
-    grpo = ("algorithm.adv_estimator=grpo", "algorithm.use_kl_in_reward=True", "algorithm.gndpo.clp=3")
+    grpo = ("algorithm.adv_estimator=grpo", "algorithm.use_kl_in_reward=True", "algorithm.gndpo.limt=3")
     checks = run_checks(make_config(*grpo, teacher="/no/where"))
     assert not errors(checks)
     expect(checks, "warning", "GNDPO is not selected", "teacher has no effect", "algorithm.adv_estimator=gndpo")
@@ -429,7 +431,7 @@ def test_what_verl_itself_refuses_is_told_in_one_line(make_config):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("algorithm.gndpo.clp=3", ["algorithm.gndpo.clp", "did you mean algorithm.gndpo.clip?"]),
+        ("algorithm.gndpo.limt=3", ["algorithm.gndpo.limt", "did you mean algorithm.gndpo.limit?"]),
         ("teacher.tempature=1", ["teacher.tempature", "did you mean teacher.temperature?"]),
         ("teacher.model.path=null", ["no teacher is configured", "teacher.model.path"]),
         ("gndpo.clip=3", ["a section gndpo at the top level", "algorithm.gndpo"]),
@@ -446,6 +448,78 @@ def test_a_setting_that_does_not_go_with_gndpo(make_config, override, words):
     checks = check_settings(make_config(override))
     expect(checks, "error", *words)
     assert len(checks) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("algorithm.rollout_correction.bypass_mode=True", ["leaves out the student's pass", "bypass_mode=False"]),
+        ("actor_rollout_ref.model.use_fused_kernels=True", ["never has the student's logits"]),
+        ("actor_rollout_ref.actor.strategy=veomni", ["strategy=veomni does not return", "strategy=fsdp2"]),
+        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", ["_size=2 spreads a row's logits over ranks"]),
+        ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2", ["fsdp_config.ulysses"]),
+    ],
+)
+def test_a_setting_that_does_not_go_with_the_kl_baseline(make_config, override, words):
+    checks = check_settings(make_config("algorithm.adv_estimator=v_opd", override))
+    expect(checks, "error", *words)
+    assert len(checks) == 1
+    assert not errors(check_settings(make_config(override)))
+
+
+def test_the_kl_baseline_needs_workers(make_config):
+    servers = (*SERVER, "teacher.server.tensor_model_parallel_size=1")
+    assert not errors(check_settings(make_config(*servers)))
+    checks = check_settings(make_config(*servers, "algorithm.gndpo.baseline=kl"))
+    expect(checks, "error", "baseline=kl: teacher.backend=server", "teacher.backend=worker")
+    assert not errors(check_settings(make_config("algorithm.gndpo.baseline=kl")))
+
+
+def test_one_teacher_can_be_all_that_there_are(make_config):
+    each = ("algorithm.gndpo.baseline=teacher", "algorithm.gndpo.scale=teacher")
+    assert not errors(check_settings(make_config(*each)))
+
+
+USABLE = "gpg, grpo, grpo_passk, grpo_vectorized, opo, reinforce_plus_plus, reinforce_plus_plus_baseline, rloo"
+
+
+@pytest.mark.parametrize(
+    ("estimator", "words"),
+    [
+        ("gae", ["=gae needs more than rewards", USABLE]),
+        ("remax", ["=remax needs more than rewards"]),
+        ("gndpo", ["=gndpo makes its advantages of a teacher"]),
+        ("grppo", ["=grppo is unknown to verl", USABLE]),
+    ],
+)
+def test_the_task_reward_needs_an_estimator_of_rewards(make_config, estimator, words):
+    task = "algorithm.gndpo.task_reward."
+    checks = check_settings(make_config(f"{task}coef=0.5", f"{task}estimator={estimator}"))
+    expect(checks, "error", *words)
+    # Where it is not mixed in, nobody asks for it.
+    assert not errors(check_settings(make_config(f"{task}estimator={estimator}")))
+
+
+@pytest.mark.parametrize("estimator", [*USABLE.split(", "), "gdpo", "rloo_vectorized"])
+def test_the_estimators_that_are_offered_work(make_config, estimator):
+    task = "algorithm.gndpo.task_reward."
+    config = make_config(f"{task}coef=0.5", f"{task}estimator={estimator}")
+    assert not errors(check_settings(config))
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(4, 3)
+    teacher, old = -torch.rand(4, 3, generator=generator), -torch.rand(4, 3, generator=generator)
+    rewards = torch.zeros(4, 3)
+    rewards[:, -1] = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    advantages, _ = compute_log_ratio_advantage(
+        "gndpo",
+        response_mask=mask,
+        teacher_log_probs=teacher,
+        old_log_probs=old,
+        token_level_rewards=rewards,
+        index=list("aabb"),
+        config=config.algorithm,
+    )
+    assert advantages.isfinite().all() and advantages.abs().max() > 0
 
 
 @pytest.mark.parametrize(

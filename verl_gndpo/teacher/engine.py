@@ -34,6 +34,7 @@ from verl_gndpo.teacher.shared_prompt import (
     pack,
     share_prompts,
 )
+from verl_gndpo.top_k import IDS, LOG_PROBS
 
 SELF_CHECK_TOKENS = 8
 
@@ -67,6 +68,10 @@ class _Rows:
     images: list[dict]
     sampled: list[torch.Tensor]
     """(length,), where the policy sampled a placeholder of an image."""
+
+    student: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]] | None
+    """(response length, k) and (response length, k + 1): the student's most likely ids, and their log-probs with the
+    mass of the others. None: no KL divergence is wanted."""
 
 
 @EngineRegistry.register(model_type="teacher", backend=["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"])
@@ -148,11 +153,12 @@ class TeacherEngine(FSDPEngineWithLMHead):
         Args:
             data: nested `input_ids` (batch, length), `position_ids` (batch, length) or (batch, 4, length),
                 `response_mask` (batch, response length: 0 where the policy did not sample the token),
-                `multi_modal_inputs`.
+                `multi_modal_inputs`, and possibly the student's most likely tokens (`top_k.IDS`, `top_k.LOG_PROBS`).
 
         Returns:
             As verl's engines do; ["model_output"]["teacher_log_probs"] is nested (batch, response length), float32,
-            nats, in the order of `data`.
+            nats, in the order of `data`. With the student's most likely tokens, so is ["teacher_kl"], the KL divergence
+            of student and teacher at each response token.
 
         Raises:
             ValueError: other numbers of positions than of ids, or log-probs that are not finite, or on the first call
@@ -166,6 +172,7 @@ class TeacherEngine(FSDPEngineWithLMHead):
             lengths=data["response_mask"].offsets().diff().tolist(),
             images=image_inputs(data),
             sampled=sampled_placeholders(data, hf_config),
+            student=(data[IDS].unbind(), data[LOG_PROBS].unbind()) if IDS in data.keys() else None,
         )
         alone = {row for row, holds in enumerate(holds_images_in_response(data, hf_config)) if holds}
         families = find_families(rows.ids, rows.positions, rows.lengths, rows.images, alone)
@@ -175,22 +182,26 @@ class TeacherEngine(FSDPEngineWithLMHead):
         count = torch.tensor(len(micro_batches), device=get_device_name())
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX, group=self.get_data_parallel_group())
 
-        scores: list[torch.Tensor] = [torch.empty(0)] * len(rows.ids)
+        columns: list[torch.Tensor] = [torch.empty(0, 1)] * len(rows.ids)
         for number in range(int(count)):
             # A rank that has fewer repeats its last: every rank has to take part in gathering the weights.
             families = micro_batches[min(number, len(micro_batches) - 1)]
             members = [row for family in families for row in family.rows]
-            log_probs = self._score(families, rows)
-            for row, scored in zip(members, log_probs.split([rows.lengths[row] for row in members]), strict=True):
-                scores[row] = scored
+            scored = self._score(families, rows)
+            for row, of_row in zip(members, scored.split([rows.lengths[row] for row in members]), strict=True):
+                columns[row] = of_row
+        scores = [of_row[:, 0] for of_row in columns]
         check_log_probs(data, scores)
         if self._unchecked:
             self._check_itself(data, rows, scores, alone)
             self._unchecked = False
         if self._is_offload_param:
             self._free_gathered_weights()
-        nested = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
-        return {"model_output": {"teacher_log_probs": nested}, "loss": [], "metrics": {}}
+        output = {"teacher_log_probs": torch.nested.as_nested_tensor(scores, layout=torch.jagged)}
+        if rows.student is not None:
+            kl = [of_row[:, 1] for of_row in columns]
+            output["teacher_kl"] = torch.nested.as_nested_tensor(kl, layout=torch.jagged)
+        return {"model_output": output, "loss": [], "metrics": {}}
 
     def _free_gathered_weights(self) -> None:
         """Let FSDP1 free what it keeps for the next forward pass: the root's weights, or all without resharding.
@@ -203,7 +214,8 @@ class TeacherEngine(FSDPEngineWithLMHead):
                     handle.reshard(True)
 
     def _score(self, families: list[Family], rows: _Rows) -> torch.Tensor:
-        """Log-probs of the response tokens of one micro-batch, (tokens,), response by response."""
+        """Of the response tokens of one micro-batch, response by response: (tokens, 1) of log-probs, or (tokens, 2) of
+        log-probs and KL divergences."""
         # Images of a prompt come once, as its placeholders do.
         images = [rows.images[family.rows[0]] for family in families]
         layout = Layout(families, get_device_id(), self._row_group, self.engine_config.attention == "flex")
@@ -219,9 +231,14 @@ class TeacherEngine(FSDPEngineWithLMHead):
         targets = torch.cat([rows.ids[member][family.prompt :] for family in families for member in family.rows])
         targets = targets.to(get_device_id())
         here, places = layout.predicted_here()
-        scoring = self.head.scoring(places, targets[here], self.engine_config.temperature)
+        student = None
+        if rows.student is not None:
+            members = [member for family in families for member in family.rows]
+            top_ids, top_log_probs = (torch.cat([x[member] for member in members]) for x in rows.student)
+            student = top_ids.to(get_device_id())[here].long(), top_log_probs.to(get_device_id())[here]
+        scoring = self.head.scoring(places, targets[here], self.engine_config.temperature, student)
         with attending(layout), scoring:
-            log_probs = self._forward(packed(rows.ids), packed(rows.positions), images, packed(rows.sampled)).squeeze(0)
+            scored = self._forward(packed(rows.ids), packed(rows.positions), images, packed(rows.sampled)).squeeze(0)
         layers = self.module.config.get_text_config().num_hidden_layers
         if layout.calls != layers:
             raise NotImplementedError(
@@ -229,10 +246,10 @@ class TeacherEngine(FSDPEngineWithLMHead):
                 "transformers was told to use, so responses to one prompt would see each other"
             )
         if self._row_group is None:
-            return log_probs
+            return scored
         # Each rank has scored the tokens that its part of the row predicts.
-        whole = torch.zeros(len(targets), dtype=log_probs.dtype, device=log_probs.device)
-        whole[here] = log_probs
+        whole = torch.zeros(len(targets), scored.shape[1], dtype=scored.dtype, device=scored.device)
+        whole[here] = scored
         torch.distributed.all_reduce(whole, group=self._row_group)
         return whole
 

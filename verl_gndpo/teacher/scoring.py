@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from verl_gndpo.top_k import kl_divergence
+
 # On a CPU, logits at the same time: a block of them stays in the cache between the product and its exponentials, where
 # all at once would be written to memory and read again several times; and hidden states at the same time, enough that
 # the weights are read once for many of them. The projection takes three quarters of the time (benchmarks.md).
@@ -26,7 +28,8 @@ def token_log_probs(
     bias: torch.Tensor | None,
     temperature: float,
     columns: int,
-) -> torch.Tensor:
+    top_ids: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """log softmax((hidden weight^T + bias) / temperature)[token] in float32, with the logits of few ids at a time.
 
     Args:
@@ -35,26 +38,37 @@ def token_log_probs(
         weight, bias: (vocabulary, hidden size) and (vocabulary,) of the output projection.
         temperature: divides the logits.
         columns: ids whose logits exist at the same time.
+        top_ids: (tokens, k), distinct in each row; further ids whose log-probs are wanted.
 
     Returns:
-        (tokens,), nats.
+        (tokens,), nats; with `top_ids` also theirs, (tokens, k + 1): -inf for an id beyond the vocabulary, and last the
+        log of the mass of all other ids.
     """
+    ids = token_ids.unsqueeze(-1) if top_ids is None else torch.cat([token_ids.unsqueeze(-1), top_ids], -1)
     chosen = peak = total = None
     for start in range(0, len(weight), columns):
-        ids = slice(start, start + columns)
-        logits = linear(hidden, weight[ids], None if bias is None else bias[ids]).float()
+        block = slice(start, start + columns)
+        logits = linear(hidden, weight[block], None if bias is None else bias[block]).float()
         if temperature != 1.0:
             logits = logits.div_(temperature)
-        own = (token_ids - start).clamp(0, logits.shape[-1] - 1)
-        here = logits.gather(-1, own.unsqueeze(-1)).squeeze(-1)
-        chosen = here if chosen is None else torch.where(token_ids >= start, here, chosen)
+        here = logits.gather(-1, (ids - start).clamp(0, logits.shape[-1] - 1))
+        chosen = here if chosen is None else torch.where(ids >= start, here, chosen)
         highest = logits.amax(-1)
         new_peak = highest if peak is None else torch.maximum(peak, highest)
+        if top_ids is not None:
+            # Left out of the sum, since what is left of a sum after a subtraction has few digits.
+            row, place = ((top_ids >= start) & (top_ids < start + logits.shape[-1])).nonzero(as_tuple=True)
+            logits[row, top_ids[row, place] - start] = -torch.inf
         # In place: without further copies of the logits it is an eighth faster, and the peak is theirs alone.
         sums = logits.sub_(new_peak.unsqueeze(-1)).exp_().sum(-1)
         total = sums if total is None else total * (peak - new_peak).exp_() + sums
         peak = new_peak
-    return chosen - peak - total.log()
+    chosen = chosen - peak.unsqueeze(-1)
+    if top_ids is None:
+        return chosen.squeeze(-1) - total.log()
+    own, top = chosen[:, 0], chosen[:, 1:].masked_fill(top_ids >= len(weight), -torch.inf)
+    whole = (total + top.exp().sum(-1)).log()
+    return own - whole, torch.cat([top, total.log().unsqueeze(-1)], -1) - whole.unsqueeze(-1)
 
 
 class ScoringHead:
@@ -69,19 +83,27 @@ class ScoringHead:
         self._lm_head = lm_head
         self._project = lm_head.forward
         self._chunk_tokens = chunk_tokens
-        self._request: tuple[torch.Tensor, torch.Tensor, float] | None = None
+        self._request: tuple | None = None
         lm_head.forward = self._forward
 
     @contextmanager
-    def scoring(self, rows: torch.Tensor, token_ids: torch.Tensor, temperature: float):
-        """Within this context a forward of the model returns, as `logits`, (1, rows) float32 log-probs in nats.
+    def scoring(
+        self,
+        rows: torch.Tensor,
+        token_ids: torch.Tensor,
+        temperature: float,
+        student: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        """Within this context a forward of the model returns, as `logits`, (1, rows, 1) float32 log-probs in nats.
 
         Args:
             rows: (tokens,), rows of the hidden state flattened to (rows, hidden_size).
             token_ids: (tokens,), the token that each row is to predict.
             temperature: divides the logits.
+            student: at each row the student's most likely ids, (tokens, k), and their log-probs with the mass of the
+                others, (tokens, k + 1). What is returned is then (1, rows, 2): KL(student || model) comes second.
         """
-        self._request = (rows, token_ids, temperature)
+        self._request = (rows, token_ids, temperature, student)
         try:
             yield
         finally:
@@ -90,17 +112,22 @@ class ScoringHead:
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self._request is None:
             return self._project(hidden_states)
-        rows, token_ids, temperature = self._request
+        rows, token_ids, temperature, student = self._request
         hidden = hidden_states.flatten(0, -2)
         weight, bias = self._lm_head.weight, self._lm_head.bias
         tokens, columns = self._chunk_tokens, len(weight)
         if hidden.device.type == "cpu":
             tokens, logits = max(min(len(rows), CPU_TOKENS), 1), min(tokens * columns, CPU_LOGITS)
             columns = max(logits // tokens, 1)
-        out = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
+        out = torch.empty(len(rows), 1 if student is None else 2, dtype=torch.float32, device=hidden.device)
         for i in range(0, len(rows), tokens):
             chunk = slice(i, i + tokens)
-            out[chunk] = token_log_probs(hidden[rows[chunk]], token_ids[chunk], weight, bias, temperature, columns)
+            projected = (hidden[rows[chunk]], token_ids[chunk], weight, bias, temperature, columns)
+            if student is None:
+                out[chunk, 0] = token_log_probs(*projected)
+                continue
+            out[chunk, 0], teacher = token_log_probs(*projected, student[0][chunk])
+            out[chunk, 1] = kl_divergence(student[1][chunk], teacher)
         return out.unsqueeze(0)
 
 

@@ -18,10 +18,11 @@ from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.teacher.alignment import NAMES, check_rows
 from verl_gndpo.teacher.engine import TeacherEngineConfig
 from verl_gndpo.teacher.routing import Routing
+from verl_gndpo.top_k import IDS, LOG_PROBS
 
 # What of a batch the teacher reads; verl's `response_mask` gives the response lengths. The names are for errors, and a
-# field that a batch lacks is left out.
-FIELDS = ["input_ids", "position_ids", "response_mask", "multi_modal_inputs", *NAMES]
+# field that a batch lacks is left out, as the student's most likely tokens are unless the baseline is `kl`.
+FIELDS = ["input_ids", "position_ids", "response_mask", "multi_modal_inputs", *NAMES, IDS, LOG_PROBS]
 
 
 def _training_worker_config(teacher: TeacherConfig, model: TeacherModelConfig) -> TrainingWorkerConfig:
@@ -99,7 +100,9 @@ class TeacherWorker(Worker):
                 `TeacherEngine.forward_backward_batch`.
 
         Returns:
-            `teacher_log_probs`, nested (batch, response length), float32, nats, rows in the order of `data`.
+            `teacher_log_probs`, nested (batch, response length), float32, nats, rows in the order of `data`; and
+            `teacher_kl` like it, if the student's most likely tokens are in `data`. (The mean of several teachers'
+            log-ratios has the mean of their KL divergences for its expectation, so that both get the same weights.)
 
         Raises:
             NoTeacherError: a row has no teacher.
@@ -109,7 +112,7 @@ class TeacherWorker(Worker):
         tu.maybe_fix_3d_position_ids(data)
         keys = data[self._routing.column] if self._routing.column else [""] * len(data)
         routes = [self._routing.route(key) for key in keys]
-        scores: list[torch.Tensor | None] = [None] * len(data)
+        scores: dict[str, list[torch.Tensor | None]] = {}
         for key, model in self.models.items():
             shares = [sum(weight for name, weight in route.weights if self._model_of[name] == key) for route in routes]
             rows = [row for row, share in enumerate(shares) if share > 0]
@@ -120,12 +123,14 @@ class TeacherWorker(Worker):
             part = data if len(taken) == len(data) else tu.index_select_tensor_dict(data, taken)
             check_rows(part, model.model_config.hf_config)
             with model.engine.eval_mode():
-                scored = model.engine.infer_batch(part)["model_output"]["teacher_log_probs"]
-            for row, log_probs in zip(rows, scored.unbind(), strict=False):
-                term = shares[row] * log_probs
-                scores[row] = term if scores[row] is None else scores[row] + term
-        nested = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
-        return tu.get_tensordict(tensor_dict={"teacher_log_probs": nested}).cpu()
+                output = model.engine.infer_batch(part)["model_output"]
+            for name, scored in output.items():
+                sums = scores.setdefault(name, [None] * len(data))
+                for row, of_row in zip(rows, scored.unbind(), strict=False):
+                    term = shares[row] * of_row
+                    sums[row] = term if sums[row] is None else sums[row] + term
+        nested = {name: torch.nested.as_nested_tensor(sums, layout=torch.jagged) for name, sums in scores.items()}
+        return tu.get_tensordict(tensor_dict=nested).cpu()
 
 
 def _on_any_rank(here: bool) -> bool:
