@@ -17,7 +17,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 # Okabe and Ito's colours for all kinds of colour vision, without yellow, which is too light for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
-GREY = "#BBBBBB"
+GREY, DARK = "#BBBBBB", "#555555"
+
+# Inches, of which a plot takes all or half.
+PAGE_WIDTH = 10.8
+DPI = 120
+TICKS = (1, 2, 5, 10)
 
 # Up to so many values, each has a dot; above LONG, a running median over 1/SMOOTHING of them is drawn over the values.
 DOTS = 40
@@ -27,12 +32,16 @@ SMOOTHING = 20
 BINS = 800
 
 
-def figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """A figure with that many axes over steps, in one or two columns."""
-    columns = min(panels, 2)
+def figure(panels: int, height: float = 2.9, wide: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with that many axes over steps, of up to three in a row; `height` of a row in inches.
+
+    One panel takes half the width of the page, unless `wide`.
+    """
+    columns = 2 if panels == 4 else min(panels, 3)
     rows = math.ceil(panels / columns)
-    made = Figure(figsize=(9.5, 1 + 3 * rows), dpi=110, layout="constrained")
-    made.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    width = PAGE_WIDTH / (1 if wide or columns > 1 else 2)
+    made = Figure(figsize=(width, 0.7 + height * rows), dpi=DPI, layout="constrained")
+    made.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     grid = list(made.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[panels:]:
         axes.remove()
@@ -40,9 +49,14 @@ def figure(panels: int) -> tuple[Figure, list[Axes]]:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=TICKS))
         axes.ticklabel_format(axis="y", useOffset=False)
     return made, grid[:panels]
+
+
+def is_wide(figure: Figure) -> bool:
+    """Whether it takes the whole width of the page, not half of it."""
+    return figure.get_figwidth() == PAGE_WIDTH
 
 
 def png(figure: Figure) -> bytes:
@@ -59,18 +73,50 @@ def legend(figure: Figure, entries: dict[str, Artist]) -> None:
     """Below the axes, where it covers no data. Nothing without entries."""
     if not entries:
         return
-    labels = [one_line(label, 110 if label.isascii() else 60) for label in entries]
-    columns = max(1, min(len(labels), 120 // (max(map(len, labels)) + 7)))
+    room = int(12.6 * figure.get_figwidth())
+    labels = [one_line(label, room - 6 if label.isascii() else room // 2) for label in entries]
+    columns = max(1, min(len(labels), room // (max(map(len, labels)) + 7)))
     figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(len(labels) / columns) - 1))
     handles = list(entries.values())
-    made = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    made = figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
     for text in made.get_texts():
         text.set_parse_math(False)
 
 
+def headline(figure: Figure, text: str) -> None:
+    """On the left, as the legend, where a narrow screen shows it of a wide figure, too."""
+    figure.suptitle(text, x=0.015, ha="left", fontweight="bold")
+
+
 def title(axes: Axes, text: str) -> None:
     """Of one panel."""
-    axes.set_title(one_line(text, 55), fontsize=10, parse_math=False)
+    panel = axes.figure.get_figwidth() / axes.get_subplotspec().get_gridspec().ncols
+    axes.set_title(one_line(text, int(11 * panel)), fontsize=10, parse_math=False)
+
+
+def set_rows(axes: Axes, labels: list[str]) -> None:
+    """A row a label from the top down, at 0, 1, ..., without lines across."""
+    axes.set_yticks(range(len(labels)), [one_line(label, 26) for label in labels], parse_math=False)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+
+
+def set_values_across(axes: Axes, label: str) -> None:
+    """Not steps; from 0 where none is below."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=TICKS))
+    if axes.dataLim.xmin >= 0:
+        axes.set_xlim(0, _beyond(axes.dataLim.xmax))
+
+
+def set_shares(axes: Axes) -> None:
+    """From 0, so that little looks like little."""
+    axes.set_ylim(0, _beyond(axes.dataLim.ymax))
+
+
+def _beyond(greatest: float) -> float:
+    """The end of a range from 0 in which nothing is at the edge."""
+    return 1.05 * greatest if greatest > 0 else 1.0
 
 
 def one_line(text: str, limit: int) -> str:
@@ -130,6 +176,13 @@ def thin(values: pd.Series) -> pd.Series:
     columns = np.stack([least, greatest, gaps.argmax(axis=1)])
     kept = np.unique(columns + size * np.arange(len(bins)))
     return values.iloc[kept[kept < len(values)]]
+
+
+def share_limits(panels: list[Axes]) -> None:
+    """The same vertical range for all."""
+    ends = [axes.get_ylim() for axes in panels]
+    for axes in panels:
+        axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
 
 
 def set_log_scale(axes: Axes, runs: list[pd.Series]) -> None:

@@ -5,10 +5,12 @@ import base64
 import json
 import os
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 from verl_gndpo.report.draw import LONG, SMOOTHING
-from verl_gndpo.report.figures import PLOTS, Picture, draw_plots
+from verl_gndpo.report.figures import PLOTS, draw_plots
+from verl_gndpo.report.picture import Picture
 from verl_gndpo.report.read import ReportError, read_arms
 from verl_gndpo.report.table import ACCURACY_COLUMNS, RUN_COLUMNS, read_teacher, summarise
 
@@ -17,15 +19,22 @@ FORMAT = "verl-gndpo report"
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222;
-  background: #fff; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+  background: #fff; overflow-wrap: break-word; }
+table { border-collapse: collapse; font-size: 85%; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
-th, td { border: 1px solid #ccc; padding: .3rem .6rem; text-align: right; vertical-align: top; }
+th, td { border: 1px solid #ccc; padding: .3rem .45rem; text-align: right; vertical-align: top; }
 th { background: #f3f3f3; }
-th.text, td.text { text-align: left; overflow-wrap: anywhere; }
+th.text, td.text { text-align: left; overflow-wrap: anywhere; min-width: 6rem; }
 small { display: block; color: #555; white-space: nowrap; }
-figure { margin: 2rem 0; }
-img { max-width: 100%; height: auto; border: 1px solid #eee; }
+.plots { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.5rem; grid-auto-flow: dense; }
+figure { margin: 0; }
+figure.all { grid-column: 1 / -1; }
+figcaption { font-size: 85%; }
+img { box-sizing: border-box; max-width: 100%; height: auto; border: 1px solid #eee; }
+@media (max-width: 50rem) {
+  .plots { grid-template-columns: minmax(0, 1fr); }
+  .wide img { max-width: none; width: 50rem; }
+}
 code { overflow-wrap: anywhere; }
 """
 
@@ -83,8 +92,10 @@ def render(table: list[dict], pictures: list[Picture]) -> str:
         "<p>Several runs of one arm: the median over runs, and a band from the least to the greatest. Lines of more "
         f"than {LONG} values: a running median over {100 // SMOOTHING} % of them, drawn over the values or the band. "
         "A gap: a value that is not finite.</p>",
-        *(_render_picture(picture) for picture in pictures if picture.png),
     ]
+    drawn = [picture for picture in pictures if picture.png]
+    for section, group in groupby(drawn, key=lambda picture: picture.plot.section):
+        parts += [f"<h3>{section}</h3><div class=plots>", *map(_render_picture, group), "</div>"]
     if left_out := [picture for picture in pictures if not picture.png]:
         items = "".join(f"<li>{escape(p.plot.title)}: {escape('; '.join(p.remarks))}</li>" for p in left_out)
         parts.append(f"<h2>Left out</h2><ul>{items}</ul>")
@@ -102,7 +113,7 @@ def _render_table(table: list[dict]) -> str:
         span = f" rowspan={len(sources)}"
         for i, (source, accuracy) in enumerate(sources):
             row = [] if i else [f"<td class=text{span}>{escape(arm['label'])}", f"<td{span}>{len(arm['runs'])}"]
-            row += [f"<td class=text>{escape(source)}"] if several else []
+            row += [f"<td class=text>{escape(source).replace('/', '/<wbr>')}"] if several else []
             row += [f"<td>{_cell(accuracy.get(column), '.3f')}" for column in ACCURACY_COLUMNS]
             row += [] if i else [f"<td{span}>{_cell(arm[column], '.4g')}" for column in RUN_COLUMNS]
             rows.append("<tr>" + "".join(row))
@@ -138,9 +149,10 @@ def _render_notes(table: list[dict]) -> str:
 def _render_picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
     names = ", ".join(f"<code>{escape(name)}</code>" for name in picture.metrics)
-    remarks = "".join(f" <b>{escape(remark)}.</b>" for remark in picture.remarks)
+    remarks = "".join(f" <b>{escape(remark[0].upper() + remark[1:])}.</b>" for remark in picture.remarks)
     return (
-        f'<figure><img alt="{escape(picture.plot.title)}" src="data:image/png;base64,{data}">'
+        f"<figure{' class=all' if picture.wide else ''}><div{' class=wide' if picture.wide else ''}>"
+        f'<img alt="{escape(picture.plot.title)}" src="data:image/png;base64,{data}"></div>'
         f"<figcaption>{escape(picture.plot.reading)} From {names}.{remarks}</figcaption></figure>"
     )
 

@@ -13,16 +13,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from verl_gndpo.worst_tokens import FILE_NAME as WORST_TOKENS
+
 REMEDY = 'train with trainer.logger=["console","file"], and give the file that verl\'s log names as "file logger"'
 
 ACCURACY = re.compile(r"val-core/(?P<source>.+)/acc/mean@(?P<samples>\d+)")
-# All that is kept of a log; verl logs about 150 metrics a step.
+WARNING = "gndpo/warning/"
+# All that is kept of a log; with the plugin's own, a step has more than 180 metrics.
 WANTED = re.compile(
     ACCURACY.pattern
     + r"|timing_s/[^/]+|actor/grad_norm|critic/(?:score|rewards)/mean|response_length/(?:mean|max|clip_ratio)"
     r"|training/rollout_actor_probs_pearson_corr"
-    r"|gndpo/(?:log_ratio/(?:mean|p\d\d)|mu|sigma|gain|clipped_(?:low|high)_share|sign_flip_share)"
+    r"|gndpo/(?:log_ratio/(?:mean|p\d\d|beyond_\d+_share)|k1|k3|mu|sigma|gain|clipped_(?:low|high)_share"
+    r"|sign_flip_share|top_1pct_gradient_share|effective_sample_share|advantage_(?:kurtosis|abs_max)"
+    r"|position/\d/(?:k1|advantage_abs_mean)|token/[^/]+/(?:k1|advantage_abs_mean|share)"
+    r"|data_source/.+/(?:k1|gradient_share|share)|teacher/.+/(?:k1|sigma)|teacher_ahead_share"
+    r"|response/(?:length_p95|truncated_share|eos_share)|warning/[^/]+)"
 )
+# Of more metrics than that with values that aren't finite, one note tells.
+NAMED = 3
 
 # Beyond it a step is no longer exact in JSON, and no run gets there.
 MAX_STEP = 2**53
@@ -175,22 +184,24 @@ def read_run(path: Path) -> Run:
         notes.append(f"{len(repeated)} step(s) logged more than once, as after a resume: the later values are shown")
         if last_step < last:
             notes.append(f"what follows step {last_step}, up to step {last}, is from before the last resume")
-    for name, count in not_finite.items():
-        if count:
-            notes.append(f"{name}: {count} value(s) not finite, shown as gaps and left out of the table")
+    notes += _describe_not_finite({name: count for name, count in not_finite.items() if count})
+    notes += _describe_warnings(metrics)
     teacher_accuracy, teacher_note = _read_teacher_accuracy(path.with_name("summary.json"))
     return Run(path, metrics, (*notes, *teacher_note), teacher_accuracy)
 
 
 def _find_log(path: Path) -> Path:
-    """The log that a path means: itself, or `metrics.jsonl` or else the only .jsonl file in it."""
+    """The log that a path means: itself, or `metrics.jsonl` or else the only .jsonl file in it.
+
+    The plugin's own .jsonl file, which is put beside the log, isn't one.
+    """
     if not path.is_dir():
         if not path.exists():
             raise ReportError(f"{path} does not exist -> give a log of verl's file logger, or a folder that has one")
         return path
     if (path / "metrics.jsonl").is_file():
         return path / "metrics.jsonl"
-    logs = sorted(path.glob("*.jsonl"))
+    logs = sorted(log for log in path.glob("*.jsonl") if log.name != WORST_TOKENS)
     if len(logs) > 1:
         raise ReportError(f"{path} has {len(logs)} .jsonl files ({logs[0].name}, {logs[1].name}, ...) -> name one")
     if not logs:
@@ -211,6 +222,32 @@ def _parse(line: bytes) -> tuple[int, dict] | None:
 def _finite(value: float | None) -> float:
     """The value as a float, NaN where that isn't finite."""
     return float(value) if value is not None and abs(value) <= MAX_VALUE else math.nan
+
+
+def _describe_not_finite(counts: dict[str, int]) -> list[str]:
+    """Notes on how many values of which metrics."""
+    end = "value(s) not finite, shown as gaps and left out of the table"
+    if len(counts) <= NAMED:
+        return [f"{name}: {count} {end}" for name, count in counts.items()]
+    first = ", ".join(list(counts)[:NAMED])
+    return [f"{first} and {len(counts) - NAMED} more metrics: {sum(counts.values())} {end}"]
+
+
+def _describe_warnings(metrics: dict[str, pd.Series]) -> list[str]:
+    """Notes on the plugin's warnings that were raised."""
+    notes = []
+    for name, values in metrics.items():
+        if name.startswith(WARNING):
+            raised = warned(values)
+            if len(raised):
+                kind, steps = name.removeprefix(WARNING), values.count()
+                notes.append(f"{kind} warning in {len(raised)} of {steps} steps, first at step {raised[0]}")
+    return notes
+
+
+def warned(values: pd.Series) -> pd.Index:
+    """The steps of a warning. Averaged over the updates of one weight sync, it is a share of them."""
+    return values.index[values > 0]
 
 
 def _read_teacher_accuracy(path: Path) -> tuple[float | None, list[str]]:
