@@ -18,7 +18,7 @@ DATA_DIR=${DATA_DIR:-$HOME/data/geo3k}
 TRAIN_FILE=${TRAIN_FILE:-$DATA_DIR/train.parquet}
 VAL_FILE=${VAL_FILE:-$DATA_DIR/test.parquet}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen2_5vl_gndpo}
-ESTIMATOR=${ESTIMATOR:-gndpo}                 # gndpo | opd | any of verl's own
+ESTIMATOR=${ESTIMATOR:-gndpo}                 # gndpo | opd | another of docs/signal.md | any of verl's own
 
 BATCH=${BATCH:-32}                            # prompts a step; one update a step, strictly on-policy
 N=${N:-16}                                    # responses a prompt
