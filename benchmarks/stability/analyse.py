@@ -89,9 +89,7 @@ def markdown(frame: pd.DataFrame, digits: int = 2) -> str:
     """A table of Markdown; numbers rounded, the best of each column not marked: intervals decide, not digits."""
 
     def cell(value) -> str:
-        # Learning rates have their digits far behind the point.
-        small = isinstance(value, float) and 0 < abs(value) < 10**-digits
-        return f"{value:.0e}" if small else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
     frame = frame.reset_index() if frame.index.name else frame
     lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
@@ -118,7 +116,7 @@ def _plot_means(runs: pd.DataFrame, ours: str, path: Path) -> None:
                 axes.plot([low, high], [place, place], color=colour)
                 axes.plot(values.mean(), place, "o", color=colour, markersize=4)
         axes.set_title(regime, fontsize=10)
-        axes.set_xlim(-0.6, 1.05)
+        axes.set_xlim(-0.75, 1.05)
         axes.grid(alpha=0.3)
         axes.set_yticks(range(len(arms)), arms, fontsize=8)
     # The panels share the axis: turned once.
@@ -131,11 +129,15 @@ def _plot_means(runs: pd.DataFrame, ours: str, path: Path) -> None:
 def _plot_rates(runs: list[dict], path: Path) -> None:
     """How much each arm depends on its learning rate, from the selection's runs."""
     regimes = [r for r in plan.REGIMES if any(x["regime"] == r and x["phase"] == "selection" for x in runs)]
-    figure, grid = plt.subplots(
-        1, len(regimes), figsize=(3.0 * len(regimes), 3.4), sharey=True, squeeze=False, layout="constrained"
-    )
+    columns = min(4, len(regimes))
+    rows = -(-len(regimes) // columns)
+    size = (3.2 * columns, 0.8 + 2.8 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axes in grid.flat[len(regimes) :]:
+        axes.remove()
     shown = [arm for arm in plan.ARMS if plan.ARMS[arm].contender]
-    for axes, regime in zip(grid.flat, regimes, strict=True):
+    for axes, regime in zip(grid.flat, regimes, strict=False):
+        tried: set[float] = set()
         for place, arm in enumerate(shown):
             points: dict[float, list[float]] = {}
             for run in runs:
@@ -143,13 +145,17 @@ def _plot_rates(runs: list[dict], path: Path) -> None:
                     points.setdefault(run["learning_rate"], []).append(gap_closed(run))
             if points:
                 rates = sorted(points)
+                tried.update(rates)
                 axes.plot(rates, [np.mean(points[rate]) for rate in rates], marker="o", color=f"C{place}", label=arm)
-        axes.set(xscale="log", xlabel="learning rate", ylim=(-0.7, 1.05))
+        axes.set(xscale="log", ylim=(-0.7, 1.05))
+        axes.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)], fontsize=8)
+        axes.minorticks_off()
         axes.set_title(regime, fontsize=10)
         axes.grid(alpha=0.3)
-    grid[0, 0].set_ylabel("gap closed (validation)")
+    figure.supxlabel("learning rate", fontsize=9)
+    figure.supylabel("gap closed, mean over the run (validation)", fontsize=9)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=-(-len(labels) // 2), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -181,8 +187,8 @@ def analyse(runs_path: Path, out: Path, rounds: dict[str, plan.Round]) -> dict[s
         runs = every_round[every_round["seed"].isin(plans.seeds)]
         if runs.empty:
             continue
+        tables[f"{name} round: learning rate"] = means(runs, "learning_rate").map("{:g}".format)
         for title, outcome in {
-            "learning rate": "learning_rate",
             "gap closed, mean over the run": "gap_closed",
             "gap closed at the end": "gap_closed_end",
             "peak drop": "peak_drop",

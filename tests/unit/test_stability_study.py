@@ -255,9 +255,9 @@ def test_tables_and_plots_of_a_round(trained, tmp_path):
     assert tables["tiny round: gap closed, mean over the run"].loc["gndpo", "clean"] == pytest.approx(0.7)
     assert tables["tiny round: peak drop"].loc["gndpo", "clean"] == 0
     assert tables["tiny round: largest over median gradient norm"].loc["log_odds_opd", "clean"] == 4
-    assert tables["tiny round: learning rate"].loc["log_odds_opd", "clean"] == 3e-4
+    assert tables["tiny round: learning rate"].loc["log_odds_opd", "clean"] == "0.0003"
     text = (tmp_path / "out" / "tables.md").read_text()
-    assert "| gndpo | 0.70 |" in text and "| log_odds_opd | 3e-04 |" in text
+    assert "| gndpo | 0.70 |" in text and "| log_odds_opd | 0.0003 |" in text
     for name in ("gap_closed_tiny.png", "learning_rates.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
