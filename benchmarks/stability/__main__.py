@@ -3,7 +3,7 @@
 
     python -m benchmarks.stability                       # all of it: less than 2 hours on two cores
     python -m benchmarks.stability --smoke               # that everything runs: about 3 minutes
-    python -m benchmarks.stability --tables-only         # tables and plots from results that are there
+    python -m benchmarks.stability --tables-only --out docs/study    # tables and plots from results that are there
 
 Killed and started again, it goes on where it was. plan.py says what is compared, docs/study.md what came of it.
 """
@@ -34,7 +34,9 @@ def main() -> None:
     args = parser.parse_args()
     began = time.monotonic()
     if args.tables_only:
-        path = args.out / "runs.jsonl"
+        path = next((args.out / name for name in ("runs.jsonl", "runs.jsonl.gz") if (args.out / name).exists()), None)
+        if path is None:
+            parser.error(f"{args.out} has no runs.jsonl")
     elif args.smoke:
         path = run.run_study(args.out, SMOKE, regimes=("clean",), steps=8)
         quality.measure(args.out, ("clean",), batches=4)

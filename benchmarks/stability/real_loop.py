@@ -20,8 +20,10 @@ import torch
 from benchmarks.stability import loop, plan, world
 from examples.quickstart import diagrams
 from examples.quickstart.run import ACCURACY, CORRELATION, read_metrics
+from verl_gndpo.config import read_signal_config
+from verl_gndpo.signal import bounded_log_ratio
 
-ARMS = ("gndpo", "opd_raw")
+ARMS = ("gndpo", "log_odds_opd")
 START, STEPS, EVALUATE_EVERY, PROMPTS, RESPONSES, LEARNING_RATE = "40", 12, 2, 16, 4, 5e-5
 SEEDS = tuple(range(5))
 
@@ -84,11 +86,12 @@ def describe_verl(lines: list[dict]) -> dict:
 
 def run_in_process(models: world.World, arm: str, seed: int) -> dict:
     """The same training in the study's loop."""
-    bound = None if plan.ARMS[arm].estimator == "opd_raw" else 5.0
+    stages = read_signal_config({}, plan.ARMS[arm].estimator)
 
     def on_step(batch: loop.Batch, _) -> dict:
-        d = (batch.teacher_log_probs - batch.old_log_probs)[batch.response_mask.bool()]
-        return {"sigma": (d if bound is None else d.clamp(-bound, bound)).std().item()}
+        valid = batch.response_mask.bool()
+        k, _ = bounded_log_ratio(batch.teacher_log_probs[valid].double(), batch.old_log_probs[valid].double(), stages)
+        return {"sigma": k.std().item()}
 
     settings = loop.Settings(
         steps=STEPS,

@@ -4,6 +4,7 @@
 Every finished training is one line of `runs.jsonl`, whole or not there.
 """
 
+import gzip
 import json
 import math
 import multiprocessing
@@ -23,10 +24,11 @@ _state: dict = {}
 
 
 def read_runs(path: Path) -> list[dict]:
-    """The complete lines of a `runs.jsonl`; [] where there is none."""
+    """The complete lines of a `runs.jsonl`, or of its `.gz`; [] where there is none."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as source:
+        lines = source.readlines()
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 

@@ -2,6 +2,7 @@
 """The study's plan, resumption and statistics, on results that are made up; the trainings themselves are elsewhere."""
 
 import dataclasses
+import gzip
 import itertools
 import json
 import math
@@ -251,7 +252,9 @@ def test_tables_and_plots_of_a_round(trained, tmp_path):
     # Most steps of it had no gradient.
     spoilt = json.loads(lines.splitlines()[-1]) | {"grad_norm_median": 0.0}
     path.write_text(lines + json.dumps(spoilt | {"arm": "gndpo", "seed": 1, "phase": "selection"}) + "\n")
-    tables = analyse.analyse(path, tmp_path / "out", {"tiny": TINY})
+    packed = tmp_path / "runs.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    tables = analyse.analyse(packed, tmp_path / "out", {"tiny": TINY})
     assert tables["tiny round: gap closed, mean over the run"].loc["gndpo", "clean"] == pytest.approx(0.7)
     assert tables["tiny round: peak drop"].loc["gndpo", "clean"] == 0
     assert tables["tiny round: largest over median gradient norm"].loc["log_odds_opd", "clean"] == 4
