@@ -126,6 +126,25 @@ def _plot_means(runs: pd.DataFrame, ours: str, path: Path) -> None:
     plt.close(figure)
 
 
+def _plot_differences(runs: pd.DataFrame, arm: str, path: Path) -> None:
+    """`arm` less each of RIVALS, paired: a panel a rival, a row a regime; filled where the interval leaves out 0."""
+    figure, grid = plt.subplots(1, len(plan.RIVALS), figsize=(10.8, 3.6), sharey=True, layout="constrained")
+    for axes, rival in zip(grid, plan.RIVALS, strict=True):
+        found = compare(runs, arm, rival)
+        for place, row in enumerate(found.itertuples()):
+            filled = "#D55E00" if row.verdict != "-" else "white"
+            axes.plot([row.low, row.high], [place, place], color="#D55E00")
+            axes.plot(row.difference, place, "o", color="#D55E00", markerfacecolor=filled, markersize=5)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.grid(alpha=0.3)
+        axes.set_title(f"{arm} less {rival}", fontsize=10)
+        axes.set_yticks(range(len(found)), found["regime"], fontsize=8)
+    grid[0].invert_yaxis()
+    figure.supxlabel("difference in gap closed, mean over the run; 95 % interval over paired seeds", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _plot_rates(runs: list[dict], path: Path) -> None:
     """How much each arm depends on its learning rate, from the selection's runs."""
     regimes = [r for r in plan.REGIMES if any(x["regime"] == r and x["phase"] == "selection" for x in runs)]
@@ -172,7 +191,7 @@ def verdict(runs: pd.DataFrame, plans: plan.Round) -> str:
 
 
 def analyse(runs_path: Path, out: Path, rounds: dict[str, plan.Round]) -> dict[str, pd.DataFrame]:
-    """Write tables.md, learning_rates.png and a gap_closed_*.png a round into `out`; return the tables by title.
+    """Write tables.md and the plots into `out`; return the tables by title.
 
     Raises:
         ValueError: there is no run of the phase "test".
@@ -202,6 +221,7 @@ def analyse(runs_path: Path, out: Path, rounds: dict[str, plan.Round]) -> dict[s
             tables[f"{name} round: {arm} less its rivals, gap closed, paired"] = pd.concat(parts, ignore_index=True)
         if set(plan.RIVALS) < set(plans.arms):
             verdicts.append(f"{name} round: {verdict(runs, plans)}")
+            _plot_differences(runs, plans.ours, out / f"differences_{name}.png")
         _plot_means(runs, plans.ours, out / f"gap_closed_{name}.png")
     quality = runs_path.with_name("quality.jsonl")
     if quality.exists():
