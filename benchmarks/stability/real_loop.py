@@ -11,6 +11,7 @@ the first step, where all have the same weights.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -75,12 +76,14 @@ def run_verl(arm: str, out: Path) -> list[dict]:
 def describe_verl(lines: list[dict]) -> dict:
     """The figures that both loops have."""
     first = next(line["data"] for line in lines if line["step"] == 1)
+    steps = [line["data"] for line in lines if "timing_s/step" in line["data"]]
     return {
         "accuracy": [[line["step"], line["data"][ACCURACY]] for line in lines if ACCURACY in line["data"]],
         "k1": first["gndpo/k1"],
         "sigma": first["gndpo/sigma"],
         "grad_norm": first["actor/grad_norm"],
-        "correlation_min": min(line["data"][CORRELATION] for line in lines if CORRELATION in line["data"]),
+        "correlation_min": min(data[CORRELATION] for data in steps),
+        "diagnostics_share": [data["timing_s/gndpo_diagnostics"] / data["timing_s/step"] for data in steps],
     }
 
 
@@ -139,7 +142,9 @@ def main() -> None:
         for i, (step, accuracy) in enumerate(both["verl"]["accuracy"]):
             values = [run["accuracy"][i][1] for run in both["in_process"]]
             print(f"  step {step:3} verl {accuracy:.3f}   in process {min(values):.3f} to {max(values):.3f}")
+        shares = both["verl"]["diagnostics_share"]
         print(f"  correlation of rollout and actor at least {both['verl']['correlation_min']:.6f}")
+        print(f"  diagnostics: {statistics.median(shares):.2%} of a step in the median, at most {max(shares):.2%}")
     print(path)
 
 
