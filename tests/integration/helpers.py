@@ -91,7 +91,7 @@ def hugging_face_log_probs(
     """Log-probs of the response tokens in float64: each row alone, without positions given, with all its logits; or
     with those of the images' and videos' placeholders left out, as verl's inference servers do."""
     whole = hugging_face_distributions(path, rows, temperature, without_placeholders)
-    return [x.gather(-1, row["response"][:, None])[:, 0] for x, row in zip(whole, rows, strict=True)]
+    return [x.gather(-1, row["ids"][-len(x) :, None])[:, 0] for x, row in zip(whole, rows, strict=True)]
 
 
 def hugging_face_distributions(
