@@ -32,9 +32,9 @@ def test_all_arms_learn_from_the_same_start(out):
         (arm, seed) for arm in SMOKE.arms for seed in SMOKE.seeds
     }
     assert runs["before"].nunique() == 1 and 0.3 < runs["before"].iloc[0] < 0.5
-    # Eight steps: measured 0.55 to 0.9, where a signal of the wrong sign or none stays at 0.
+    # Measured 0.85 to 0.96, single runs at least 0.74; a signal that says nothing stays near 0.
     ends = runs.groupby("arm")["gap_closed_end"].mean()
-    assert (ends > 0.25).all(), ends
+    assert (ends > 0.5).all(), ends
     flips = runs.groupby("arm")["sign_flips"].mean()
     assert flips["opd"] == flips["log_odds_opd"] == 0 < flips["gndpo"]
 
@@ -51,8 +51,9 @@ def test_gradients_of_samples_point_where_the_full_kl_does(out):
     assert set(lines) == {arm for arm in plan.ARMS if plan.ARMS[arm].multiplier == 1.0}
     assert lines["full_kl"]["cosine_mean"] == pytest.approx(1.0, abs=1e-4)
     for arm in ("opd", "gndpo", "power_opd", "log_odds_opd"):
-        assert lines[arm]["cosine_mean"] > 0.5, lines[arm]
-    assert abs(lines["constant"]["cosine_mean"]) < lines["opd"]["cosine_mean"]
+        assert lines[arm]["cosine_mean"] > 0.9, lines[arm]
+    # It has the responses' own direction, which is not quite another one, and twenty times the noise.
+    assert lines["constant"]["cosine_mean"] < 0.8 and lines["constant"]["noise"] > 20 * lines["opd"]["noise"]
 
 
 def test_tables_and_plots_are_there(out):
