@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import multiprocessing
 import os
 import random
@@ -187,7 +186,7 @@ def prepare(out: Path, names: Sequence[str] = tuple(STARTS)) -> World:
 
     Args:
         names: of the start points that are wanted.
-        out: holds ``models`` (of `pretrain.pretrain`), ``starts/<name>.pt`` and ``starts/accuracy.json`` afterwards.
+        out: holds ``models`` (of `pretrain.pretrain`) and ``starts/<name>.pt`` afterwards.
 
     Raises:
         RuntimeError: if a start point's greedy accuracy on the test problems is not within 0.04 of what it should be.
@@ -219,9 +218,6 @@ def prepare(out: Path, names: Sequence[str] = tuple(STARTS)) -> World:
             f"start points are more than {TOLERANCE} off their greedy accuracy on {TEST_PROBLEMS} test problems: "
             f"{off}; change STARTS or the number of steps in benchmarks/stability/world.py"
         )
-    partial = out / "starts" / "accuracy.json.partial"
-    partial.write_text(json.dumps(accuracy, indent=2) + "\n")
-    os.replace(partial, out / "starts" / "accuracy.json")
     processor = tiny_vlm.build_processor(tiny_vlm.build_tokenizer())
     train = Problems(diagrams.make_problems("train", TRAIN_PROBLEMS, TRAIN_SEED), processor)
     return World(

@@ -61,3 +61,4 @@ def test_tables_and_plots_are_there(out):
     assert "Smoke round: gap closed, mean over the run" in text and "cosine" in text
     for name in ("gap_closed_smoke.png", "learning_rates.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(out.rglob("*.partial"))
