@@ -11,6 +11,7 @@ The three trainers of verl's registry are replaced, under their own names, by su
 
 import logging
 import os
+from functools import cached_property
 
 import ray
 import transfer_queue as tq
@@ -25,7 +26,7 @@ from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_to_nested
 
 from verl_gndpo.checkpoint import load_state, save_state
-from verl_gndpo.config import read_signal_config, read_teacher_config, uses_gndpo
+from verl_gndpo.config import SignalConfig, read_signal_config, read_teacher_config, uses_gndpo
 from verl_gndpo.monitor import SignalMonitor
 from verl_gndpo.preflight import require
 from verl_gndpo.signal import SignalState
@@ -96,9 +97,7 @@ class GNDPOTrainerMixin:
     def _setup(self):
         super()._setup()
         if self.uses_gndpo:
-            algorithm = self.config.algorithm
-            settings = read_signal_config(algorithm, algorithm.adv_estimator)
-            self.monitor = SignalMonitor(self.config, settings, self.tokenizer, self.processor)
+            self.monitor = SignalMonitor(self.config, self._signal, self.tokenizer, self.processor)
         if not self.uses_gndpo or self.teacher_config.backend == "server":
             return
         # By now the rollout replicas sleep, so that the weights can go through the accelerator to where they are kept.
@@ -120,8 +119,7 @@ class GNDPOTrainerMixin:
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if not self._needs_kl:
             return super()._compute_old_log_prob(batch, metrics)
-        settings = read_signal_config(self.config.algorithm, self.config.algorithm.adv_estimator)
-        batch.extra_info[REQUEST] = settings.top_k
+        batch.extra_info[REQUEST] = self._signal.top_k
         batch = super()._compute_old_log_prob(batch, metrics)
         # verl's own timer of the student's pass runs here, too, so that its time includes the teacher's.
         self._ask_teacher(batch, metrics)
@@ -133,13 +131,15 @@ class GNDPOTrainerMixin:
         if self.teacher_config.placement == "dedicated":
             metrics.update(overlap)
 
+    @cached_property
+    def _signal(self) -> SignalConfig:
+        """The resolved `algorithm.gndpo`."""
+        return read_signal_config(self.config.algorithm, self.config.algorithm.adv_estimator)
+
     @property
     def _needs_kl(self) -> bool:
         """Whether the baseline is the KL divergence, for which the teacher has to know the student's distribution."""
-        if not self.uses_gndpo:
-            return False
-        algorithm = self.config.algorithm
-        return read_signal_config(algorithm, algorithm.adv_estimator).baseline == "kl"
+        return self.uses_gndpo and self._signal.baseline == "kl"
 
     def _warn_of_failed_prompts(self) -> None:
         # A custom sampler may keep no such account.
