@@ -36,8 +36,7 @@ from verl_gndpo.config import (
     uses_gndpo,
 )
 from verl_gndpo.platforms import without_accelerator
-from verl_gndpo.rewards import ANSWER_TYPES
-from verl_gndpo.rewards.graders import GRADERS
+from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES
 from verl_gndpo.worst_tokens import why_not_writable
 
 logger = logging.getLogger(__name__)
@@ -684,7 +683,9 @@ def check_rewards(config: Any) -> list[Check]:
         return checks
     if ours:
         detail = f"verl_gndpo.rewards knows no answer type for data_source {', '.join(unrewarded)}"
-        remedy = f"write one of {', '.join(GRADERS)} into extra_info.answer_type, as the converters in data_prep do"
+        remedy = (
+            f"write one of {', '.join(ANSWER_TYPES)} into extra_info.answer_type, as the converters in data_prep do"
+        )
     else:
         detail = f"verl has no reward function for data_source {', '.join(unrewarded)}"
         remedy = (
@@ -716,7 +717,7 @@ def _data_sources(config: Any, key: str) -> set[tuple[str, str]]:
 
 def _has_reward(source: str, kind: str, ours: bool) -> bool:
     if ours:
-        return kind in GRADERS or (not kind and source in ANSWER_TYPES)
+        return kind in ANSWER_TYPES or (not kind and source in ANSWER_TYPE_OF_SOURCE)
     from verl.utils.reward_score import default_compute_score
 
     try:

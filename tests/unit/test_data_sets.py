@@ -17,7 +17,8 @@ from PIL import Image
 
 from data_prep import _core
 from data_prep._core.report import UNLICENSED
-from verl_gndpo.rewards import ANSWER_TYPES, compute_score
+from verl_gndpo.rewards import compute_score
+from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data"
@@ -202,7 +203,7 @@ def test_every_set_states_its_licence_in_the_parquets_metadata(name, tmp_path):
 
 
 def test_every_set_has_a_grader():
-    assert {recipe(name).hub_id for name in SETS} == set(ANSWER_TYPES)
+    assert {recipe(name).hub_id for name in SETS} == set(ANSWER_TYPE_OF_SOURCE)
     assert sorted(SETS) == sorted(path.stem for path in (ROOT / "data_prep").glob("[a-z]*.py") if path.stem != "mix")
 
 

@@ -4,6 +4,8 @@
 import asyncio
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 from verl.trainer.ppo.reward import get_custom_reward_fn
 from verl.utils.reward_score import geo3k as verl_geo3k
 
-from verl_gndpo.rewards import ANSWER_TYPES, compute_score
+from verl_gndpo.rewards import compute_score
+from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES
 from verl_gndpo.rewards.extract import answer_of, well_formed
 from verl_gndpo.rewards.graders import GRADERS, grade
 
@@ -654,7 +657,21 @@ def test_configuration_errors_say_what_to_do():
     for truth in ("", " ", None, 5):
         with pytest.raises(ValueError, match=r"ground_truth.*non-empty string"):
             compute_score("hiyouga/geometry3k", "\\boxed{5}", truth)
-    assert set(ANSWER_TYPES.values()) <= set(GRADERS)
+
+
+def test_every_answer_type_has_a_grader_and_every_source_an_answer_type():
+    assert list(GRADERS) == list(ANSWER_TYPES)
+    assert set(ANSWER_TYPE_OF_SOURCE.values()) <= set(ANSWER_TYPES)
+
+
+def test_answer_types_are_light_to_import():
+    """Converters and the CLI import them; verl, torch or sympy would cost them seconds."""
+    code = (
+        "import sys\nimport verl_gndpo.rewards.answer_types\n"
+        "heavy = {'torch', 'verl', 'ray', 'transformers', 'numpy', 'sympy', 'math_verify', 'pandas', 'pyarrow'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 SOURCES = {

@@ -12,25 +12,9 @@ the returned dict becomes a validation metric, `acc` the main one, and all rows 
 from collections.abc import Mapping
 from typing import Any
 
+from .answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES
 from .extract import answer_of, well_formed
-from .graders import GRADERS, grade
-
-# What an answer of each data set is, for rows whose `extra_info.answer_type` doesn't say. A row that has choices, or
-# whose answer is a single capital letter, is a choice wherever the table has "math".
-ANSWER_TYPES = {
-    "hiyouga/geometry3k": "math",
-    "FanqingM/MMK12": "math",
-    "TIGER-Lab/ViRL39K": "math",
-    "lmms-lab/multimodal-open-r1-8k-verified": "math",
-    "leonardPKU/GEOQA_R1V_Train_8K": "math",
-    "BUAADreamer/clevr_count_70k": "number",
-    "MathLLMs/MathVision": "math",
-    "AI4Math/MathVerse": "math",
-    "AI4Math/MathVista": "math",
-    "We-Math/We-Math": "choice",
-    "lscpku/LogicVista": "multi_choice",
-    "DynaMath/DynaMath_Sample": "math",
-}
+from .graders import grade
 
 
 def compute_score(
@@ -45,10 +29,10 @@ def compute_score(
     """Grade one response; weighs answer and format as verl's own geo3k reward does.
 
     Args:
-        data_source: the row's data set, a key of `ANSWER_TYPES` unless `extra_info` names the answer's type.
+        data_source: the row's data set, a key of `ANSWER_TYPE_OF_SOURCE` unless `extra_info` names the answer type.
         solution_str: the model's response. Whatever it is, it is graded, never an error.
         ground_truth: the row's answer, as its data set writes it.
-        extra_info: may hold `answer_type` (a key of `graders.GRADERS`; "" for the table's), `choices` (the texts of
+        extra_info: may hold `answer_type` (one of `ANSWER_TYPES`; "" for the table's), `choices` (the texts of
             the choices A, B, C, ... in order) and `tolerance` (absolute, for numbers; 0 for the default).
         format_score: weight of the format; `reward.custom_reward_function.reward_kwargs.format_score` sets it.
         kwargs: what else verl passes (the reward model's address and tokenizer), unused.
@@ -87,18 +71,18 @@ def _given(extra_info: Mapping[str, Any], key: str, default: Any) -> Any:
 def _answer_type(data_source: str, ground_truth: str, choices: list[str], extra_info: Mapping[str, Any]) -> str:
     named = _given(extra_info, "answer_type", "")
     if named:
-        if named not in GRADERS:
+        if named not in ANSWER_TYPES:
             raise ValueError(
                 f"extra_info.answer_type {named!r} of a row of data_source {data_source!r} is unknown: "
-                f"it must be one of {', '.join(GRADERS)}"
+                f"it must be one of {', '.join(ANSWER_TYPES)}"
             )
         return named
-    if data_source not in ANSWER_TYPES:
+    if data_source not in ANSWER_TYPE_OF_SOURCE:
         raise ValueError(
             f"no answer type is known for data_source {data_source!r}: write extra_info.answer_type into its rows "
-            f"(one of {', '.join(GRADERS)}) or use a data_source of verl_gndpo.rewards.ANSWER_TYPES"
+            f"(one of {', '.join(ANSWER_TYPES)}) or use one of the sources in verl_gndpo.rewards.answer_types.ANSWER_TYPE_OF_SOURCE"
         )
-    default = ANSWER_TYPES[data_source]
+    default = ANSWER_TYPE_OF_SOURCE[data_source]
     letter = ground_truth.strip().strip("$").strip()
     if default == "math" and (choices or (len(letter) == 1 and "A" <= letter <= "Z")):
         return "choice"
