@@ -21,8 +21,9 @@ from _common import machine, medians, print_table, time_in_turns, write_json
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.utils.torch_functional import masked_whiten
 
+from verl_gndpo.advantage import compute_advantages
 from verl_gndpo.config import read_signal_config
-from verl_gndpo.diagnostics import (
+from verl_gndpo.observe.metrics import (
     describe_classes,
     describe_positions,
     describe_responses,
@@ -31,8 +32,7 @@ from verl_gndpo.diagnostics import (
     pack,
     sum_parts,
 )
-from verl_gndpo.signal import compute_advantages
-from verl_gndpo.token_classes import classify_tokens, classify_vocabulary
+from verl_gndpo.observe.token_classes import classify_tokens, classify_vocabulary
 
 RESPONSES_A_PROMPT = 16
 PROMPT_LENGTH = 512

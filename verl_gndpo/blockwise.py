@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The published formulas in one pass over blocks of the batch: `gndpo` and `opd` in a fifth of the time of steps.
 
-Same results as the pipeline of signal.py, which calls this where it can: with a bound that is a clamp or none, and with
-mean and deviation over the whole batch or not at all.
+Same results as the pipeline of advantage.py, which calls this where it can: with a bound that is a clamp or none, and
+with mean and deviation over the whole batch or not at all.
 """
 
 import math

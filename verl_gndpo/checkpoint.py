@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from verl_gndpo.signal import SignalState
+from verl_gndpo.advantage import SignalState
 
 FILE = "gndpo_signal_state.json"
 

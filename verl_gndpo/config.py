@@ -76,7 +76,7 @@ class WarnConfig:
 
 @dataclass
 class SignalConfig:
-    """`algorithm.gndpo`: how the teacher-student log-ratio becomes an advantage (signal.py has the formulas).
+    """`algorithm.gndpo`: how the teacher-student log-ratio becomes an advantage (advantage.py has the formulas).
 
     One rule: what is given here wins over the preset, setting by setting; null leaves a setting to the preset, and what
     the preset does not name has the value of `STAGE_DEFAULTS`.
@@ -198,7 +198,7 @@ class TeacherModelConfig:
 
     override_config: dict[str, Any] = field(default_factory=dict)
     """Overrides of the Hugging Face config; `attn_implementation` follows the student's unless given, and is that of
-    the vision tower: the language model attends by `teacher.shared_prompt`."""
+    the vision tower: the language model attends by `teacher.attention`."""
 
 
 @dataclass

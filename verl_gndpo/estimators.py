@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The advantage estimators that `algorithm.adv_estimator` can name. All arithmetic is in signal.py."""
+"""The advantage estimators that `algorithm.adv_estimator` can name. All arithmetic is in advantage.py."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from verl_gndpo import ESTIMATORS
+from verl_gndpo.advantage import SignalState, compute_advantages
 from verl_gndpo.config import SignalConfig, read_signal_config
-from verl_gndpo.signal import SignalState, compute_advantages
 
 
 def compute_log_ratio_advantage(
@@ -28,7 +28,7 @@ def compute_log_ratio_advantage(
     state: SignalState | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """verl's estimator interface over `signal.compute_advantages`.
+    """verl's estimator interface over `advantage.compute_advantages`.
 
     Args:
         estimator: one of presets.py.
@@ -46,7 +46,7 @@ def compute_log_ratio_advantage(
         (advantages, returns), both (batch, response_length) float32; the two are the same tensor.
 
     Raises:
-        ValueError: no teacher log-probs, or what `signal.compute_advantages` refuses.
+        ValueError: no teacher log-probs, or what `advantage.compute_advantages` refuses.
     """
     if teacher_log_probs is None or old_log_probs is None:
         raise ValueError(

@@ -9,6 +9,6 @@ def register(plugins) -> None:
 
     class GNDPOSearchPath(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            search_path.append(provider="verl-gndpo", path="pkg://verl_gndpo.config")
+            search_path.append(provider="verl-gndpo", path="pkg://verl_gndpo.hydra_groups")
 
     plugins.Plugins.instance().register(GNDPOSearchPath)

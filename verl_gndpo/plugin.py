@@ -7,8 +7,8 @@ nothing by itself: each registration waits until verl's own module of that name 
 
 from wrapt import register_post_import_hook
 
-from verl_gndpo import verl_fixes
 from verl_gndpo.platforms import without_accelerator
+from verl_gndpo.verl_patches import fixes as verl_fixes
 
 _HOOKS = {
     "verl.trainer.ppo.core_algos": "verl_gndpo.estimators:register",

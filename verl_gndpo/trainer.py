@@ -25,14 +25,14 @@ from verl.trainer.ppo.utils import Role
 from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_to_nested
 
+from verl_gndpo.advantage import SignalState
 from verl_gndpo.checkpoint import load_state, save_state
 from verl_gndpo.config import SignalConfig, read_signal_config, read_teacher_config, uses_gndpo
-from verl_gndpo.monitor import SignalMonitor
-from verl_gndpo.preflight import require
-from verl_gndpo.signal import SignalState
+from verl_gndpo.doctor.settings import require
+from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
+from verl_gndpo.observe.monitor import SignalMonitor
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating
 from verl_gndpo.teacher.server import POLICY_LOSS_WORKERS, ServerTeacher, use_servers
-from verl_gndpo.top_k import IDS, LOG_PROBS, REQUEST
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class GNDPOTrainerMixin:
             _honour_frozen_tower(config.actor_rollout_ref)
             signal = read_signal_config(config.algorithm, config.algorithm.adv_estimator)
             if signal.baseline == "kl":
-                _import_in_actor(config.actor_rollout_ref, "verl_gndpo.return_top_k")
+                _import_in_actor(config.actor_rollout_ref, "verl_gndpo.verl_patches.student_top_k")
             if signal.scale == "ema":
                 self.signal_state = SignalState()
         super().__init__(config)
@@ -252,7 +252,7 @@ class GNDPOTrainerMixin:
 def _honour_frozen_tower(student) -> None:
     """Have the actor's processes import `freeze_vision`."""
     if student.actor.get("freeze_vision_tower") and student.actor.strategy in ("fsdp", "fsdp2"):
-        _import_in_actor(student, "verl_gndpo.freeze_vision")
+        _import_in_actor(student, "verl_gndpo.verl_patches.freeze_vision_tower")
         if student.model.get("lora_rank") and not student.model.get("exclude_modules"):
             with open_dict(student.model):
                 # peft adds its adapters after the tower is frozen, and vLLM would leave those of the tower out.

@@ -21,8 +21,8 @@ import torch
 from benchmarks.stability import loop, plan, world
 from examples.quickstart import diagrams
 from examples.quickstart.run import ACCURACY, CORRELATION, read_metrics
+from verl_gndpo.advantage import bounded_log_ratio
 from verl_gndpo.config import read_signal_config
-from verl_gndpo.signal import bounded_log_ratio
 
 ARMS = ("gndpo", "log_odds_opd")
 START, STEPS, EVALUATE_EVERY, PROMPTS, RESPONSES, LEARNING_RATE = "40", 12, 2, 16, 4, 5e-5

@@ -10,7 +10,7 @@ from tensordict.tensorclass import NonTensorStack
 from verl.utils import tensordict_utils as tu
 
 # Changes verl's engines in this process, for batches that ask for it.
-import verl_gndpo.return_top_k  # noqa: F401
+import verl_gndpo.verl_patches.student_top_k  # noqa: F401
 from tests.integration.helpers import (
     as_batch,
     assert_equal_to,
@@ -22,8 +22,8 @@ from tests.integration.helpers import (
 )
 from tests.tiny_models import build_tiny
 from verl_gndpo.config import NamedTeacherConfig, TeacherConfig, TeacherModelConfig
+from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.teacher.worker import TeacherWorker
-from verl_gndpo.top_k import IDS, LOG_PROBS, REQUEST
 
 TEMPERATURE, TEACHER_TEMPERATURE = 0.7, 0.9
 LENGTHS = [[5, 2, 11], [9], [1, 1], [12], [3, 6, 8]]

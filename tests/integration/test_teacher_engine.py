@@ -22,7 +22,7 @@ from tensordict.tensorclass import NonTensorStack
 from tests.integration import helpers
 from tests.tiny_models import build_tiny
 from verl_gndpo.config import TeacherConfig, TeacherFSDPConfig, TeacherModelConfig
-from verl_gndpo.top_k import IDS, LOG_PROBS, top_log_probs
+from verl_gndpo.kl import IDS, LOG_PROBS, top_log_probs
 
 RANKS = 4
 TEMPERATURE = 0.7
@@ -112,7 +112,8 @@ class Rank:
 
     def spoil(self, what):
         """Break this project's attention, and no other, or the places from which responses are predicted."""
-        from verl_gndpo.teacher import engine, shared_prompt
+        from verl_gndpo.teacher import attention as shared_prompt
+        from verl_gndpo.teacher import engine
 
         self.intact = shared_prompt._causal, engine.Layout
         if what == "scaling":
@@ -127,7 +128,8 @@ class Rank:
             engine.Layout = Shifted
 
     def repair(self):
-        from verl_gndpo.teacher import engine, shared_prompt
+        from verl_gndpo.teacher import attention as shared_prompt
+        from verl_gndpo.teacher import engine
 
         shared_prompt._causal, engine.Layout = self.intact
 

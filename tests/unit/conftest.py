@@ -75,7 +75,7 @@ class Letters:
 @pytest.fixture
 def make_monitor(tmp_path, monkeypatch):
     """A function that builds the monitor of a student with the tokenizer `Letters`: (verl's config) -> monitor."""
-    import verl_gndpo.monitor as monitor_module
+    import verl_gndpo.observe.monitor as monitor_module
 
     monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "metrics.jsonl"))
     monkeypatch.setattr(monitor_module, "copy_to_local", lambda path: path)

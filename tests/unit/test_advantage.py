@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from verl_gndpo.advantage import compute_advantages
 from verl_gndpo.blockwise import BLOCK_TOKENS, log_ratio_advantages
 from verl_gndpo.config import read_signal_config
 from verl_gndpo.estimators import compute_log_ratio_advantage
-from verl_gndpo.signal import compute_advantages
 
 
 def published_formula(teacher, old, mask, clip=5.0, center=True, scale=True):

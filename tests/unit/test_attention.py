@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from verl_gndpo.teacher.shared_prompt import (
+from verl_gndpo.teacher.attention import (
     ATTENTION,
     Family,
     Layout,

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from verl_gndpo.diagnostics import _quantiles
+from verl_gndpo.observe.metrics import _quantiles
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verl-gndpo doctor`: what it prints and its exit code. What each check finds is in test_preflight.py."""
+"""`verl-gndpo doctor`: what it prints and its exit code. What each check finds is in test_doctor_checks.py."""
 
 import os
 import subprocess
@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from verl_gndpo import cli, preflight
-from verl_gndpo.preflight import Check
+from verl_gndpo import cli
+from verl_gndpo.doctor import settings as preflight
+from verl_gndpo.doctor.settings import Check
 
 LONG_PATH = "/a/very/long/path/" + "/".join(["folder"] * 40) + "/train.parquet"
 

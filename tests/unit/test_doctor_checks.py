@@ -21,9 +21,8 @@ from verl.plugin.platform import get_platform
 from verl.trainer.ppo import core_algos, v1
 
 from examples.quickstart.tiny_vlm import build_tiny_vlm, build_tokenizer
-from verl_gndpo import preflight
-from verl_gndpo.estimators import compute_log_ratio_advantage
-from verl_gndpo.preflight import (
+from verl_gndpo.doctor import settings as preflight
+from verl_gndpo.doctor.settings import (
     PreflightError,
     check_data,
     check_models,
@@ -32,6 +31,7 @@ from verl_gndpo.preflight import (
     require,
     run_checks,
 )
+from verl_gndpo.estimators import compute_log_ratio_advantage
 from verl_gndpo.teacher.compatibility import compare, read_model_files
 
 CPU_RUN = (

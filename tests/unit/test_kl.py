@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from verl_gndpo.kl import kl_divergence, top_log_probs
 from verl_gndpo.teacher.scoring import ScoringHead, token_log_probs
-from verl_gndpo.top_k import kl_divergence, top_log_probs
 
 VOCABULARY = 13
 LOGITS = st.lists(st.floats(-12, 12), min_size=VOCABULARY, max_size=VOCABULARY)

@@ -15,10 +15,15 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from tests.unit.conftest import Letters
-from tests.unit.test_signal import batch, batches
-from verl_gndpo import PRESETS, worst_tokens
+from tests.unit.test_advantage import batch, batches
+from verl_gndpo import PRESETS
+from verl_gndpo.advantage import BOUNDS, compute_advantages
 from verl_gndpo.config import WarnConfig, WorstTokensConfig, read_signal_config
-from verl_gndpo.diagnostics import (
+from verl_gndpo.doctor.settings import check_settings
+from verl_gndpo.estimators import compute_log_ratio_advantage
+from verl_gndpo.observe import worst_tokens
+from verl_gndpo.observe.limits import CORRELATION, FIRST_STEPS, REPEAT_AFTER_STEPS, SignalWarnings
+from verl_gndpo.observe.metrics import (
     NO_ADVANTAGE,
     describe_classes,
     describe_positions,
@@ -29,12 +34,8 @@ from verl_gndpo.diagnostics import (
     pack,
     sum_parts,
 )
-from verl_gndpo.estimators import compute_log_ratio_advantage
-from verl_gndpo.preflight import check_settings
-from verl_gndpo.signal import BOUNDS, compute_advantages
-from verl_gndpo.signal_warnings import CORRELATION, FIRST_STEPS, REPEAT_AFTER_STEPS, SignalWarnings
-from verl_gndpo.token_classes import CLASSES, classify_tokens, classify_vocabulary
-from verl_gndpo.worst_tokens import WorstTokenLog, find_worst, locate, show_in_context, why_not_writable
+from verl_gndpo.observe.token_classes import CLASSES, classify_tokens, classify_vocabulary
+from verl_gndpo.observe.worst_tokens import WorstTokenLog, find_worst, locate, show_in_context, why_not_writable
 
 STAGES = {
     # float64 of the stages themselves is tested in test_stages.py; here it is what the metrics make of them.
@@ -467,7 +468,7 @@ def test_rejected_tokens_are_left_out_of_kinds(make_monitor, queue):
 
 
 def test_what_ends_a_response_is_also_in_the_generation_config(monkeypatch):
-    import verl_gndpo.monitor as monitor_module
+    import verl_gndpo.observe.monitor as monitor_module
 
     monkeypatch.setattr(monitor_module, "copy_to_local", lambda path: path)
     model = OmegaConf.create({"path": "S"})

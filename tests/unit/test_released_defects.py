@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One test for each defect of the method's released code that no other test covers yet.
 
-Elsewhere: the clamped baseline and whitening of one token (test_signal.py), scoring without padding removal and the
-teacher's temperature (integration/test_teacher_worker.py), unlike tokenizers (test_preflight.py), the missing
-diagnostics (test_diagnostics.py, end_to_end).
+Elsewhere: the clamped baseline and whitening of one token (test_advantage.py), scoring without padding removal and the
+teacher's temperature (integration/test_teacher_worker.py), unlike tokenizers (test_doctor_checks.py), the missing
+diagnostics (test_observe.py, end_to_end).
 """
 
 import pytest

@@ -21,10 +21,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from verl_gndpo import cli
+from verl_gndpo.observe.worst_tokens import FILE_NAME as WORST_TOKENS
 from verl_gndpo.report import draw, figures, page, table, timeline
 from verl_gndpo.report.picture import Picture
 from verl_gndpo.report.read import WANTED, Arm, ReportError, Run, read_arms, read_run
-from verl_gndpo.worst_tokens import FILE_NAME as WORST_TOKENS
 
 ACCURACY = "val-core/geo/acc/mean@1"
 GRADIENT = "actor/grad_norm"
@@ -475,9 +475,9 @@ def test_every_metric_that_is_drawn_is_read():
 
 def test_all_that_the_plugin_logs_is_drawn_or_left_out_on_purpose():
     torch = pytest.importorskip("torch")
-    from verl_gndpo import diagnostics
     from verl_gndpo.config import WarnConfig, read_signal_config
-    from verl_gndpo.signal_warnings import SignalWarnings
+    from verl_gndpo.observe import metrics as diagnostics
+    from verl_gndpo.observe.limits import SignalWarnings
 
     config = read_signal_config({}, "gndpo")
     teacher, old, advantages = torch.randn(3, 4, 20).clamp(max=0) - 0.1

@@ -13,7 +13,7 @@ from transformers import InternVLConfig, Qwen2_5_VLConfig, Qwen2Config, Qwen3VLC
 from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict, nested_tensor_from_tensor_list
 
-from verl_gndpo.teacher.alignment import (
+from verl_gndpo.teacher.rows import (
     NAMES,
     check_image_tokens,
     check_log_probs,

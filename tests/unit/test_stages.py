@@ -11,11 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-from tests.unit.test_signal import batch, batches
+from tests.unit.test_advantage import batch, batches
 from verl_gndpo import PRESETS
+from verl_gndpo.advantage import BOUNDS, SignalState, Sums, compute_advantages, mix, proximal, unit_ranks
 from verl_gndpo.config import STAGES, read_signal_config
 from verl_gndpo.estimators import compute_log_ratio_advantage
-from verl_gndpo.signal import BOUNDS, SignalState, Sums, compute_advantages, mix, proximal, unit_ranks
 
 quick = settings(max_examples=60, deadline=None)
 stages = st.fixed_dictionaries({stage: st.sampled_from(names) for stage, names in STAGES.items()})

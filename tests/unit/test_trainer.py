@@ -12,10 +12,10 @@ from transfer_queue import KVBatchMeta
 
 from tests.unit.conftest import verl_config
 from verl_gndpo import trainer as trainer_module
+from verl_gndpo.advantage import SignalState
 from verl_gndpo.checkpoint import FILE, load_state, save_state
 from verl_gndpo.config import TeacherConfig, TeacherModelConfig
-from verl_gndpo.signal import SignalState
-from verl_gndpo.top_k import IDS, LOG_PROBS, REQUEST
+from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.trainer import GNDPOTrainerMixin
 
 KL = ("algorithm.adv_estimator=v_opd",)
@@ -184,6 +184,6 @@ def test_a_file_that_is_no_state_is_named(tmp_path, content):
 
 def test_the_actor_returns_its_tokens_only_for_the_kl_baseline(make_trainer):
     library = "+actor_rollout_ref.model.external_lib=[mine]"
-    for overrides, expected in ((KL, ["mine", "verl_gndpo.return_top_k"]), (EMA, ["mine"])):
+    for overrides, expected in ((KL, ["mine", "verl_gndpo.verl_patches.student_top_k"]), (EMA, ["mine"])):
         model = make_trainer(*overrides, library.lstrip("+")).config.actor_rollout_ref.model
         assert list(model.external_lib) == expected

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from verl_gndpo import verl_fixes
+from verl_gndpo.verl_patches import fixes as verl_fixes
 
 REPO = Path(__file__).parents[2]
 PATCHES_FOLDER = REPO / "patches" / "verl-0.9.1"
@@ -224,7 +224,7 @@ def outcomes():
 
 results = {"as_is": outcomes()}
 if "--then-fix" in sys.argv:
-    from verl_gndpo import verl_fixes
+    from verl_gndpo.verl_patches import fixes as verl_fixes
     for _ in range(2):  # it is safe to repeat
         verl_fixes.apply()
     results["fixed"] = outcomes()

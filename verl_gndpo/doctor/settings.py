@@ -35,9 +35,9 @@ from verl_gndpo.config import (
     read_teacher_config,
     uses_gndpo,
 )
+from verl_gndpo.observe.worst_tokens import why_not_writable
 from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES
-from verl_gndpo.worst_tokens import why_not_writable
 
 logger = logging.getLogger(__name__)
 
@@ -520,8 +520,8 @@ def check_models(config: Any) -> list[Check]:
     """Student and teachers exist, and the teachers can score what the student writes."""
     from verl.utils.fs import copy_to_local
 
+    from verl_gndpo.teacher.attention import check_sequence_parallel
     from verl_gndpo.teacher.compatibility import ModelFiles, ModelNotFound, is_remote, read_model_files
-    from verl_gndpo.teacher.shared_prompt import check_sequence_parallel
 
     checks: list[Check] = []
 

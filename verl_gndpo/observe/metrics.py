@@ -12,9 +12,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from verl_gndpo.advantage import bounded_log_ratio
 from verl_gndpo.config import SignalConfig
-from verl_gndpo.signal import bounded_log_ratio
-from verl_gndpo.token_classes import CLASSES, EOS
+from verl_gndpo.observe.token_classes import CLASSES, EOS
 
 # Smaller advantages are as good as none, and their reciprocals would leave float32.
 NO_ADVANTAGE = 1e-30

@@ -14,7 +14,8 @@ from verl.utils.fs import copy_to_local
 from verl.utils.model import get_generation_config
 
 from verl_gndpo.config import SignalConfig
-from verl_gndpo.diagnostics import (
+from verl_gndpo.observe.limits import SignalWarnings
+from verl_gndpo.observe.metrics import (
     Tokens,
     describe_classes,
     describe_positions,
@@ -25,9 +26,8 @@ from verl_gndpo.diagnostics import (
     pack,
     sum_parts,
 )
-from verl_gndpo.signal_warnings import SignalWarnings
-from verl_gndpo.token_classes import classify_tokens, classify_vocabulary
-from verl_gndpo.worst_tokens import WorstTokenLog, find_worst, locate, show_in_context
+from verl_gndpo.observe.token_classes import classify_tokens, classify_vocabulary
+from verl_gndpo.observe.worst_tokens import WorstTokenLog, find_worst, locate, show_in_context
 
 logger = logging.getLogger(__name__)
 

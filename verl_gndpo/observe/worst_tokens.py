@@ -11,7 +11,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     # It imports torch, without which the checks before a run can do.
-    from verl_gndpo.diagnostics import Tokens
+    from verl_gndpo.observe.metrics import Tokens
 
 FILE_NAME = "gndpo_worst_tokens.jsonl"
 # Of the whole file; a step adds a few kilobytes.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from verl_gndpo.worst_tokens import FILE_NAME as WORST_TOKENS
+from verl_gndpo.observe.worst_tokens import FILE_NAME as WORST_TOKENS
 
 REMEDY = 'train with trainer.logger=["console","file"], and give the file that verl\'s log names as "file logger"'
 

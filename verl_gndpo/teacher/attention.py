@@ -227,7 +227,7 @@ def attention(
     if softcap is not None or s_aux is not None:
         raise NotImplementedError(f"{type(module).__name__} bounds its scores or has attention sinks")
     if _layout is None:
-        raise RuntimeError(f"{ATTENTION} works only within verl_gndpo.teacher.shared_prompt.attending")
+        raise RuntimeError(f"{ATTENTION} works only within verl_gndpo.teacher.attention.attending")
     _layout.calls += 1
     group = _layout.group
     if group is not None:

@@ -14,17 +14,8 @@ from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from verl_gndpo.teacher.alignment import (
-    check_log_probs,
-    check_positions,
-    holds_images_in_response,
-    image_inputs,
-    name_of,
-    placeholder_ids,
-    sampled_placeholders,
-)
-from verl_gndpo.teacher.scoring import ScoringHead, encode_distinct_images
-from verl_gndpo.teacher.shared_prompt import (
+from verl_gndpo.kl import IDS, LOG_PROBS
+from verl_gndpo.teacher.attention import (
     Family,
     Layout,
     attending,
@@ -34,7 +25,16 @@ from verl_gndpo.teacher.shared_prompt import (
     pack,
     share_prompts,
 )
-from verl_gndpo.top_k import IDS, LOG_PROBS
+from verl_gndpo.teacher.rows import (
+    check_log_probs,
+    check_positions,
+    holds_images_in_response,
+    image_inputs,
+    name_of,
+    placeholder_ids,
+    sampled_placeholders,
+)
+from verl_gndpo.teacher.scoring import ScoringHead, encode_distinct_images
 
 SELF_CHECK_TOKENS = 8
 

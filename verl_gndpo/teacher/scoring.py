@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from verl_gndpo.top_k import kl_divergence
+from verl_gndpo.kl import kl_divergence
 
 # On a CPU, logits at the same time: a block of them stays in the cache between the product and its exponentials, where
 # all at once would be written to memory and read again several times; and hidden states at the same time, enough that

@@ -14,11 +14,11 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from verl_gndpo.config import TeacherConfig, TeacherModelConfig
+from verl_gndpo.kl import IDS, LOG_PROBS
 from verl_gndpo.platforms import without_accelerator
-from verl_gndpo.teacher.alignment import NAMES, check_rows
 from verl_gndpo.teacher.engine import TeacherEngineConfig
 from verl_gndpo.teacher.routing import Routing
-from verl_gndpo.top_k import IDS, LOG_PROBS
+from verl_gndpo.teacher.rows import NAMES, check_rows
 
 # What of a batch the teacher reads; verl's `response_mask` gives the response lengths. The names are for errors, and a
 # field that a batch lacks is left out, as the student's most likely tokens are unless the baseline is `kl`.
@@ -38,7 +38,7 @@ def _training_worker_config(teacher: TeacherConfig, model: TeacherModelConfig) -
             # The ids come from the student; the two tokenizers were compared before the run.
             load_tokenizer=False,
             enable_gradient_checkpointing=False,
-            # verl's own way of packing patches the attention; here `shared_prompt` is the attention, without padding.
+            # verl packs by patching the attention; here `teacher.attention` is the attention, without padding.
             use_remove_padding=False,
         ),
         engine_config=TeacherEngineConfig(

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from verl_gndpo.top_k import IDS, LOG_PROBS, REQUEST, top_log_probs
+from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST, top_log_probs
 
 CHUNK_TOKENS = 256
 """Response tokens whose float32 log-probs over the whole vocabulary exist at the same time."""
