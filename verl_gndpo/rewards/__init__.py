@@ -80,7 +80,8 @@ def _answer_type(data_source: str, ground_truth: str, choices: list[str], extra_
     if data_source not in ANSWER_TYPE_OF_SOURCE:
         raise ValueError(
             f"no answer type is known for data_source {data_source!r}: write extra_info.answer_type into its rows "
-            f"(one of {', '.join(ANSWER_TYPES)}) or use one of the sources in verl_gndpo.rewards.answer_types.ANSWER_TYPE_OF_SOURCE"
+            f"(one of {', '.join(ANSWER_TYPES)}), or use a data_source of "
+            "verl_gndpo.rewards.answer_types.ANSWER_TYPE_OF_SOURCE"
         )
     default = ANSWER_TYPE_OF_SOURCE[data_source]
     letter = ground_truth.strip().strip("$").strip()
