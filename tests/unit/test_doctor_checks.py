@@ -22,6 +22,7 @@ from verl.trainer.ppo import core_algos, v1
 
 from examples.quickstart.tiny_vlm import build_tiny_vlm, build_tokenizer
 from verl_gndpo.doctor import settings as preflight
+from verl_gndpo.doctor.compatibility import compare, read_model_files
 from verl_gndpo.doctor.settings import (
     PreflightError,
     check_data,
@@ -32,7 +33,6 @@ from verl_gndpo.doctor.settings import (
     run_checks,
 )
 from verl_gndpo.estimators import compute_log_ratio_advantage
-from verl_gndpo.teacher.compatibility import compare, read_model_files
 
 CPU_RUN = (
     "algorithm.adv_estimator=gndpo",

@@ -520,8 +520,8 @@ def check_models(config: Any) -> list[Check]:
     """Student and teachers exist, and the teachers can score what the student writes."""
     from verl.utils.fs import copy_to_local
 
+    from verl_gndpo.doctor.compatibility import ModelFiles, ModelNotFound, is_remote, read_model_files
     from verl_gndpo.teacher.attention import check_sequence_parallel
-    from verl_gndpo.teacher.compatibility import ModelFiles, ModelNotFound, is_remote, read_model_files
 
     checks: list[Check] = []
 
@@ -577,7 +577,7 @@ def check_models(config: Any) -> list[Check]:
 
 def _compare_models(student: Any, teacher: Any) -> list[Check]:
     """`compatibility.compare` of two models' files, as findings."""
-    from verl_gndpo.teacher.compatibility import compare
+    from verl_gndpo.doctor.compatibility import compare
 
     checks = []
     differences = compare(student, teacher)
