@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from verl_gndpo.doctor.settings import Check
+    from verl_gndpo.doctor.check import Check
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,7 +36,8 @@ def doctor(
 
     Exit code 0: it could. 1: something is wrong. 2: Hydra rejects the overrides.
     """
-    from verl_gndpo.doctor.settings import check_verl, run_checks
+    from verl_gndpo.doctor.environment import check_verl
+    from verl_gndpo.doctor.run import run_checks
 
     with warnings.catch_warnings():
         # verl warns of each training engine that is not installed.
@@ -125,7 +126,7 @@ def _compose(config_path: str, config_name: str, overrides: list[str]) -> Any:
 
 def _plugin_problem() -> str:
     """Why `+teacher=worker` and `+gndpo=default` are unknown to Hydra, if verl has not loaded the plugin."""
-    from verl_gndpo.doctor.settings import check_plugin
+    from verl_gndpo.doctor.environment import check_plugin
 
     return "\n".join(f"{check.detail} -> {check.remedy}" for check in check_plugin() if check.status == "error")
 

@@ -28,7 +28,7 @@ from verl.workers.utils.padding import response_to_nested
 from verl_gndpo.advantage import SignalState
 from verl_gndpo.checkpoint import load_state, save_state
 from verl_gndpo.config import SignalConfig, read_signal_config, read_teacher_config, uses_gndpo
-from verl_gndpo.doctor.settings import require
+from verl_gndpo.doctor.run import require
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.observe.monitor import SignalMonitor
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating

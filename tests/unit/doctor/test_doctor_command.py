@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verl-gndpo doctor`: what it prints and its exit code. What each check finds is in test_doctor_checks.py."""
+"""`verl-gndpo doctor`: what it prints and its exit code. What each check finds is in the files beside this one."""
 
 import os
 import subprocess
@@ -11,8 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from verl_gndpo import cli
-from verl_gndpo.doctor import settings as preflight
-from verl_gndpo.doctor.settings import Check
+from verl_gndpo.doctor.check import Check
 
 LONG_PATH = "/a/very/long/path/" + "/".join(["folder"] * 40) + "/train.parquet"
 
@@ -31,7 +30,7 @@ def found(monkeypatch):
     asked = []
 
     def pretend(*checks):
-        monkeypatch.setattr(preflight, "run_checks", lambda config: asked.append(config) or list(checks))
+        monkeypatch.setattr("verl_gndpo.doctor.run.run_checks", lambda config: asked.append(config) or list(checks))
         return asked
 
     return pretend

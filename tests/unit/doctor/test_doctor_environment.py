@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl, plugin, versions and accelerator: each problem names what, where and what to do."""
+
+import importlib.metadata
+import sys
+
+import pytest
+import ray
+import verl
+from verl.plugin.platform import get_platform
+from verl.trainer.ppo import core_algos, v1
+
+from tests.unit.doctor.helpers import errors, expect
+from verl_gndpo.doctor.environment import check_accelerator, check_plugin, check_verl, check_versions
+from verl_gndpo.doctor.run import run_checks
+
+
+@pytest.mark.parametrize("place", ["module", "metadata"])
+def test_another_verl_is_refused(monkeypatch, place):
+    if place == "module":
+        monkeypatch.setattr(verl, "__version__", "0.8.0")
+    else:
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.8.0")
+    expect(check_verl(), "error", "0.8.0", "only 0.9.1 is", "pip install verl==0.9.1")
+
+
+def test_a_verl_that_can_t_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "verl", None)
+    expect(run_checks(), "error", "verl can't be imported", "ModuleNotFoundError")
+
+
+def test_a_plugin_that_is_switched_off(monkeypatch):
+    monkeypatch.delitem(sys.modules, "verl_gndpo.plugin")
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "other")
+    expect(check_plugin(), "error", "VERL_USE_EXTERNAL_PLUGINS=other leaves it out", "unset")
+
+
+def test_a_plugin_that_is_not_installed(monkeypatch):
+    monkeypatch.delitem(sys.modules, "verl_gndpo.plugin")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [])
+    expect(check_plugin(), "error", f"not installed for {sys.executable}", "pip install verl-gndpo")
+
+
+def test_a_plugin_that_fails_shows_the_exception_that_verl_hides(monkeypatch):
+    monkeypatch.delitem(sys.modules, "verl_gndpo.plugin")
+    monkeypatch.delattr("wrapt.register_post_import_hook")
+    expect(check_plugin(), "error", "importing verl_gndpo.plugin fails", "register_post_import_hook")
+
+
+def test_registries_that_someone_else_has_changed(monkeypatch):
+    monkeypatch.delitem(core_algos.ADV_ESTIMATOR_REGISTRY, "opd")
+    monkeypatch.setitem(v1.trainer_base.TRAINER_REGISTRY, "sync", v1.PPOTrainerSync)
+    expect(check_plugin(), "error", "opd, sync")
+
+
+def test_installed_versions_against_what_the_package_asks_for(monkeypatch):
+    version = importlib.metadata.version
+    strange = {"tensordict": "0.13.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: strange.get(name) or version(name))
+    check = expect(check_versions(), "warning", "tensordict 0.13.0", "pip install")
+    assert ">=0.10.0" in check.remedy
+
+
+def test_a_rollout_engine_that_is_not_there(monkeypatch, make_config):
+    version = importlib.metadata.version
+
+    def without_vllm(name):
+        if name.startswith("vllm"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_vllm)
+    expect(check_versions(make_config()), "error", "rollout.name=vllm", "not installed")
+    config = make_config("actor_rollout_ref.rollout.name=null")
+    expect(check_versions(config), "error", "actor_rollout_ref.rollout.name is not set")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("actor_rollout_ref.rollout.load_format=dummy", ["load_format=dummy", "load_format=auto", "another model"]),
+        ("trainer.device=cuda", ["trainer.device=cuda", "trainer.device=cpu"]),
+        ("actor_rollout_ref.rollout.free_cache_engine=True", ["no sleep mode", "enable_sleep_mode=False"]),
+        ("actor_rollout_ref.rollout.enable_sleep_mode=True", ["no sleep mode", "free_cache_engine=False"]),
+        (
+            "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2",
+            ["flash_attention_2", "sdpa"],
+        ),
+    ],
+)
+def test_settings_that_need_an_accelerator(make_config, on_cpu, override, words):
+    checks = check_accelerator(make_config(override))
+    expect(checks, "error", *words)
+    assert len(errors(checks)) == 1
+
+
+def test_without_gpus_ray_has_to_be_told_a_number(make_config, on_cpu):
+    checks = check_accelerator(make_config("ray_kwargs.ray_init.num_gpus=null"))
+    expect(checks, "warning", "Ray counts fewer than 1 GPUs", "+ray_kwargs.ray_init.num_gpus=1")
+
+
+def test_a_teacher_apart_needs_a_number_of_its_own(make_config, on_cpu):
+    apart = ("teacher.placement=dedicated", "teacher.n_gpus_per_node=2")
+    expect(check_accelerator(make_config(*apart)), "warning", "than 3 GPUs", "num_gpus=3")
+    enough = check_accelerator(make_config(*apart, "ray_kwargs.ray_init.num_gpus=3"))
+    assert [check.status for check in enough] == ["ok"]
+
+
+def test_fewer_devices_than_asked_for_is_a_warning_here_and_an_error_in_the_cluster(make_config, monkeypatch):
+    config = make_config("trainer.n_gpus_per_node=64")
+    monkeypatch.setattr("verl_gndpo.doctor.environment.without_accelerator", lambda: False)
+    expect(check_accelerator(config), "warning", "visible to this process", "n_gpus_per_node=64", "head node")
+
+    kind = get_platform().ray_resource_name()
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {kind: 8.0})
+    expect(check_accelerator(config), "error", f"the Ray cluster has 8 {kind}", "n_gpus_per_node=64")
+    expect(check_accelerator(make_config()), "ok", f"the Ray cluster has 8 {kind}")

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole run: a good one passes, a bad one is an error before training that lists everything."""
+
+import logging
+
+import pytest
+from verl.trainer.ppo import v1
+
+from verl_gndpo.doctor.check import PreflightError
+from verl_gndpo.doctor.run import require, run_checks
+
+
+def test_a_good_run_passes(make_config, on_cpu):
+    config = make_config()
+    assert {check.status for check in run_checks(config)} == {"ok"}
+    require(config)
+
+
+def test_without_a_config_only_the_environment_is_checked():
+    assert {check.name for check in run_checks()} <= {"verl", "plugin", "versions", "accelerator"}
+
+
+def test_all_errors_come_in_one_message(make_config, on_cpu, tmp_path):
+    config = make_config(
+        "algorithm.gndpo.limt=1", "trainer.use_v1=False", f"data.val_files={tmp_path}/no.parquet", teacher="/no/where"
+    )
+    with pytest.raises(PreflightError) as error:
+        require(config)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "verl-gndpo: 4 error(s), nothing was started"
+    assert len(lines) == 5
+    for words in ("algorithm.gndpo.limit?", "trainer.use_v1=True", "/no/where", "no.parquet"):
+        assert words in str(error.value)
+
+
+def test_warnings_are_logged_and_don_t_stop_a_run(make_config, on_cpu, teacher, caplog):
+    (teacher / "chat_template.jinja").write_text("{{ messages }}")
+    with caplog.at_level(logging.WARNING):
+        require(make_config(teacher=teacher))
+    assert "the chat templates differ" in caplog.text
+
+
+def test_the_trainer_asks_before_it_builds_anything(make_config, on_cpu):
+    with pytest.raises(
+        PreflightError, match=r"teacher folder /no/where does not exist -> correct teacher\.model\.path"
+    ):
+        v1.get_trainer_cls("sync")(make_config(teacher="/no/where"))
