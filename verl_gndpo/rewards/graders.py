@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 from . import symbolic
-from .latex import CIRCLED, canonical, clean
+from .spelling import CIRCLED, canonical, clean
 from .quantity import agree, quantity, split_name
 
 # What is longer, deeper or has more parts is no answer, unless it is the truth to the letter.

@@ -135,7 +135,7 @@ def quantity(cleaned: str, glued_units: bool = False) -> Quantity | None:
     """The real number, with its unit, that a text stands for; None if it stands for anything else.
 
     Args:
-        cleaned: from `latex.clean`. A name and an equals sign before the number are passed over.
+        cleaned: from `spelling.clean`. A name and an equals sign before the number are passed over.
         glued_units: a letter that touches the number is a unit too (`5m`), not a variable.
     """
     text = split_name(cleaned)[1].translate(_CURRENCY)
