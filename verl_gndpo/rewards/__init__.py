@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graders for multimodal reasoning sets, for verl's `reward.custom_reward_function`.
+"""Grade answers of multimodal reasoning sets: a function for verl's `reward.custom_reward_function`.
 
     reward.custom_reward_function.path=pkg://verl_gndpo.rewards
     reward.custom_reward_function.name=compute_score
 
-verl 0.9.1 calls a plain function like this one from the executor threads of its reward workers, so it has to be safe
-in threads and must not wait for long; what needs computer algebra goes to a helper process (`symbolic`). Every key of
-the returned dict becomes a validation metric, `acc` the main one, and all rows must have the same keys.
+verl 0.9.1 calls it from the executor threads of its reward workers, so it is thread-safe and never waits for long. Each
+key of the returned dict becomes a validation metric, `acc` the main one, and all rows must have the same keys.
+
+The modules, in the order in which a response passes through them:
+
+    extract.py         find the answer, check the form
+    answer_types.py    the kinds of answer, and the kind of each data source
+    graders.py         one grader for each kind
+    spelling.py        one spelling for LaTeX, Unicode and plain text
+    choices.py         which choice a letter or a text names
+    quantity.py        real numbers with units
+    expressions.py     mathematics, as far as spelling, numbers and structure decide; structure.py splits it into parts
+    symbolic.py        the helper process for everything else; algebra.py runs in it
 """
 
 from collections.abc import Mapping
@@ -26,16 +36,16 @@ def compute_score(
     format_score: float = 0.1,
     **kwargs: Any,
 ) -> dict[str, float]:
-    """Grade one response; weighs answer and format as verl's own geo3k reward does.
+    """Grade one response, weighing answer and format as verl's own geo3k reward does.
 
     Args:
         data_source: the row's data set, a key of `ANSWER_TYPE_OF_SOURCE` unless `extra_info` names the answer type.
-        solution_str: the model's response. Whatever it is, it is graded, never an error.
+        solution_str: the model's response. It never causes an error.
         ground_truth: the row's answer, as its data set writes it.
-        extra_info: may hold `answer_type` (one of `ANSWER_TYPES`; "" for the table's), `choices` (the texts of
-            the choices A, B, C, ... in order) and `tolerance` (absolute, for numbers; 0 for the default).
+        extra_info: may hold `answer_type` (one of `ANSWER_TYPES`; "" for the source's), `choices` (the texts of
+            the choices A, B, C, ... in order) and `tolerance` (largest absolute error of a number; 0 for the default).
         format_score: weight of the format; `reward.custom_reward_function.reward_kwargs.format_score` sets it.
-        kwargs: what else verl passes (the reward model's address and tokenizer), unused.
+        kwargs: other arguments of verl's (the reward model's address and tokenizer), unused.
 
     Returns:
         score: `(1 - format_score) * acc + format_score * format`.
@@ -43,7 +53,7 @@ def compute_score(
         format: 1.0 for `<think>...</think>...\\boxed{...}`, else 0.0.
 
     Raises:
-        ValueError: no answer type for this data source, an unknown answer type, or a row without a ground truth.
+        ValueError: the data source has no answer type, the answer type is unknown, or the ground truth is missing.
         RuntimeError: the helper process for symbolic comparison doesn't start.
     """
     if not isinstance(ground_truth, str) or not ground_truth.strip():
@@ -63,7 +73,7 @@ def compute_score(
 
 
 def _given(extra_info: Mapping[str, Any], key: str, default: Any) -> Any:
-    # Parquet fills with None what a row doesn't have.
+    # Parquet stores None for keys that a row lacks.
     value = extra_info.get(key)
     return default if value is None else value
 
@@ -79,7 +89,7 @@ def _answer_type(data_source: str, ground_truth: str, choices: list[str], extra_
         return named
     if data_source not in ANSWER_TYPE_OF_SOURCE:
         raise ValueError(
-            f"no answer type is known for data_source {data_source!r}: write extra_info.answer_type into its rows "
+            f"data_source {data_source!r} has no answer type: write extra_info.answer_type into its rows "
             f"(one of {', '.join(ANSWER_TYPES)}), or use a data_source of "
             "verl_gndpo.rewards.answer_types.ANSWER_TYPE_OF_SOURCE"
         )

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the helper process of `symbolic` runs: math-verify on what no cheaper comparison decides."""
+"""Compare expressions with math-verify, in `symbolic`'s helper process only: it may take long or fill memory."""
 
 import re
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Float, Union
+from sympy import Basic, Float, Set, Union
 
-from .graders import same
+from .expressions import same
 from .quantity import Quantity, agree, quantity
 
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*°")
-# Units are taken care of before; math-verify's own rule takes letters for them that are variables.
+# `quantity` handles units. math-verify's own rule for units would remove letters that are variables.
 _EXTRACTION = [LatexExtractionConfig(normalization_config=NormalizationConfig(boxed="none"))]
 _OR = re.compile(r"\s+or\s+")
 
 
 def compare(answer: str, truth: str, tolerance: float) -> bool:
-    """`graders.same` with computer algebra."""
+    """Return `expressions.same` with computer algebra for what it leaves undecided."""
     return same(answer, truth, tolerance, _equal)
 
 
@@ -36,11 +36,18 @@ def _parse(text: str) -> Basic | None:
     alternatives = _OR.split(text)
     if len(alternatives) > 1:
         # x < 1 or x > 2 is a union of intervals.
-        return Union(*(_parse(alternative).as_set() for alternative in alternatives))
+        return Union(*map(_solve, alternatives))
     # Degrees count only under a function; elsewhere they are a unit.
     text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})" if _TRIGONOMETRIC.search(text) else r"\1", text)
     found = parse(f"${text}$", _EXTRACTION, fallback_mode="no_fallback", parsing_timeout=None)
     return found[0] if found else None
+
+
+def _solve(text: str) -> Set:
+    expression = _parse(text)
+    if expression is None:
+        raise ValueError(f"{text!r} is not mathematics")
+    return expression.as_set()
 
 
 def _constant(expression: Basic) -> Quantity | None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the answer stands in a response, and whether the response has the asked-for form. Linear in its length."""
+"""Find the answer in a response and check the response's form. Both take time linear in its length."""
 
 import re
 
-# Answers stand at the end; what lies further back than this is not searched.
+# Only this much of the end is searched: answers come last.
 TAIL_CHARS = 100_000
 PHRASE_CHARS = 4_000
-# A whole response up to this length may be the bare answer.
+# A response up to this length may be the bare answer.
 SHORT_CHARS = 100
 
 _BOX_TOKEN = re.compile(r"(?P<box>\\?(?:boxed|fbox)\s*\{)|\\[^a-zA-Z]|(?P<open>\{)|(?P<close>\})")
@@ -18,7 +18,7 @@ _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|。")
 
 
 def well_formed(text: str) -> bool:
-    """Whether a response is `<think>...</think>...\\boxed{...}...`, as verl's geo3k reward checks it."""
+    """Return True if a response is `<think>...</think>...\\boxed{...}...`, as verl's geo3k reward checks it."""
     if not text.startswith("<think>"):
         return False
     end = text.find("</think>", len("<think>"))
@@ -27,15 +27,15 @@ def well_formed(text: str) -> bool:
 
 
 def answer_of(text: str) -> str | None:
-    """The answer that a response gives, None if it gives none.
+    """Return the answer that a response gives, None if it gives none.
 
-    In this order, in what follows the last `</think>` if there is one:
+    Searches the text after the last `</think>`, or the whole response if there is none, in this order:
 
-    1. the `\\boxed{...}` or `\\fbox{...}` that ends last, braces balanced; one cut off by truncation doesn't count;
-    2. a `\\boxed` without braces: the word after it;
+    1. the `\\boxed{...}` or `\\fbox{...}` that ends last, with balanced braces; a truncated box doesn't count;
+    2. the word after the last `\\boxed` without braces;
     3. the last `<answer>...</answer>`;
-    4. what follows the last "answer is", "answer:", "option is", ... up to the end of the sentence or line;
-    5. everything, if it is short.
+    4. the text after the last "answer is", "answer:", "option is", ... up to the end of the sentence or line;
+    5. the whole text, if it is short.
     """
     text = text.rpartition("</think>")[2][-TAIL_CHARS:]
     box = _last_box(text)
@@ -46,13 +46,14 @@ def answer_of(text: str) -> str | None:
         return bare[-1]
     _, tag, answer = text.rpartition("</answer>")[0].rpartition("<answer>")
     found = answer if tag else _by_phrase(text)
-    # An unclosed box is a truncated answer, wherever it stands.
+    # An unclosed box is a truncated answer.
     return None if found is None or "boxed" in found or "fbox" in found else found.strip()
 
 
 def _last_box(text: str) -> str | None:
     last = None
-    unclosed = []
+    # Where the open braces' contents start; None for a brace that is no box's.
+    unclosed: list[int | None] = []
     for token in _BOX_TOKEN.finditer(text):
         if token["box"]:
             unclosed.append(token.end())

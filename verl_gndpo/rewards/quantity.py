@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real numbers with units: read from LaTeX or plain text without computer algebra, in microseconds, and compared."""
+"""Read real numbers with units from LaTeX or plain text, and compare them. Takes microseconds, no computer algebra."""
 
 import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-# Between numbers of which one is a decimal: an answer rounded to four significant digits agrees with the exact value.
+# If at least one number is a decimal. An answer rounded to four significant digits agrees with the exact value.
 RELATIVE_TOLERANCE = 1e-3
-# A truth printed with few decimals also accepts what rounds to it (9.2736 for 9.3), unless that is a wide range (0.5).
+# A truth with few decimals also accepts numbers that round to it (9.2736 for 9.3), unless half a unit of its last
+# decimal is more than this share of it (0.54 for 0.5).
 ROUNDING_RANGE = 0.02
 MAX_DIGITS = 400
 MAX_DEPTH = 20
+# Larger powers are computed in floating point.
 _MAX_BITS = 4096
 
 _UNIT_NAMES = {
@@ -65,7 +67,7 @@ _CHINESE_UNITS = {"毫米": "mm", "厘米": "cm", "分米": "dm", "米": "m", "�
 }
 _UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()} | _CHINESE_UNITS
 _POWERS = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cubed": "3", "平方": "2", "立方": "3"}
-_SCALES = {
+_SCALES: dict[str, Fraction | int] = {
     "quarter": Fraction(1, 4),
     "third": Fraction(1, 3),
     "half": Fraction(1, 2),
@@ -79,15 +81,16 @@ _SCALES = {
     "亿": 10**8,
 }
 _SCALES |= {name + "s": scale for name, scale in _SCALES.items() if name.isascii()} | {"halves": Fraction(1, 2)}
-# With these a number isn't what is meant; without meaning, because every answer may have them, are "units".
+# Words that show that the answer is not just a number.
 _NO_UNIT = re.compile(r"(?:not?|nor|never|none|wrong|incorrect|false|except|without|plus|minus|over|than)$|.*[不非错]")
+# Any answer may have these.
 _ANY_UNIT = re.compile(r"units?$")
 _PLURAL = re.compile(r"(?:ies|es|s|e|y)+$")
 _UNIT_TOKEN = re.compile(
     r"\s*(?:\^\s*\{?\s*(?P<power>-?[1-3])\s*\}?|(?P<word>平方|立方|[万亿]|[^\W\d_]+|[°%])\.?|(?P<per>/))"
 )
 _CURRENCY = dict.fromkeys(map(ord, "£€¥"))
-# Of a temperature scale or of the compass.
+# A temperature scale or a direction.
 _AFTER_DEGREES = re.compile(r"[CFTNSEW]")
 
 _NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|\.(?!\d))?(?:[eE][+-]?\d{1,3}(?![\d.]))?")
@@ -103,17 +106,23 @@ _SEPARATOR = re.compile(r"[,;\n]|\b(?:and|or)\b")
 
 @dataclass(frozen=True)
 class Quantity:
-    """A real number; whether it is exact (no decimal point); how many decimals it is printed with; its words."""
+    """A real number with its words.
+
+    Attributes:
+        value: the number, multiplied by words such as "million" and "half".
+        exact: True if it was written without a decimal point.
+        decimals: number of decimals if it was written as a plain decimal number, else None.
+        units: its unit, what it counts, a direction.
+    """
 
     value: Fraction | float
     exact: bool
     decimals: int | None = None
-    # Its unit, what is counted, a direction.
     units: frozenset[str] = frozenset()
 
 
 def split_name(cleaned: str) -> tuple[str, str]:
-    """`("x", "5")` for `x = 5`; `("", text)` where nothing that could be a name stands before an equals sign."""
+    """Split `x = 5` into `("x", "5")`. Return `("", cleaned)` if no name and equals sign come first."""
     name, equals, value = cleaned.partition("=")
     name = name.strip()
     if (
@@ -132,24 +141,24 @@ def split_name(cleaned: str) -> tuple[str, str]:
 
 
 def quantity(cleaned: str, glued_units: bool = False) -> Quantity | None:
-    """The real number, with its unit, that a text stands for; None if it stands for anything else.
+    """Return the real number, with its unit, that a text is; None if it is anything else.
 
     Args:
-        cleaned: from `spelling.clean`. A name and an equals sign before the number are passed over.
-        glued_units: a letter that touches the number is a unit too (`5m`), not a variable.
+        cleaned: from `spelling.clean`. A name and an equals sign before the number are skipped.
+        glued_units: read a letter that touches the number as a unit (`5m`), not as a variable.
     """
     text = split_name(cleaned)[1].translate(_CURRENCY)
     if sum(map(str.isdigit, text)) > MAX_DIGITS:
         return None
     if text.count("=") == 1:
-        # 2 + 3 = 5 and 2√5 ≈ 4.47, if true.
-        exact, value = (quantity(side, glued_units) for side in text.split("="))
-        return exact if exact and value and agree(exact, value) else None
+        # 2 + 3 = 5 and 2√5 ≈ 4.47, if they are true.
+        first, second = (quantity(side, glued_units) for side in text.split("="))
+        return first if first and second and agree(first, second) else None
     if text.count(":") == 1:
-        terms = [quantity(term) for term in text.split(":")]
-        if any(term is None or term.units for term in terms) or terms[1].value == 0:
+        first, second = (quantity(term) for term in text.split(":"))
+        if first is None or second is None or first.units or second.units or second.value == 0:
             return None
-        return Quantity(terms[0].value / terms[1].value, all(term.exact for term in terms))
+        return Quantity(first.value / second.value, first.exact and second.exact)
     reader = _Reader(text)
     try:
         value = reader.sum()
@@ -167,14 +176,14 @@ def quantity(cleaned: str, glued_units: bool = False) -> Quantity | None:
 
 
 def agree(answer: Quantity, truth: Quantity, tolerance: float = 0.0) -> bool:
-    """Whether an answer is the truth, as far as the truth is known.
+    """Return True if an answer equals the ground truth within the precision to which the ground truth is known.
 
-    Units are not converted: if both name one, it must be the same; if one names none, it counts for nothing. The same
-    holds for things counted and directions. A per cent sign that only one of them has may stand for a hundredth.
+    Units are not converted. If both numbers have a unit, it must be the same; if only one has, the unit is ignored. The
+    same holds for things counted and for directions. If only one has a per cent sign, it may stand for a hundredth.
 
     Args:
-        tolerance: absolute, if positive. Without: exact numbers and whole ones must be equal; otherwise within
-            `RELATIVE_TOLERANCE`, or within half a unit of the truth's last decimal (see `ROUNDING_RANGE`).
+        tolerance: largest absolute error, if positive. If 0, exact numbers and whole numbers must be equal; others may
+            differ by `RELATIVE_TOLERANCE`, or by half a unit of the truth's last decimal (see `ROUNDING_RANGE`).
     """
     if not (answer.units <= truth.units or answer.units >= truth.units):
         return False
@@ -185,14 +194,14 @@ def agree(answer: Quantity, truth: Quantity, tolerance: float = 0.0) -> bool:
 
 
 def _close(value: Fraction | float, exact: bool, truth: Quantity, tolerance: float) -> bool:
-    difference, size = abs(value - truth.value), abs(truth.value)
+    difference, size = _absolute(value - truth.value), _absolute(truth.value)
     if tolerance > 0:
         return difference <= tolerance * (1 + 1e-9)
     if isinstance(difference, Fraction) and ((exact and truth.exact) or value % 1 == 0 == truth.value % 1):
         return difference == 0
     if truth.exact and (exact or truth.value % 1 == 0):
         return difference <= 1e-9 * max(size, 1e-3)
-    allowed = RELATIVE_TOLERANCE * size
+    allowed: Fraction | float = RELATIVE_TOLERANCE * size
     if truth.decimals:
         half_unit = 0.5 * 10.0**-truth.decimals
         if half_unit <= ROUNDING_RANGE * size:
@@ -200,20 +209,35 @@ def _close(value: Fraction | float, exact: bool, truth: Quantity, tolerance: flo
     return difference <= allowed * (1 + 1e-9)
 
 
+def _absolute(value: Fraction | float) -> Fraction | float:
+    return -value if value < 0 else value
+
+
 def _units(rest: str, glued: bool) -> tuple[Fraction | int, frozenset[str]] | None:
-    """What the words after a number multiply it by, its unit and other words; None if the text is something else."""
+    """Read the words after a number.
+
+    Args:
+        glued: as `glued_units` of `quantity`.
+
+    Returns:
+        the factor by which they multiply the number, and its unit and other words; None if they are anything else.
+    """
     if len(rest) > 40:
         return None
     rest = rest.replace("{", " ").replace("}", " ")
-    apart, at, scale, words, things, power = glued or rest[:1].isspace(), 0, 1, [], set(), ""
-    rest = rest.strip()
+    separate = glued or rest[:1].isspace()
+    scale: Fraction | int = 1
+    words: list[str] = []
+    things: set[str] = set()
+    power = ""
+    at, rest = 0, rest.strip()
     while at < len(rest):
         token = _UNIT_TOKEN.match(rest, at)
         if token is None:
             return None
         at = token.end()
         word = token["word"]
-        chinese = word is not None and word >= "\u4e00"
+        chinese = bool(word) and word >= "\u4e00"
         if token["power"]:
             if token["power"].startswith("-"):
                 words.insert(-1, "/")
@@ -222,16 +246,16 @@ def _units(rest: str, glued: bool) -> tuple[Fraction | int, frozenset[str]] | No
             words.append("/")
         elif word.lower() in _POWERS:
             power += _POWERS[word.lower()]
-        elif word.lower() in _SCALES and (apart or chinese):
+        elif word.lower() in _SCALES and (separate or chinese):
             scale *= _SCALES[word.lower()]
         elif words == ["°"] and _AFTER_DEGREES.fullmatch(word):
             things.add(word)
         elif word in _UNITS or (word.lower() in _UNITS and len(word) > 1):
-            # A letter that touches the number is a variable; m alone is more often metres.
-            if len(word) == 1 and word.isascii() and word.isalpha() and word != "m" and not apart:
+            # A letter that touches the number is a variable, except m, which is more often metres.
+            if len(word) == 1 and word.isascii() and word.isalpha() and word != "m" and not separate:
                 return None
             words.append(_UNITS.get(word) or _UNITS[word.lower()])
-        elif ((len(word) < 3 or not apart) and not chinese) or _NO_UNIT.match(word.lower()):
+        elif ((len(word) < 3 or not separate) and not chinese) or _NO_UNIT.match(word.lower()):
             return None
         else:
             things.add("" if _ANY_UNIT.match(word.lower()) else _PLURAL.sub("", word.lower()))
@@ -243,19 +267,22 @@ def _units(rest: str, glued: bool) -> tuple[Fraction | int, frozenset[str]] | No
 
 
 class _NotANumber(Exception):
-    pass
+    """The text is not a constant expression that `_Reader` can evaluate."""
 
 
 class _Reader:
-    """Recursive descent over a constant expression. Stops before what it can't read, which may be a unit."""
+    """Evaluate a constant expression by recursive descent. Stops before what it can't read, which may be a unit.
 
-    def __init__(self, text: str):
+    Its methods raise `_NotANumber`, or ArithmeticError and ValueError as arithmetic does.
+    """
+
+    def __init__(self, text: str) -> None:
         self.text, self.at, self.depth = text, 0, 0
 
-    def peek(self, pattern: str) -> re.Match | None:
+    def peek(self, pattern: str) -> re.Match[str] | None:
         return re.compile(r"\s*(?:" + pattern + ")").match(self.text, self.at)
 
-    def take(self, pattern: str) -> re.Match | None:
+    def take(self, pattern: str) -> re.Match[str] | None:
         found = self.peek(pattern)
         if found:
             self.at = found.end()
@@ -293,7 +320,7 @@ class _Reader:
             exponent = self.signed() if self.peek("-") else self.atom()
             if isinstance(base, Fraction) and exponent == int(exponent):
                 bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-                if bits * abs(exponent) <= _MAX_BITS:
+                if bits * abs(int(exponent)) <= _MAX_BITS:
                     return base ** int(exponent)
             return _power(float(base), float(exponent))
         return base

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One spelling for what LaTeX, Unicode and plain text write in many ways. No meaning is looked at here."""
+"""Bring LaTeX, Unicode and plain text to one spelling. Nothing here looks at the meaning."""
 
 import re
 import unicodedata
+from collections.abc import Callable
 
-_SCRIPTS = [
-    (re.compile(f"[{characters}]+"), mark, str.maketrans(characters, "0123456789-"))
-    for mark, characters in (("^", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"), ("_", "₀₁₂₃₄₅₆₇₈₉₋"))
-]
+_Rewrite = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
+"""A pattern and its replacement."""
+
+
+def _script(mark: str, characters: str) -> _Rewrite:
+    plain = str.maketrans(characters, "0123456789-")
+    return re.compile(f"[{characters}]+"), lambda m: f"{mark}{{{m[0].translate(plain)}}}"
+
+
+_SCRIPTS = [_script("^", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"), _script("_", "₀₁₂₃₄₅₆₇₈₉₋")]
 _VULGAR_FRACTION = re.compile("([\u00bc-\u00be\u2150-\u215e])")
 _SYMBOLS = str.maketrans(
     {
@@ -54,7 +61,7 @@ _SYMBOLS = str.maketrans(
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")
 )
 CIRCLED = re.compile(r"[①-⑳](?:[\s,;，、；]*[①-⑳])*")
-# Simultaneous equations, one a line.
+# Simultaneous equations, one per line.
 _SYSTEM = re.compile(
     r"\s*(?:\\left)?(?:\\\{)?\s*\\begin\{(?P<env>cases|array)\}(?:\{[lcr]*\})?(?P<lines>[^&]*)\\end\{(?P=env)\}"
     r"\s*(?:\\right\s*\.)?\s*"
@@ -63,7 +70,7 @@ _REPEATING = re.compile(
     r"(?P<whole>\d{1,15})\.(?P<fixed>\d{0,15})\\(?:overline|bar|dot)\s*"
     r"(?:\{\s*(?P<group>\d{1,15})\s*\}|(?P<digit>\d))(?:(?P<between>\d{0,15})\\dot\s*\{?\s*(?P<last>\d)\s*\}?)?"
 )
-_REWRITES = [
+_REWRITES: list[_Rewrite] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\\$|\$", ""),
@@ -72,7 +79,7 @@ _REWRITES = [
         (r"\^\s*\{?\s*((?:\\prime(?![a-zA-Z])\s*)+)\}?", lambda m: "'" * m[1].count("p")),
         (r"\\[()\[\]]", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\s*\.?", ""),
-        # Thin spaces and {,} inside a number group its digits.
+        # Thin spaces and {,} group the digits of a number.
         (r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})", ""),
         (r"\\[,;:! ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -97,31 +104,33 @@ _UPRIGHT = re.compile(
 )
 _UNITARY_GROUP = re.compile(r"\{([^\\{}])\}")
 _SPACE_BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
+_PUNCTUATION = re.compile(r"[\"'“”‘’()\[\]{}!?;:*\\]|[.,](?!\d)|(?<!\d)[.,]|(?<=[^\W\d])-(?=[^\W\d])")
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b(?=\s+\S)")
 
 
 def clean(text: str) -> str:
-    """Unicode and LaTeX variants in one spelling, without dollars, spacing commands, text wrappers and a full stop.
+    """Return a text in one spelling, without dollars, spacing commands, text wrappers and the final full stop.
 
-    `°` stands for degrees, `**` between operands becomes `^`, an approximation sign becomes `=`.
+    Degrees become `°`, `**` between operands becomes `^`, and an approximation sign becomes `=`.
     """
     system = _SYSTEM.fullmatch(text.replace("$", ""))
     if system:
         text = system["lines"].strip().removesuffix(r"\\").replace(r"\\", ", ")
     text = CIRCLED.sub(lambda m: ", ".join(re.findall(r"[①-⑳]", m[0])), text)
-    for script, mark, plain in _SCRIPTS:
-        text = script.sub(lambda m, mark=mark, plain=plain: f"{mark}{{{m[0].translate(plain)}}}", text)
+    for pattern, replacement in _SCRIPTS:
+        text = pattern.sub(replacement, text)
     text = unicodedata.normalize("NFKC", _VULGAR_FRACTION.sub(r" \1", text)).translate(_SYMBOLS)
     text = _REPEATING.sub(_fraction, text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     unwrapped = None
     while unwrapped != text:
-        # Innermost first. Spaces, so that `3\mathrm{m}` keeps a unit apart from a variable.
+        # Innermost first. The spaces keep the unit in `3\mathrm{m}` from becoming a variable.
         unwrapped, text = text, _UPRIGHT.sub(r" \1 ", text)
     return text.strip().rstrip(".,; \n")
 
 
-def _fraction(repeating: re.Match) -> str:
+def _fraction(repeating: re.Match[str]) -> str:
     before = repeating["whole"] + repeating["fixed"]
     period = (repeating["group"] or repeating["digit"]) + (repeating["between"] or "") + (repeating["last"] or "")
     denominator = 10 ** len(repeating["fixed"]) * (10 ** len(period) - 1)
@@ -129,7 +138,22 @@ def _fraction(repeating: re.Match) -> str:
 
 
 def canonical(cleaned: str) -> str:
-    """A key that two spellings of one expression share: no space that has no meaning, no braces round one character."""
+    """Remove the spaces that have no meaning, and braces round one character, from a cleaned text.
+
+    Returns:
+        a key that different spellings of one expression share.
+    """
     text = _SPACE_BETWEEN_DIGITS.sub("\0", cleaned)
     text = _UNITARY_GROUP.sub(r"\1", re.sub(r"\s+", "", text))
     return text.replace("\0", " ")
+
+
+def same_words(answer: str, truth: str) -> bool:
+    """Return True if two cleaned texts differ only in case, spacing, punctuation and articles."""
+    words, words_truth = _words(answer), _words(truth)
+    return words == words_truth if words_truth else canonical(answer) == canonical(truth)
+
+
+def _words(cleaned: str) -> str:
+    words = " ".join(_PUNCTUATION.sub(" ", cleaned.casefold()).split())
+    return _ARTICLE.sub("", words).replace("  ", " ").strip()

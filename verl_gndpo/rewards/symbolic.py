@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparison by computer algebra, in a helper process: model output can keep sympy busy for ever or fill the memory.
+"""Compare by computer algebra, in a helper process: model output can keep sympy busy for ever or fill the memory.
 
 math-verify limits its time with SIGALRM, which only a main thread can use, and verl grades in executor threads. So each
-process that grades starts, at its first need, one helper (sympy and math-verify, neither torch nor verl). The helper
-stays idle and forks a child that does the work; a child that runs out of time or memory is killed by the kernel, and
-its successor is there in milliseconds, with everything imported. Both end when the grading process does.
+process that grades starts one helper when it first needs one. The helper imports sympy and math-verify, but neither
+torch nor verl. It forks a child that does the work and waits for it. The kernel kills a child that runs out of time or
+memory, and the helper forks the next one in milliseconds, with everything imported. Helper and child end with the
+process that grades.
 """
 
 import atexit
@@ -13,35 +14,51 @@ import io
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from typing import IO, NoReturn
+
+from .spelling import clean
 
 logger = logging.getLogger(__name__)
 
-# Of processor time, so that a busy machine doesn't change a grade; by the clock it is WALL_FACTOR times as much.
+# Limit per comparison, in seconds of processor time, so that a busy machine doesn't change a grade.
 TIME_LIMIT_S = 2.0
+# The limit on elapsed time is this many times as long.
 WALL_FACTOR = 4
 MEMORY_LIMIT_BYTES = 1 << 30
 START_LIMIT_S = 120.0
-# Bounds what sympy's caches grow to.
+# Limits the growth of sympy's caches.
 COMPARISONS_PER_CHILD = 2_000
+
+# Answers that computer algebra would only lose seconds on, until it ran into its limits.
+MAX_CHARS = 1_000
+_HOPELESS = re.compile(
+    r"\d{60}|\d{4}\s*\}?\s*!|!\s*!|\^\s*[{(]?\s*[-+]?\s*\d{4}|\d\s*\}?\s*\^\s*[{(]?\s*\d+\s*\}?\s*\^\s*[{(]?\s*\d"
+)
 
 _READY, _YES, _NO, _KILLED = b"R", b"Y", b"N", b"K"
 
 timeouts = 0
-"""How many comparisons of this process ran out of time or memory (each graded 0)."""
+"""Number of this process's comparisons that ran out of time or memory. Each is graded 0."""
+
+
+def is_hopeless(answer: str) -> bool:
+    """Return True if computer algebra shouldn't be asked, because the answer is too long or has too large numbers."""
+    return len(answer) > MAX_CHARS or _HOPELESS.search(clean(answer)) is not None
 
 
 @functools.lru_cache(maxsize=8192)
 def equal(answer: str, truth: str, tolerance: float) -> bool:
-    """Whether `graders.same` holds, with computer algebra where it needs it, within the limits of this module.
+    """Return `algebra.compare` from the helper process, False if it runs out of time or memory.
 
     Raises:
-        RuntimeError: the helper process doesn't start, or something kills it again and again.
+        RuntimeError: the helper process doesn't start, or something kills it twice in a row.
     """
     global timeouts
     reply = _helper.ask(json.dumps([answer, truth, tolerance]).encode() + b"\n")
@@ -50,7 +67,7 @@ def equal(answer: str, truth: str, tolerance: float) -> bool:
         if timeouts == 1:
             logger.warning(
                 "a symbolic comparison ran out of its %s s or %d MiB and is graded 0: answer %.80r, truth %.80r. "
-                "Said once a process; verl_gndpo.rewards.symbolic.timeouts counts them",
+                "Logged once per process; verl_gndpo.rewards.symbolic.timeouts counts them",
                 TIME_LIMIT_S,
                 MEMORY_LIMIT_BYTES >> 20,
                 answer,
@@ -60,25 +77,26 @@ def equal(answer: str, truth: str, tolerance: float) -> bool:
 
 
 class _Helper:
-    """The grading process's side: one request at a time, whichever thread asks."""
+    """Start the helper process and send it requests, one at a time, from any thread."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.process = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: bytes) -> bytes:
         with self.lock:
-            # Twice: something outside, such as the machine's out-of-memory killer, may have ended an idle helper.
+            # Try twice: something such as the machine's out-of-memory killer may have ended an idle helper.
             for _ in range(2):
                 if self.process is None:
                     self.process = self._start()
                 try:
-                    self.process.stdin.write(request)
-                    reply = self.process.stdout.read(1)
+                    requests, replies = _pipes(self.process)
+                    requests.write(request)
+                    reply = replies.read(1)
                 except BrokenPipeError:
                     reply = b""
                 except BaseException:
-                    # The reply still to come would be taken for the next request's.
+                    # The next request would take the reply that is still to come for its own.
                     self.close()
                     raise
                 if reply:
@@ -89,20 +107,20 @@ class _Helper:
             "such as the machine's out-of-memory killer"
         )
 
-    def _start(self) -> subprocess.Popen:
+    def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve({TIME_LIMIT_S})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # What this process can import, its helper can.
+            # The helper can import what this process can.
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            # Ctrl-C is for the grading process; the helper follows it.
+            # Ctrl-C reaches only the grading process, and the helper ends with it.
             start_new_session=True,
         )
         watchdog = threading.Timer(START_LIMIT_S, process.kill)
         watchdog.start()
-        ready = process.stdout.read(1)
+        ready = _pipes(process)[1].read(1)
         watchdog.cancel()
         if ready != _READY:
             process.kill()
@@ -112,39 +130,50 @@ class _Helper:
             )
         return process
 
-    def close(self):
+    def close(self) -> None:
         process, self.process = self.process, None
         if process is not None:
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in _pipes(process):
+                pipe.close()
             process.kill()
             process.wait()
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """Return the pipes to and from a helper."""
+    assert process.stdin and process.stdout
+    return process.stdin, process.stdout
 
 
 _helper = _Helper()
 atexit.register(lambda: _helper.close())
 
 
-def _after_fork():
-    # The parent keeps its helper. A copy of the pipe left open here would keep that helper alive after its parent.
+def _after_fork() -> None:
+    # The helper stays the parent's. An open copy of its pipe in this process would keep it alive after the parent.
     global _helper
     inherited = _helper.process
     _helper = _Helper()
     if inherited is not None:
-        inherited.stdin.close()
-        inherited.stdout.close()
-        # Not this process's child: nothing to wait for.
+        for pipe in _pipes(inherited):
+            pipe.close()
+        # It is not this process's child, so there is nothing to wait for.
         inherited.returncode = 0
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def serve(time_limit_s: float):
-    """The helper: says that it is ready, then keeps one child at work until there is no more input."""
+def serve(time_limit_s: float) -> None:
+    """Run the helper: say that it is ready, then keep one child at work until the input ends.
+
+    Args:
+        time_limit_s: processor time per comparison.
+    """
+    # Only the helper may import sympy and math-verify: they take 0.5 s and 60 MB.
     from .algebra import compare
 
-    # What libraries print must not be taken for a reply, nor fill the log of a run.
+    # Output of libraries must neither be taken for a reply nor fill the log of a run.
     replies = os.dup(1)
     os.write(replies, _READY)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -165,11 +194,13 @@ def serve(time_limit_s: float):
 _RENEW = 3
 
 
-def _work(requests: io.FileIO, replies: int, compare: Callable[[str, str, float], bool], time_limit_s: float):
+def _work(
+    requests: io.FileIO, replies: int, compare: Callable[[str, str, float], bool], time_limit_s: float
+) -> NoReturn:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    # The thread that started the helper may have blocked or ignored them.
+    # The thread that started the helper may block or ignore the timers' signals.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
@@ -184,7 +215,7 @@ def _work(requests: io.FileIO, replies: int, compare: Callable[[str, str, float]
         except MemoryError:
             os._exit(1)
         except Exception:
-            # sympy and its parsers raise about anything on what is no mathematics.
+            # sympy and its parsers raise all kinds of errors on text that is not mathematics.
             same = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)

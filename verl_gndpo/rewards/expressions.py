@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare mathematics by spelling, numbers and structure, as far as these can decide."""
+
+import re
+from collections.abc import Callable
+
+from .quantity import agree, quantity, split_name
+from .spelling import canonical, clean, same_words
+from .structure import read_group, split_blanks, split_solutions
+
+# A list with more elements than this is no answer.
+MAX_ELEMENTS = 50
+
+Leaf = Callable[[str, str, float], bool]
+"""Decides what nothing else could: (answer, truth, tolerance), both cleaned."""
+
+_GEOMETRIC = re.compile(r"\\(?:angle|triangle)(?![a-zA-Z])|\bangles?\b|\\(?:overline|widehat)\s*(?=\{)")
+_PRIMED = re.compile(r"([A-Za-z)}\]])\s*('+)(?![a-z])(?<![a-z]{2}')")
+_POINT = re.compile(r"^([A-Z]'?)\s*(?=\([^(),]*,[^()]*\)$)")
+# Two different names of one kind name two different things. The first five kinds can also be values: the number of an
+# angle, a letter, a Greek letter, a segment, an angle or triangle. The others, functions and ratios, are only names.
+_NAME_KINDS = [
+    re.compile(kind)
+    for kind in (
+        r"\d",
+        r"[A-Za-z]'*",
+        r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|tau|(?:var)?phi|psi|omega)'*",
+        r"(?:[A-Z]'*){2}",
+        r"(?:[A-Z]'*){3}",
+        r"\\[a-zA-Z]+'*",
+        r"[a-zA-Z]'*\([^()]+\)",
+        r"[^:]+:[^:]+",
+    )
+]
+_VALUE_KINDS = 5
+_POINTS_KINDS = (3, 4)
+_INDEX = re.compile(r"_?\{?\d+\}?$")
+_CAPITAL = re.compile(r"[A-Z]'*")
+_LETTER_RUN = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
+_CASELESS = re.compile(r"[a-zA-Z]*[a-z]{3}[a-zA-Z]*|(?i:no)")
+_UNIT_TAIL = re.compile(r"\s+(?:(?:square|cubic)\s+)?(?:units?|[cmk]m|inch(?:es)?|feet)(?:\s*\^\s*\{?\s*[23]\s*\}?)?$")
+# These may stand for several solutions without a comma.
+_SEVERAL = re.compile(r"\\(?:pm|mp|cup|le|ge|\{)(?![a-zA-Z])|[<>]")
+_WORD = re.compile(
+    r"(?<![\\a-zA-Z])(?<!begin\{)(?<!end\{)"
+    r"(?!(?:sinh|cosh|tanh|arcsin|arccos|arctan|sqrt)(?![a-z]))[a-zA-Z]{4}"
+)
+_TWO_NUMBERS = re.compile(r"(?<![_\d])\d+\s+\d")
+_LETTERS_ONLY = re.compile(r"[^\W\d_]{2,}")
+
+
+def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
+    """Return True if an answer and a ground truth are the same mathematics.
+
+    Semicolons and line breaks separate the blanks of a question, whose order counts. Commas, "and" and "or" separate
+    solutions, whose order doesn't. Order and brackets count in points and intervals; order doesn't in sets.
+
+    Args:
+        answer, truth: as the model and the data set wrote them.
+        tolerance: as for `quantity.agree`.
+        leaf: decides the pairs that spelling, numbers and structure leave undecided.
+    """
+    answer, truth = clean(answer), clean(truth)
+    equated, equated_truth = _equated_names(answer), _equated_names(truth)
+    if equated and equated_truth:
+        return equated == equated_truth
+    answer, truth = (_POINT.sub(r"\1=", _GEOMETRIC.sub(" ", text).strip()) for text in (answer, truth))
+    if canonical(answer) == canonical(truth):
+        return bool(truth)
+    given, wanted = quantity(answer), quantity(truth)
+    if given is not None and wanted is not None:
+        return not _other_name(answer, truth) and agree(given, wanted, tolerance)
+
+    blanks = split_blanks(truth)
+    truths = blanks if len(blanks) > 1 else split_solutions(truth)
+    answers = split_blanks(answer)
+    if len(answers) == 1 or truths is not blanks:
+        answers = [solution for blank in answers for solution in split_solutions(blank)]
+    if len(answers) > 1 and len(truths) > 1:
+        return _same_elements(answers, truths, truths is blanks, tolerance, leaf)
+    if len(answers) != len(truths) and not _SEVERAL.search(answer + truth):
+        return False
+    terms, terms_truth = answer.split(":"), truth.split(":")
+    if max(len(terms), len(terms_truth)) > 2:
+        return len(terms) == len(terms_truth) and (
+            _same_elements(terms, terms_truth, True, tolerance, leaf)
+            or _same_elements(_over_first(terms), _over_first(terms_truth), True, tolerance, leaf)
+        )
+    group, group_truth = read_group(answer), read_group(truth)
+    if group and group_truth:
+        ordered = group.brackets != (r"\{", r"\}")
+        return group.brackets == group_truth.brackets and _same_elements(
+            group.elements, group_truth.elements, ordered, tolerance, leaf
+        )
+
+    (name, value), (name_truth, value_truth) = split_name(answer), split_name(truth)
+    if name and name_truth:
+        return not _other_name(answer, truth) and same(value, value_truth, tolerance, leaf)
+    if name and "=" not in truth:
+        return same(value, truth, tolerance, leaf)
+    if name_truth and "=" not in answer:
+        return same(answer, value_truth, tolerance, leaf)
+    if _other_letters(answer, truth):
+        return False
+    answer, truth = _UNIT_TAIL.sub("", answer), _UNIT_TAIL.sub("", truth)
+    keys = canonical(answer), canonical(truth)
+    if all(map(_LETTERS_ONLY.fullmatch, keys)) or any(map(_WORD.search, (answer, truth))):
+        points = _read_name(answer)
+        return same_words(answer, truth) or bool(points and points[0] in _POINTS_KINDS and points == _read_name(truth))
+    if any(map(_TWO_NUMBERS.search, (answer, truth))):
+        # Parsers read the space as a product or a sum.
+        return False
+    return leaf(answer, truth, tolerance)
+
+
+def _other_name(answer: str, truth: str) -> bool:
+    """Return True if x = 5 is compared with y = 5. "h = 5" and "height = 5" may be the same."""
+    name, name_truth = (_read_name(split_name(side)[0]) for side in (answer, truth))
+    return name is not None and name_truth is not None and name[0] == name_truth[0] and name != name_truth
+
+
+def _read_name(text: str) -> tuple[int, str] | None:
+    """Return the kind and the normal form of a name, None if it is of no known kind.
+
+    A segment, angle or triangle can be named in two directions, which have one normal form.
+    """
+    name = canonical(_GEOMETRIC.sub(" ", text)).replace("{", "").replace("}", "")
+    for kind, pattern in enumerate(_NAME_KINDS):
+        if pattern.fullmatch(name):
+            backwards = "".join(reversed(_CAPITAL.findall(name)))
+            return kind, min(name, backwards) if kind in _POINTS_KINDS else name
+    return None
+
+
+def _equated_names(cleaned: str) -> list[tuple[int, str]] | None:
+    """Return the sides of AB = CD in a fixed order, None if a side is anything but a name."""
+    sides = cleaned.split("=")
+    if not 1 < len(sides) <= MAX_ELEMENTS or any(side.strip().isdigit() for side in sides):
+        return None
+    names = []
+    for side in sides:
+        name = _read_name(side)
+        if name is None or name[0] >= _VALUE_KINDS:
+            return None
+        names.append(name)
+    return sorted(names)
+
+
+def _other_letters(answer: str, truth: str) -> bool:
+    """Return True if letters differ in their primes, or only in case and aren't words."""
+    if set(_PRIMED.findall(answer)) != set(_PRIMED.findall(truth)):
+        return True
+    runs, runs_truth = _LETTER_RUN.findall(answer), _LETTER_RUN.findall(truth)
+    letters, letters_truth = "".join(runs), "".join(runs_truth)
+    return (
+        set(letters) != set(letters_truth)
+        and set(letters.lower()) == set(letters_truth.lower())
+        and not any(map(_CASELESS.fullmatch, runs + runs_truth))
+    )
+
+
+def _same_elements(answers: list[str], truths: list[str], ordered: bool, tolerance: float, leaf: Leaf) -> bool:
+    if len(answers) != len(truths) or len(truths) > MAX_ELEMENTS:
+        return False
+    # It doesn't matter which root is called x_1 and which x_2.
+    names, names_truth = (
+        [_INDEX.sub("", canonical(split_name(side)[0])) for side in sides] for sides in (answers, truths)
+    )
+    if not ordered and any(all(some) and len(set(some)) == len(truths) for some in (names, names_truth)):
+        # Compare x = 2, y = 3 by names, or in order if the other side is 2, 3.
+        if set(names) == set(names_truth):
+            answers = [answers[names.index(name)] for name in names_truth]
+        ordered = set(names) == set(names_truth) or not any(names) or not any(names_truth)
+    if ordered:
+        return all(same(answer, truth, tolerance, leaf) for answer, truth in zip(answers, truths, strict=True))
+    left = list(answers)
+    for truth in truths:
+        match = next((answer for answer in left if same(answer, truth, tolerance, leaf)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _over_first(terms: list[str]) -> list[str]:
+    """Return the ratio of each later term to the first: 1:2:3 and 2:4:6 have the same."""
+    return [f"{term}:{terms[0]}" for term in terms[1:]]
