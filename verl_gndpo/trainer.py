@@ -13,7 +13,6 @@ import logging
 import os
 from functools import cached_property
 
-import ray
 import transfer_queue as tq
 from omegaconf import open_dict
 from tensordict import TensorDict
@@ -21,7 +20,6 @@ from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
-from verl.trainer.ppo.utils import Role
 from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_to_nested
 
@@ -32,13 +30,12 @@ from verl_gndpo.doctor.run import require
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.observe.monitor import SignalMonitor
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating
-from verl_gndpo.teacher.server import POLICY_LOSS_WORKERS, ServerTeacher, use_servers
+from verl_gndpo.teacher.server import ServerTeacher, use_servers
+from verl_gndpo.verl_patches.policy_loss import keep_policy_loss
+from verl_gndpo.verl_patches.replay_buffer import poll_often
+from verl_gndpo.verl_patches.resource_pools import call_when_created
 
 logger = logging.getLogger(__name__)
-
-# verl's replay buffer looks for finished rollouts every 2 s; with rollouts of a few seconds that is a large part of a
-# step.
-POLL_INTERVAL_S = 0.2
 
 TEACHER_POOL = "teacher_pool"
 
@@ -48,6 +45,9 @@ VISION_MODULES = r".*\b(visual|vision_tower|vision_model|multi_modal_projector)\
 
 class GNDPOTrainerMixin:
     """Asks the teacher and hands the batch to the estimator; everything else is the trainer that it is mixed into."""
+
+    runs_gndpo_step = True
+    """Tells this class from verl's own without importing it."""
 
     signal_state: SignalState | None = None
     """What scale=ema carries from step to step; None for any other scale."""
@@ -66,9 +66,8 @@ class GNDPOTrainerMixin:
             if signal.scale == "ema":
                 self.signal_state = SignalState()
         super().__init__(config)
-        # A custom sampler (trainer.v1.sampler.custom_sampler) owns its polling and may have no such attribute.
-        if self.uses_gndpo and hasattr(self.replay_buffer, "poll_interval"):
-            self.replay_buffer.poll_interval = min(self.replay_buffer.poll_interval, POLL_INTERVAL_S)
+        if self.uses_gndpo:
+            poll_often(self.replay_buffer)
 
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()
@@ -76,23 +75,19 @@ class GNDPOTrainerMixin:
             return
         teacher = self.teacher_config
         if teacher.backend == "server":
-            for role in {Role.Actor, Role.ActorRollout, Role.ActorRolloutRef} & self.role_worker_mapping.keys():
-                stock = self.role_worker_mapping[role].__ray_actor_class__
-                self.role_worker_mapping[role] = ray.remote(POLICY_LOSS_WORKERS[stock])
+            keep_policy_loss(self.role_worker_mapping)
             self.teacher = ServerTeacher(teacher)
             return
         pools, name = self.resource_pool_manager, "global_pool"
         if teacher.placement == "dedicated":
             name = TEACHER_POOL
             pools.resource_pool_spec[name] = [teacher.n_gpus_per_node] * teacher.nnodes
-        create = pools.create_resource_pool
 
-        def create_and_start():
-            create()
-            # As early as there is a place for it: it starts while the actor and the rollout engines do.
+        def start_teacher():
             self.teacher = TeacherClient(teacher, pools.resource_pool_dict[name], self.config.trainer.device)
 
-        pools.create_resource_pool = create_and_start
+        # It starts while the actor and the rollout engines do.
+        call_when_created(pools, start_teacher)
 
     def _setup(self):
         super()._setup()
@@ -265,11 +260,3 @@ def _import_in_actor(student, module: str) -> None:
     libraries = [libraries] if isinstance(libraries, str) else list(libraries)
     with open_dict(student.model):
         student.model.external_lib = [*libraries, module]
-
-
-def install(v1) -> None:
-    """Put the mixin in front of the trainers that `verl.trainer.ppo.v1`, given as the module, has registered."""
-    registry = v1.trainer_base.TRAINER_REGISTRY
-    for name in ("sync", "colocate_async", "separate_async"):
-        trainer = registry[name]
-        registry[name] = type(f"GNDPO{trainer.__name__}", (GNDPOTrainerMixin, trainer), {"__doc__": trainer.__doc__})

@@ -10,7 +10,8 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_gndpo.config import read_teacher_config
-from verl_gndpo.teacher.server import POLICY_LOSS_WORKERS, distillation_section, response_log_probs, use_servers
+from verl_gndpo.teacher.server import distillation_section, response_log_probs, use_servers
+from verl_gndpo.verl_patches.policy_loss import POLICY_LOSS_WORKERS
 
 
 def nested(rows):

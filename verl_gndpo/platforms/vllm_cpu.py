@@ -1,25 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's side of a run without an accelerator: entry point `vllm.general_plugins`, a no-op where there is one."""
 
+from types import ModuleType
+from typing import Any
+
+from verl_gndpo.verl_patches.patch import apply_all, patches, replace
+
 
 def register() -> None:
-    """Called by vLLM in each of its processes, before a model is built."""
+    """Apply the patches of vLLM. vLLM calls this in each of its processes, before it builds a model."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
-    import torch
-    import vllm.model_executor.layers.utils as layers
-    import vllm.model_executor.models.registry as registry
+    if current_platform.is_cpu():
+        apply_all("vLLM without accelerator")
 
-    def keep_weights(layer, remove_weight):
-        # vLLM's CPU backend packs each Linear's weight and leaves an empty tensor behind, so that the weights that verl
-        # sends after every step would be written to nothing. The plain product keeps them where load_weights finds
-        # them.
-        layer.cpu_linear = torch.nn.functional.linear
 
-    layers.dispatch_cpu_unquantized_gemm = keep_weights
+@patches("vllm_cpu_weights")
+def keep_weights(layers: ModuleType) -> bool:
+    """Make vLLM multiply by the weights of Linear modules where they are, which is where `load_weights` writes them."""
 
-    # vLLM looks at a model's class in a new interpreter, lest this process initialise a device. There is none here, and
-    # importing everything once more takes half a minute on a small machine.
-    registry._run_in_subprocess = lambda function: function()
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = layers.torch.nn.functional.linear
+
+    replace(layers, "dispatch_cpu_unquantized_gemm", dispatch_cpu_unquantized_gemm)
+    return True
+
+
+@patches("vllm_cpu_inspection")
+def inspect_in_process(registry: ModuleType) -> bool:
+    """Make vLLM inspect models in its own process.
+
+    vLLM uses a new interpreter lest the inspection initialise a device in this process. There is no device here.
+    """
+    replace(registry, "_run_in_subprocess", lambda function: function())
+    return True

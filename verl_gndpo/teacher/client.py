@@ -13,6 +13,7 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, Ra
 from verl_gndpo.config import TeacherConfig
 from verl_gndpo.teacher.routing import Routing, place_rows
 from verl_gndpo.teacher.worker import FIELDS, TeacherWorker
+from verl_gndpo.verl_patches.replay_buffer import call_back
 
 
 class TeacherClient:
@@ -143,18 +144,6 @@ def score_while_generating(replay_buffer, teacher: TeacherClient) -> Callable[[]
         What has the teacher begin with prompts that are finished now; it does not wait.
     """
 
-    # Importing it imports the trainers, which import this module.
-    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-
-    def nothing() -> None:
-        pass
-
-    buffer = type(replay_buffer)
-    for name in ("_wait_for_next_poll", "_clear_groups"):
-        if getattr(buffer, name, None) is not getattr(ReplayBuffer, name):
-            return nothing
-    wait, clear = replay_buffer._wait_for_next_poll, replay_buffer._clear_groups
-
     def score_finished() -> None:
         rows, finished = replay_buffer.partitions["train"], replay_buffer.finished_keys["train"]
         keys = [key for key in rows if prompt_of(key) in finished]
@@ -164,15 +153,6 @@ def score_while_generating(replay_buffer, teacher: TeacherClient) -> Callable[[]
         replay_buffer._sync_metadata_from_transfer_queue()
         score_finished()
 
-    def wait_and_score(partition: str, last_debug_time: float) -> float:
-        if partition == "train":
-            score_finished()
-        return wait(partition, last_debug_time)
-
-    def finish_and_clear(partition: str, prompts: set[str]) -> None:
-        teacher.forget(prompts)
-        clear(partition, prompts)
-
-    replay_buffer._wait_for_next_poll = wait_and_score
-    replay_buffer._clear_groups = finish_and_clear
+    if not call_back(replay_buffer, waiting=score_finished, discarding=teacher.forget):
+        return lambda: None
     return look_and_score

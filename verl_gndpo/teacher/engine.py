@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils
+from torch.distributed.fsdp import FullyShardedDataParallel
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.model import extract_multi_modal_inputs
 from verl.workers.config import FSDPEngineConfig
@@ -130,16 +130,6 @@ class TeacherEngine(FSDPEngineWithLMHead):
             lambda _, ids: ids if self._embedded_ids is None else (self._embedded_ids,)
         )
         return module.requires_grad_(False).eval()
-
-    def _build_fsdp_module(self, module):
-        # FSDP1 wants an accelerator to send rank 0's weights to the others; over gloo it needs none.
-        check = _init_utils._check_module_states_for_sync_module_states
-        if get_device_name() == "cpu":
-            _init_utils._check_module_states_for_sync_module_states = lambda states: None
-        try:
-            return super()._build_fsdp_module(module)
-        finally:
-            _init_utils._check_module_states_for_sync_module_states = check
 
     def _build_optimizer(self, module):
         return None

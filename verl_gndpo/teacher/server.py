@@ -14,31 +14,11 @@ import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import RolloutConfig
-from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_gndpo.config import ConfigError, TeacherConfig
 from verl_gndpo.teacher.routing import Routing
-
-
-class _PolicyLoss:
-    """Gives an actor of verl the policy loss of its own section although `distillation.enabled` is set."""
-
-    def __init__(self, config, role: str, distillation_config=None, **kwargs):
-        super().__init__(config, role, **kwargs)
-
-
-class PolicyLossWorker(_PolicyLoss, ActorRolloutRefWorker):
-    """The actor of verl's trainers `sync` and `colocate_async`."""
-
-
-class DetachPolicyLossWorker(_PolicyLoss, DetachActorWorker):
-    """The actor of verl's trainer `separate_async`."""
-
-
-POLICY_LOSS_WORKERS = {ActorRolloutRefWorker: PolicyLossWorker, DetachActorWorker: DetachPolicyLossWorker}
 
 
 class ServerTeacher:

@@ -1,34 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has the FSDP engines of this process return the student's most likely tokens beside its log-probs, when asked.
+"""Makes the FSDP engines return the student's most likely tokens beside its log-probs, for batches that ask for them.
 
-The trainer mixin has the actor's process import it, through verl's own `model.external_lib`, for
-`algorithm.gndpo.baseline=kl`, and asks by the batch's entry REQUEST: the number of tokens. (verl's own hook for top-k
-distillation, `distillation_use_topk`, takes one number a token from its function.)
+`algorithm.gndpo.baseline=kl` needs them. For it, the trainer names this module in `model.external_lib`, so that the
+actor's process imports it, and asks by the batch's entry REQUEST: the number of tokens. (verl's own hook for top-k
+distillation, `distillation_use_topk`, takes one number per token from its function.)
 """
+
+from types import ModuleType
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST, top_log_probs
+from verl_gndpo.verl_patches.patch import apply, patches
 
 CHUNK_TOKENS = 256
 """Response tokens whose float32 log-probs over the whole vocabulary exist at the same time."""
 
-_prepare_model_outputs = FSDPEngineWithLMHead.prepare_model_outputs
 
+@patches("student_top_k")
+def return_top_k(transformer_impl: ModuleType) -> bool:
+    """Make the FSDP engines of this process answer REQUEST."""
+    engine_class = transformer_impl.FSDPEngineWithLMHead
+    prepare_model_outputs = engine_class.prepare_model_outputs
 
-def _prepare_model_outputs_with_top_k(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
-    asked = tu.get_non_tensor_data(data=micro_batch, key=REQUEST, default=None)
-    top = {} if asked is None else _top_k(output.logits, output_args, micro_batch, asked)
-    return _prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func) | top
+    def prepare_with_top_k(
+        self: Any, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any
+    ) -> dict[str, torch.Tensor]:
+        """Run stock verl's method, and add the most likely tokens if the batch asks for them."""
+        k = tu.get_non_tensor_data(data=micro_batch, key=REQUEST, default=None)
+        top = {} if k is None else _top_k(output.logits, output_args, micro_batch, k)
+        return prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func) | top
+
+    engine_class.prepare_model_outputs = prepare_with_top_k
+    return True
 
 
 @torch.no_grad()
 def _top_k(logits: torch.Tensor, output_args: dict, micro_batch: TensorDict, k: int) -> dict[str, torch.Tensor]:
-    """Of each response token the k most likely ids, nested (batch, response length, k), int32, and their log-probs with
-    the mass of the others, nested (batch, response length, k + 1), float32, nats."""
+    """Return the k most likely ids at each response token, and their log-probs with the mass of all other ids.
+
+    Returns:
+        IDS, nested (batch, response length, k), int32, and LOG_PROBS, nested (batch, response length, k + 1), float32,
+        nats.
+    """
     lengths = micro_batch["input_ids"].offsets().diff()
     responses = micro_batch["response_mask"].offsets().diff().tolist()
     packed = "temperature_rmpad" in output_args
@@ -52,4 +69,4 @@ def _top_k(logits: torch.Tensor, output_args: dict, micro_batch: TensorDict, k: 
     }
 
 
-FSDPEngineWithLMHead.prepare_model_outputs = _prepare_model_outputs_with_top_k
+apply("student_top_k")
