@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DynaMath to verl's parquet: 501 problems in ten variants, one a split. Don't train on one to test on another."""
+"""DynaMath to verl's parquet: 501 problems in ten variants, one per split. Do not train on one and test on another."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-if __package__:
-    from data_prep._core import DroppedRow, Problem, Recipe, main
-else:  # as a plain script: this folder is on the path, its parent is not
-    from _core import DroppedRow, Problem, Recipe, main
+from verl_gndpo.conversion import DroppedRow, Problem, Recipe, main
 
 KINDS = {"float": "number", "multiple choice": "choice", "text": "text"}
 
 
-def problem(row: dict) -> Problem:
+def problem(row: dict[str, Any]) -> Problem:
     if row["answer_type"] not in KINDS:
         raise DroppedRow("answer type is unknown", repr(row["answer_type"]))
     return Problem(
@@ -33,10 +31,13 @@ RECIPE = Recipe(
     columns=("id", "question", "ground_truth", "answer_type"),
     optional=("decoded_image", "image", "subject", "knowledge_level"),
     problem=problem,
+    answer_types=tuple(KINDS.values()),
+    rows={f"sample_variant{number}": 501 for number in range(1, 11)},
+    download="183 MB",
     placeholders=False,
     key=("id",),
     splits=(r"sample_variant\d+", r"sample\d+"),
-    # The hub's files are called sample3-00000-of-00003 and the like, one a split.
+    # A file of the hub such as sample3-00000-of-00003 is a whole split.
     aliases={f"sample{number}": f"sample_variant{number}" for number in range(1, 11)},
     numbered_shards=False,
     default_split="sample_variant1",

@@ -14,21 +14,29 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-if __package__:
-    from data_prep import _core
-else:  # as a plain script: this folder is on the path, its parent is not
-    import _core
+from verl_gndpo.conversion import (
+    IMAGE_PLACEHOLDER,
+    DroppedRow,
+    ImageStore,
+    Problem,
+    Recipe,
+    SourceError,
+    SourceRow,
+    Split,
+    main,
+)
 
 INTERGPS_SPLITS = ("train", "val", "test")
 INTERGPS_PARENTS = ("", "data", "geometry3k", "data/geometry3k")
 
 
-def open_intergps(folder: Path) -> list[_core.Split] | None:
-    """Splits of InterGPS's own layout, found in `folder` or where its repository keeps it; None for another layout.
+def open_intergps(folder: Path) -> list[Split] | None:
+    """Return the splits of InterGPS's layout in `folder` or where its repository keeps it; None for another layout.
 
     Raises:
-        SourceError: the archives lie there still packed.
+        SourceError: the folder holds the archives, not yet unpacked.
     """
     for parent in INTERGPS_PARENTS:
         root = folder / parent
@@ -36,7 +44,7 @@ def open_intergps(folder: Path) -> list[_core.Split] | None:
         if any((problem / "data.json").is_file() for found in problems.values() for problem in found):
             return [_intergps_split(name, found, root) for name, found in problems.items() if (root / name).is_dir()]
         if zipped := [f"{name}.zip" for name in INTERGPS_SPLITS if (root / f"{name}.zip").is_file()]:
-            raise _core.SourceError(f"{root} holds {', '.join(zipped)} still packed: unzip them there first.")
+            raise SourceError(f"{root} holds {', '.join(zipped)} still packed: unzip them there first.")
     return None
 
 
@@ -50,59 +58,62 @@ def _problem_folders(split: Path) -> list[Path]:
     )
 
 
-def _intergps_split(name: str, problems: list[Path], root: Path) -> _core.Split:
+def _intergps_split(name: str, problems: list[Path], root: Path) -> Split:
     split = RECIPE.aliases.get(name, name)
 
-    def rows() -> Iterator[_core.SourceRow]:
+    def rows() -> Iterator[SourceRow]:
+        values: dict[str, Any] | DroppedRow
         for position, folder in enumerate(problems):
             index = int(folder.name) if folder.name.isdecimal() else position
             try:
                 values = _intergps_row(folder)
-            except _core.DroppedRow as dropped:
+            except DroppedRow as dropped:
                 values = dropped
-            yield _core.SourceRow(index, folder.name, values)
+            yield SourceRow(index, folder.name, values)
 
-    return _core.Split(split, len(problems), rows, _core.ImageStore([root / name]), (root / name).resolve())
+    return Split(split, len(problems), rows, ImageStore([root / name]), (root / name).resolve())
 
 
-def _intergps_row(folder: Path) -> dict:
-    """The row as hiyouga/geometry3k has it: annotated text, clean diagram, the text of the right choice."""
+def _intergps_row(folder: Path) -> dict[str, Any]:
+    """Return the row in the form of hiyouga/geometry3k: annotated text, clean diagram, text of the right choice."""
     try:
         record = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _core.DroppedRow("data.json is unreadable", f"{type(error).__name__}: {error}") from error
+        raise DroppedRow("data.json is unreadable", f"{type(error).__name__}: {error}") from error
     if not isinstance(record, dict):
-        raise _core.DroppedRow("data.json is unreadable", f"it holds a {type(record).__name__}")
+        raise DroppedRow("data.json is unreadable", f"it holds a {type(record).__name__}")
     question = record.get("annotat_text") or record.get("problem_text")
     if isinstance(question, str) and question.strip():
-        question = _core.IMAGE_PLACEHOLDER + question
+        question = IMAGE_PLACEHOLDER + question
     return {"problem": question, "answer": _chosen_text(record), "images": [f"{folder.name}/img_diagram.png"]}
 
 
-def _chosen_text(record: dict) -> object:
+def _chosen_text(record: dict[str, Any]) -> object:
     letter, choices = record.get("answer"), record.get("choices")
     if letter is None or letter == "":
         return None
     choices = choices if isinstance(choices, list) else []
     if not isinstance(letter, str) or len(letter) != 1 or not 0 <= ord(letter) - ord("A") < len(choices):
-        raise _core.DroppedRow("answer names no choice", f"answer {letter!r}, {len(choices)} choices")
+        raise DroppedRow("answer names no choice", f"answer {letter!r}, {len(choices)} choices")
     return choices[ord(letter) - ord("A")]
 
 
-def problem(row: dict) -> _core.Problem:
-    return _core.Problem(row["problem"], row["answer"], row["images"])
+def problem(row: dict[str, Any]) -> Problem:
+    return Problem(row["problem"], row["answer"], row["images"])
 
 
-RECIPE = _core.Recipe(
+RECIPE = Recipe(
     name="geo3k",
     hub_id="hiyouga/geometry3k",
     license="MIT",
     columns=("problem", "images", "answer"),
     problem=problem,
+    rows={"train": 2_101, "validation": 300, "test": 601},
+    download="61 MB",
     id_prefix="geometry3k",
     open_folder=open_intergps,
 )
 
 
 if __name__ == "__main__":
-    sys.exit(_core.main(RECIPE, __doc__.splitlines()[0]))
+    sys.exit(main(RECIPE, __doc__))

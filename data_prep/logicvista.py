@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LogicVista to verl's parquet: reasoning tests; rows that are not flagged as licensed stay out by default."""
+"""LogicVista to verl's parquet: reasoning tests; rows that are not flagged as licensed are dropped by default."""
 
 from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
-if __package__:
-    from data_prep._core import Problem, Recipe, main
-else:  # as a plain script: this folder is on the path, its parent is not
-    from _core import Problem, Recipe, main
+from verl_gndpo.conversion import Problem, Recipe, main
 
 LETTERS = re.compile(r"[A-J](\s*[,;]\s*[A-J])+")
 
 
-def problem(row: dict) -> Problem:
+def problem(row: dict[str, Any]) -> Problem:
     several = isinstance(row["answer"], str) and LETTERS.fullmatch(row["answer"].strip())
     return Problem(
         question=row["question"],
@@ -25,17 +23,18 @@ def problem(row: dict) -> Problem:
     )
 
 
-def licensed(row: dict) -> bool:
-    return str(row["liscenced"] or row["licensed"]).lower() == "true"  # the hub's column is spelt so
+def licensed(row: dict[str, Any]) -> bool:
+    return str(row["liscenced"] or row["licensed"]).lower() == "true"  # the hub spells its column this way
 
 
 RECIPE = Recipe(
     name="logicvista",
     hub_id="lscpku/LogicVista",
-    license="Apache-2.0; rows carry a flag of their own",
+    license="Apache-2.0; 161 rows are flagged as licensed",
     columns=("id", "question", "answer", "image"),
     optional=("skill", "liscenced", "licensed"),
     problem=problem,
+    rows={"test": 448},
     placeholders=False,
     key=("id",),
     splits=("test",),

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MathVerse (testmini) to verl's parquet: each problem in several versions, from text-only hints to vision-only."""
+"""MathVerse (testmini) to verl's parquet: each problem in several versions, from text-dominant to vision-only."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-if __package__:
-    from data_prep._core import Problem, Recipe, main, split_choices
-else:  # as a plain script: this folder is on the path, its parent is not
-    from _core import Problem, Recipe, main, split_choices
+from verl_gndpo.conversion import Problem, Recipe, main, split_choices
 
 IN_THE_PICTURE = "The problem is written in the picture. Solve it."
 
 
-def problem(row: dict) -> Problem:
+def problem(row: dict[str, Any]) -> Problem:
     question, choices = row["question"], tuple(row["choices"] or ())
     if row["problem_version"] == "Vision Only" and not (question or "").strip():
         question = IN_THE_PICTURE
@@ -35,6 +33,8 @@ RECIPE = Recipe(
     columns=("sample_index", "problem_index", "problem_version", "question", "image", "answer"),
     optional=("choices", "metadata"),
     problem=problem,
+    rows={"testmini": 3_940},
+    download="167 MB",
     placeholders=False,
     key=("sample_index",),
     splits=("testmini_text_only", "testmini"),

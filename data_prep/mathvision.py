@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MATH-Vision to verl's parquet: competition problems, with choices or without."""
+"""MATH-Vision to verl's parquet: competition problems with and without choices."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-if __package__:
-    from data_prep._core import DroppedRow, Problem, Recipe, main
-else:  # as a plain script: this folder is on the path, its parent is not
-    from _core import DroppedRow, Problem, Recipe, main
+from verl_gndpo.conversion import DroppedRow, Problem, Recipe, main
 
 
-def problem(row: dict) -> Problem:
+def problem(row: dict[str, Any]) -> Problem:
     options = row["options"] or []
     if not isinstance(options, list):
-        raise DroppedRow("options are no list", repr(options)[:60])
-    # Where the choices are drawn in the picture, the options are nothing but their letters.
+        raise DroppedRow("options are not a list", repr(options)[:60])
+    # When the picture shows the choices, the options are only their letters.
     drawn = all(option.strip(" ().").upper() in tuple("ABCDEFGHIJ") for option in options)
     return Problem(
         question=row["question"],
@@ -34,6 +32,8 @@ RECIPE = Recipe(
     columns=("id", "question", "options", "answer"),
     optional=("decoded_image", "image", "subject", "level"),
     problem=problem,
+    rows={"test": 3_040, "testmini": 304},
+    download="64 MB",
     key=("id",),
     splits=("testmini", "test"),
     default_split="test",

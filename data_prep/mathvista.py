@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-if __package__:
-    from data_prep._core import DroppedRow, Problem, Recipe, main
-else:  # as a plain script: this folder is on the path, its parent is not
-    from _core import DroppedRow, Problem, Recipe, main
+from verl_gndpo.conversion import DroppedRow, Problem, Recipe, main
 
 
-def problem(row: dict) -> Problem:
+def problem(row: dict[str, Any]) -> Problem:
     choices, answer, kind = tuple(row["choices"] or ()), row["answer"], None
     if row["question_type"] == "multi_choice":
         if choices.count(answer) != 1:
@@ -23,7 +21,7 @@ def problem(row: dict) -> Problem:
         kind = "number"
     elif row["answer_type"] == "list":
         kind = "list"
-    precision = float(row["precision"] or 0)  # NaN where pandas wrote the file: not above 0 either
+    precision = float(row["precision"] or 0)  # NaN, which pandas writes for a missing value, is not above 0 either
     unit = f" (Unit: {row['unit']})" if row["unit"] else ""
     return Problem(
         question=row["question"] + unit if isinstance(row["question"], str) else row["question"],
@@ -32,7 +30,7 @@ def problem(row: dict) -> Problem:
         choices=choices,
         list_choices=True,
         answer_type=kind,
-        # An answer counts that rounds to the stated one at the stated number of decimals.
+        # An answer is correct if it rounds to the stated one at the stated number of decimals.
         tolerance=0.5 * 10 ** -int(precision) if kind == "number" and precision > 0 else 0.0,
         meta=row["metadata"] or {},
     )
@@ -42,14 +40,16 @@ RECIPE = Recipe(
     name="mathvista",
     hub_id="AI4Math/MathVista",
     license="CC BY-SA 4.0, for evaluation only",
-    validation_only="its authors allow it for evaluation only, so verl must see it in data.val_files alone.",
+    validation_only="its authors allow it for evaluation only, so use it only in data.val_files.",
+    answer_types=("math", "number", "choice", "multi_choice", "list"),
+    rows={"testmini": 1_000},
     columns=("pid", "question", "answer", "question_type", "answer_type"),
     optional=("decoded_image", "image", "choices", "unit", "precision", "metadata"),
     problem=problem,
     placeholders=False,
     key=("pid",),
     splits=("train", "testmini", "test"),
-    # The answers of the test split are not published.
+    # The test split's answers are not published.
     default_splits=("testmini",),
     default_split="testmini",
 )

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ViRL39K to verl's parquet: a collection over many sources, with its images in a zip archive."""
+"""ViRL39K to verl's parquet: a collection from many sources, with its images in a zip archive."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-if __package__:
-    from data_prep._core import Problem, Recipe, main
-else:  # as a plain script: this folder is on the path, its parent is not
-    from _core import Problem, Recipe, main
+from verl_gndpo.conversion import Problem, Recipe, main
 
 
-def problem(row: dict) -> Problem:
+def problem(row: dict[str, Any]) -> Problem:
     return Problem(
         question=row["question"],
         answer=row["answer"],
@@ -27,8 +25,10 @@ RECIPE = Recipe(
     columns=("qid", "question", "answer", "image"),
     optional=("category", "source", "PassRate_32BTrained", "PassRate_7BBase"),
     problem=problem,
+    rows={"train": 38_870},
+    download="about 1.8 GB",
     key=("qid",),
-    # datasets.load_dataset takes images.zip for the data.
+    # datasets.load_dataset mistakes images.zip for the data.
     hub_files=("39Krelease.parquet", "images.zip"),
 )
 

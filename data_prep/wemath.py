@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""We-Math to verl's parquet: multiple choice, each problem also in its steps."""
+"""We-Math to verl's parquet: multiple-choice problems, and the steps of each as problems of their own."""
 
 from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
-if __package__:
-    from data_prep._core import DroppedRow, Problem, Recipe, main
-else:  # as a plain script: this folder is on the path, its parent is not
-    from _core import DroppedRow, Problem, Recipe, main
+from verl_gndpo.conversion import DroppedRow, Problem, Recipe, main
 
-# "A. a; b;B. c": only what a letter follows separates.
+# In "A. a; b;B. c" only the semicolon before a letter is a separator.
 SEPARATOR = re.compile(r"\s*[;；]\s*(?=[A-J][.:、．：])")
 
 
-def problem(row: dict) -> Problem:
+def problem(row: dict[str, Any]) -> Problem:
     options = tuple(SEPARATOR.split(row["option"].strip()))
     if len(options) < 2 or [text[:1] for text in options] != list("ABCDEFGHIJ"[: len(options)]):
-        raise DroppedRow("options cannot be told apart", row["option"][:60])
+        raise DroppedRow("options cannot be separated", row["option"][:60])
     return Problem(
         question=row["question"],
         answer=row["answer"],
@@ -37,6 +35,9 @@ RECIPE = Recipe(
     columns=("ID", "key", "question", "option", "answer", "image_path"),
     optional=("knowledge concept",),
     problem=problem,
+    answer_types=("choice",),
+    rows={"testmini": 1_740},
+    download="23 MB",
     placeholders=False,
     # The steps of one problem share its ID.
     key=("ID", "key"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core that all converters share: further sources, archives, options, repairs, and runs that are cut short."""
+"""The core that all converters share: sources, archives, options, repairs, and runs that are cut short."""
 
 import json
 import os
@@ -21,14 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import _core, mmk12
-from data_prep._core import images as images_module
-from data_prep._core.errors import DroppedRow
-from data_prep._core.images import ImageStore
-from data_prep._core.lengths import load_measure
-from data_prep._core.prompt import load_prompt
-from data_prep._core.report import OVERLONG, Report
-from data_prep._core.text import place_images, plain_answer, plain_choices, split_choices, typed_answer
+from data_prep import mmk12
+from verl_gndpo import conversion
+from verl_gndpo.conversion import ConversionError, SourceError
+from verl_gndpo.conversion import images as images_module
+from verl_gndpo.conversion.errors import DroppedRow
+from verl_gndpo.conversion.images import ImageStore
+from verl_gndpo.conversion.lengths import load_measure
+from verl_gndpo.conversion.pipeline import staging
+from verl_gndpo.conversion.prompt import load_prompt
+from verl_gndpo.conversion.report import OVERLONG, Report
+from verl_gndpo.conversion.text import place_images, plain_answer, plain_choices, split_choices, typed_answer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +59,7 @@ def parquet(path: Path, rows: list[dict]) -> Path:
 
 
 def convert(source: Path, out: Path, **options) -> list[Report]:
-    return _core.convert(str(source), out, mmk12.RECIPE, **{"skip_verify": True, "max_dropped": 1.0} | options)
+    return conversion.convert(str(source), out, mmk12.RECIPE, **{"skip_verify": True, "max_dropped": 1.0} | options)
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -121,7 +124,7 @@ def test_images_that_lie_elsewhere_are_found_with_image_path(place, tmp_path):
     where = tmp_path / "elsewhere" / ("images.zip" if place == "zip" else "")
     (report,) = convert(source, tmp_path / "out", image_path=where)
     assert (report.written, report.reasons) == (1, {})
-    with pytest.raises(_core.SourceError, match=r"--image_path .* does not exist"):
+    with pytest.raises(SourceError, match=r"--image_path .* does not exist"):
         convert(source, tmp_path / "out", image_path=tmp_path / "nowhere")
 
 
@@ -146,7 +149,7 @@ def test_broken_lines_of_json_are_dropped_and_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("train.json", "{", "no readable .json file"),
+        ("train.json", "{", "is not a readable .json file"),
         ("train.json", '"text"', "holds a str, not a list of records"),
         ("train.jsonl", "", "has no rows"),
         ("train.csv", "id,question\n", "none of .parquet, .jsonl, .json"),
@@ -154,7 +157,7 @@ def test_broken_lines_of_json_are_dropped_and_named(tmp_path):
 )
 def test_an_unreadable_json_source_is_refused(name, content, says, tmp_path):
     (tmp_path / name).write_text(content)
-    with pytest.raises(_core.SourceError, match=says):
+    with pytest.raises(SourceError, match=says):
         convert(tmp_path / name, tmp_path / "out")
 
 
@@ -176,21 +179,21 @@ def write_zip(path: Path, members: dict[str, bytes], link: str | None = None) ->
 def test_an_archive_with_a_name_that_leads_out_is_refused(name, tmp_path):
     source = write_records(tmp_path, "lines", [by_path(0)])
     write_zip(tmp_path / "images.zip", {"images/0.png": png(), name: png()})
-    with pytest.raises(_core.SourceError, match=r"images\.zip holds .*evil\.png.*leads out of it"):
+    with pytest.raises(SourceError, match=r"images\.zip holds .*evil\.png.*leads out of it"):
         convert(source, tmp_path / "out")
 
 
 def test_an_archive_with_a_symbolic_link_is_refused(tmp_path):
     source = write_records(tmp_path, "lines", [by_path(0)])
     write_zip(tmp_path / "images.zip", {"images/0.png": png()}, link="images/link.png")
-    with pytest.raises(_core.SourceError, match=r"images\.zip holds 'images/link\.png', a symbolic link"):
+    with pytest.raises(SourceError, match=r"images\.zip holds 'images/link\.png', a symbolic link"):
         convert(source, tmp_path / "out")
 
 
 def test_an_archive_that_is_none_is_refused(tmp_path):
     source = write_records(tmp_path, "lines", [by_path(0)])
     (tmp_path / "images.zip").write_bytes(b"PK no archive")
-    with pytest.raises(_core.SourceError, match=r"images\.zip is no readable zip archive"):
+    with pytest.raises(SourceError, match=r"images\.zip is not a readable zip archive"):
         convert(source, tmp_path / "out")
 
 
@@ -228,7 +231,7 @@ def test_a_broken_member_is_dropped(tmp_path):
     data = bytearray(archive.read_bytes())
     data[200:260] = b"\xff" * 60
     archive.write_bytes(data)
-    with pytest.raises(_core.ConversionError, match="all 2 rows dropped"):
+    with pytest.raises(ConversionError, match="all 2 rows dropped"):
         convert(source, tmp_path / "out")
 
 
@@ -513,7 +516,7 @@ def test_splits_limits_and_seeds(tmp_path):
         drawn.append(ids_of(tmp_path / out / "train.parquet"))
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] == sorted(drawn[0], key=lambda name: int(name.rpartition("r")[2]))
-    with pytest.raises(_core.SourceError, match="--split dev: not in the source, which has test, train"):
+    with pytest.raises(SourceError, match="--split dev: not in the source, which has test, train"):
         convert(source, tmp_path / "out", splits=["dev"])
 
 
@@ -603,7 +606,7 @@ def test_prompt_styles_from_files(name, content, messages, tmp_path):
     ("content", "says"),
     [
         (None, "neither one of think_boxed, boxed, plain nor a file"),
-        ("user: [", "no readable file"),
+        ("user: [", "is not a readable file"),
         ("- a\n", "expected the keys user and system, found list"),
         ("user: '{question}'\nassistant: x\n", "found user, assistant"),
         ("user: '{question} {question}'\n", "{question} once in user"),
@@ -617,7 +620,7 @@ def test_a_prompt_style_that_cannot_work_is_refused(content, says, tmp_path):
     path = tmp_path / "style.yaml"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(_core.ConversionError, match=says):
+    with pytest.raises(ConversionError, match=says):
         load_prompt(str(path))
 
 
@@ -637,7 +640,7 @@ def test_over_long_prompts_are_dropped_by_the_models_tokens(tmp_path):
     )
     assert report.reasons == {OVERLONG: 1} and report.dropped_by.first_ids == {OVERLONG: ["mmk12-train-r1"]}
     assert list(report.prompt_tokens) == [lengths[0], lengths[2]]
-    with pytest.raises(_core.ConversionError, match="give --model"):
+    with pytest.raises(ConversionError, match="give --model"):
         convert(source, tmp_path / "out", max_prompt_length=10)
 
 
@@ -660,7 +663,7 @@ def test_lengths_are_those_of_the_processor():
 
 def test_a_model_without_a_processor_is_refused(tmp_path):
     source = parquet(tmp_path / "train.parquet", [record(0)])
-    with pytest.raises(_core.ConversionError, match=r"--model .*nowhere cannot be loaded"):
+    with pytest.raises(ConversionError, match=r"--model .*nowhere cannot be loaded"):
         convert(source, tmp_path / "out", skip_verify=False, model=str(tmp_path / "nowhere"))
     assert names(tmp_path / "out") == []
 
@@ -686,7 +689,8 @@ def test_a_killed_run_leaves_no_parquet_and_the_next_one_completes(tmp_path):
         sys.executable, "data_prep/mmk12.py", "--local_dataset_path", str(source), "--local_save_dir", str(out),
         "--skip_verify", "--num_proc", "2",
     ]  # fmt: skip
-    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     started = time.monotonic()
     while not (list(out.glob(".mmk12-*/train/*.parquet")) if out.exists() else []):
         assert run.poll() is None and time.monotonic() - started < 60
@@ -697,7 +701,7 @@ def test_a_killed_run_leaves_no_parquet_and_the_next_one_completes(tmp_path):
     assert run.wait() == -signal.SIGKILL
     assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=20)[1]
     assert not list(out.glob("*.parquet")) and list(out.glob(".mmk12-*"))
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert names(out) == ["train.parquet"]
     assert len(ids_of(out / "train.parquet")) == 400
@@ -705,9 +709,9 @@ def test_a_killed_run_leaves_no_parquet_and_the_next_one_completes(tmp_path):
 
 def test_a_run_that_is_still_going_keeps_its_folder(tmp_path):
     source = parquet(tmp_path / "source" / "train.parquet", [record(0)])
-    with _core.staging(tmp_path / "out", "mmk12") as staging:
+    with staging(tmp_path / "out", "mmk12") as folder:
         convert(source, tmp_path / "out")
-        assert staging.is_dir()
+        assert folder.is_dir()
     assert names(tmp_path / "out") == ["train.parquet"]
 
 

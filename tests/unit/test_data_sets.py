@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The converters, one a data set: what becomes of a row with each trap of its source, and of the real samples."""
+"""The converters: rows with each trap of their sources, the real samples, and the facts that files state."""
 
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -13,10 +14,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
-from data_prep import _core
-from data_prep._core.report import UNLICENSED
+from data_prep import mix
+from verl_gndpo import conversion
+from verl_gndpo.conversion import SourceError
+from verl_gndpo.conversion.report import UNLICENSED, Report
+from verl_gndpo.data_facts import read_facts
+from verl_gndpo.doctor.check import Check
+from verl_gndpo.doctor.data import check_rewards
 from verl_gndpo.rewards import compute_score
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE
 
@@ -38,7 +45,7 @@ SETS = (
 )
 
 
-def recipe(name: str) -> _core.Recipe:
+def recipe(name: str) -> conversion.Recipe:
     return importlib.import_module(f"data_prep.{name}").RECIPE
 
 
@@ -52,7 +59,7 @@ def image(number: int = 0) -> dict:
     return {"bytes": png(number), "path": None}
 
 
-# A row of each set, as the set has it. Those of the sets that no sample of is at hand follow their cards and users.
+# A row of each set in its published form. For sets without a real sample here, the rows follow the sets' cards.
 ROWS = {
     "clevr_count": {"images": [image()], "problem": "<image>How many items are there?", "answer": "3"},
     "dynamath": {
@@ -154,10 +161,10 @@ def source_file(name: str, folder: Path, rows: list[dict]) -> Path:
     return path
 
 
-def convert(name: str, folder: Path, rows: list[dict], **options) -> tuple[list[dict], "_core.cli.Report"]:
+def convert(name: str, folder: Path, rows: list[dict], **options) -> tuple[list[dict], Report]:
     source = source_file(name, folder / "source", rows)
     options = {"skip_verify": True, "max_dropped": 1.0} | options
-    (report,) = _core.convert(str(source), folder / "out", recipe(name), **options)
+    (report,) = conversion.convert(str(source), folder / "out", recipe(name), **options)
     return pq.read_table(folder / "out" / f"{report.split}.parquet").to_pylist(), report
 
 
@@ -194,12 +201,16 @@ def test_a_row_of_each_set_comes_back_from_verl(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_set_states_its_licence_in_the_parquets_metadata(name, tmp_path):
+def test_every_file_states_the_facts_of_its_set(name, tmp_path):
     convert(name, tmp_path, [ROWS[name]])
     (path,) = (tmp_path / "out").glob("*.parquet")
-    metadata = json.loads(pq.read_schema(path).metadata[b"verl_gndpo"])
-    assert metadata["source"] == recipe(name).hub_id and metadata["license"] == recipe(name).license
-    assert metadata["split"] == path.stem and metadata["prompt_style"] == "think_boxed"
+    metadata = pq.read_schema(path).metadata
+    (facts,) = read_facts(metadata).sets
+    declared = recipe(name)
+    assert (facts.name, facts.hub_id, facts.license) == (name, declared.hub_id, declared.license)
+    assert (facts.validation_only, facts.answer_types) == (declared.validation_only, declared.answer_types)
+    assert (facts.split, facts.prompt_style) == (path.stem, "think_boxed")
+    assert b"huggingface" in metadata
 
 
 def test_every_set_has_a_grader():
@@ -215,16 +226,6 @@ def test_all_sets_share_one_schema(tmp_path):
         (path,) = (tmp_path / name / "out").glob("*.parquet")
         schemas.add(str(pq.read_schema(path).remove_metadata()))
     assert len(schemas) == 1
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_every_converter_is_a_script(name):
-    run = subprocess.run(
-        [sys.executable, f"data_prep/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert run.returncode == 0, run.stderr
-    assert "--local_dataset_path" in run.stdout and recipe(name).hub_id in run.stdout.replace("\n", " ")
-    assert ("--include_unlicensed" in run.stdout) == (name == "logicvista")
 
 
 # Rewards
@@ -316,7 +317,7 @@ def test_virl39k_boxes_are_opened(tmp_path):
 
 def test_virl39k_is_found_under_the_name_that_its_file_has(tmp_path):
     source_file("virl39k", tmp_path / "source", [ROWS["virl39k"]]).rename(tmp_path / "source" / "39Krelease.parquet")
-    (report,) = _core.convert(str(tmp_path / "source"), tmp_path / "out", recipe("virl39k"), skip_verify=True)
+    (report,) = conversion.convert(str(tmp_path / "source"), tmp_path / "out", recipe("virl39k"), skip_verify=True)
     assert (report.split, report.written) == ("train", 1)
 
 
@@ -333,7 +334,7 @@ def test_virl39k_is_fetched_file_by_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **_: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    (report,) = _core.convert(None, tmp_path / "out", recipe("virl39k"), skip_verify=True)
+    (report,) = conversion.convert(None, tmp_path / "out", recipe("virl39k"), skip_verify=True)
     assert report.written == 1
     assert (asked["name"], asked["repo_type"]) == ("TIGER-Lab/ViRL39K", "dataset")
     assert set(asked["allow_patterns"]) == {"39Krelease.parquet", "images.zip"}
@@ -410,10 +411,10 @@ def test_mathvista_cannot_be_trained_on(tmp_path, capsys):
     source = source_file("mathvista", tmp_path, [ROWS["mathvista"]])
     out = tmp_path / "out"
     arguments = ["--local_dataset_path", str(source), "--local_save_dir", str(out), "--skip_verify"]
-    assert _core.main(recipe("mathvista"), "", [*arguments, "--split", "train"]) == 1
+    assert conversion.main(recipe("mathvista"), "", [*arguments, "--split", "train"]) == 1
     assert "evaluation only" in capsys.readouterr().err
     source.rename(tmp_path / "train.parquet")
-    assert _core.main(recipe("mathvista"), "", ["--local_dataset_path", str(tmp_path), *arguments[2:]]) == 1
+    assert conversion.main(recipe("mathvista"), "", ["--local_dataset_path", str(tmp_path), *arguments[2:]]) == 1
     assert "evaluation only" in capsys.readouterr().err
     assert not out.exists()
 
@@ -449,8 +450,8 @@ def test_mathvista_by_another_name_cannot_be_trained_on_either(name, tmp_path):
 
     rows = datasets.Dataset.from_list([ROWS["mathvista"]])
     datasets.DatasetDict({name: rows}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(_core.SourceError, match="evaluation only"):
-        _core.convert(str(tmp_path / "saved"), tmp_path / "out", recipe("mathvista"), skip_verify=True)
+    with pytest.raises(SourceError, match="evaluation only"):
+        conversion.convert(str(tmp_path / "saved"), tmp_path / "out", recipe("mathvista"), skip_verify=True)
 
 
 def test_mathvista_precision_may_be_nan_or_text(tmp_path):
@@ -477,7 +478,7 @@ def test_wemath_options_without_blanks(option, tmp_path):
 
 @pytest.mark.parametrize("option", ["80;90", "A. 80", "A. 1; C. 2; D. 3", ""])
 def test_wemath_options_that_cannot_be_told_apart(option, tmp_path):
-    assert dropped("wemath", tmp_path, option=option) == {"options cannot be told apart": 1}
+    assert dropped("wemath", tmp_path, option=option) == {"options cannot be separated": 1}
     assert dropped("wemath", tmp_path / "beyond", answer="F") == {"answer names no choice": 1}
 
 
@@ -516,7 +517,7 @@ def test_dynamath_files_of_the_hub(tmp_path):
     """sample3-00000-of-00003 is all of its split, not one file of three."""
     source = source_file("dynamath", tmp_path / "hub" / "data", [ROWS["dynamath"]])
     source.rename(source.with_name("sample3-00000-of-00003.parquet"))
-    (report,) = _core.convert(str(tmp_path / "hub"), tmp_path / "out", recipe("dynamath"), skip_verify=True)
+    (report,) = conversion.convert(str(tmp_path / "hub"), tmp_path / "out", recipe("dynamath"), skip_verify=True)
     assert (report.split, report.written) == ("sample_variant3", 1)
     assert dropped("dynamath", tmp_path, answer_type="essay") == {"answer type is unknown": 1}
 
@@ -537,7 +538,7 @@ SAMPLES = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_real_samples_lose_no_row(name, tmp_path):
     folder, size = SAMPLES[name]
-    (report,) = _core.convert(str(REAL / folder), tmp_path, recipe(name), max_dropped=0.0)
+    (report,) = conversion.convert(str(REAL / folder), tmp_path, recipe(name), max_dropped=0.0)
     assert (report.read, report.written) == (size, size)
     (path,) = tmp_path.glob("*.parquet")
     source = pq.read_table(next((REAL / folder).glob("*.parquet"))).to_pylist()
@@ -568,17 +569,70 @@ def test_real_samples_lose_no_row(name, tmp_path):
     )
 
 
-def test_the_converter_shown_in_the_docs_works(tmp_path):
-    text = (ROOT / "docs" / "data.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) <= 40
-    (tmp_path / "my_set.py").write_text(code)
-    row = {"uid": "u1", "text": "Which?", "solution": "$B$", "figure": image(), "options": ["one", "two"], "level": 3}
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
-    command = [sys.executable, "my_set.py", "--local_dataset_path", "train.parquet", "--local_save_dir", "out"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "data_prep")}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+# docs/extending/data_set.md
+
+
+def run_my_set(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run the page's converter, or a changed one, as a plain script on a source of two rows."""
+    folder.mkdir(exist_ok=True)
+    (folder / "my_set.py").write_text(code)
+    row = {"uid": "u1", "text": "Which?", "solution": "$B$", "figure": image(), "options": ["one", "two"], "level": "a"}
+    pq.write_table(pa.Table.from_pylist([row, row | {"level": "draft"}]), folder / "source.parquet")
+    command = [sys.executable, "my_set.py", "--local_dataset_path", "source.parquet", "--local_save_dir", "out"]
+    command += ["--max_dropped", "0.5", "--skip_verify"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def page() -> list[str]:
+    """The code blocks of the page: the converter, the line for validation only, and the reading of the facts."""
+    text = (ROOT / "docs" / "extending" / "data_set.md").read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [code for language, code in blocks if language != "bash"]
+
+
+def refusals(train: Path, val: Path) -> list[Check]:
+    """Return what the checks before a run have against a pair of files."""
+    config = OmegaConf.create(
+        {
+            "data": {"train_files": str(train), "val_files": str(val)},
+            "reward": {"custom_reward_function": {"path": "pkg://verl_gndpo.rewards", "name": "compute_score"}},
+        }
+    )
+    return check_rewards(config)
+
+
+def test_the_converter_shown_in_the_docs_works(page, tmp_path, monkeypatch, capsys):
+    converter, _, reading = page
+    assert len(converter.splitlines()) <= 45
+    run = run_my_set(tmp_path, converter)
     assert run.returncode == 0, run.stderr
+    assert "dropped 1 x problem is a draft: my_set-train-u1.2" in run.stdout
     (written,) = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
-    assert written["extra_info"]["id"] == "my_set-train-u1" and written["reward_model"]["ground_truth"] == "B"
+    assert written["extra_info"]["id"] == "my_set-train-u1" and scores(written, "\\boxed{(B)}")["acc"] == 1.0
     assert written["prompt"][0]["content"].startswith("<image>Which?\nChoices:\n(A) one\n(B) two")
+    monkeypatch.chdir(tmp_path / "out")
+    exec(reading, {})
+    assert capsys.readouterr().out == "me/my_set CC BY 4.0 training allowed\n"
+
+
+def test_a_new_set_for_validation_only_is_refused_for_training_by_its_own_declaration(page, tmp_path, monkeypatch):
+    """Nothing but the converter mentions the set: mix and the checks before a run read the reason from its file."""
+    converter, line, _ = page
+    first = "RECIPE = Recipe(\n"
+    refused = run_my_set(tmp_path, converter.replace(first, first + line))
+    assert refused.returncode == 1 and "its authors allow it for evaluation only" in refused.stderr
+    run = run_my_set(tmp_path, converter.replace(first, f'{first}{line}    default_split="test",\n'))
+    assert run.returncode == 0, run.stderr
+    test = tmp_path / "out" / "test.parquet"
+    with pytest.raises(SourceError, match="must not be trained on: its authors allow it for evaluation only"):
+        mix.mix([test], tmp_path / "mixed")
+    convert("geo3k", tmp_path / "geo3k", [ROWS["geo3k"]])
+    geo3k = tmp_path / "geo3k" / "out" / "train.parquet"
+    mix.mix([geo3k], tmp_path / "mixed", val=[test])
+    assert refusals(train=geo3k, val=test) == []
+    for name in (test, tmp_path / "mixed" / "val.parquet"):
+        (refusal,) = refusals(train=name, val=test)
+        assert "me/my_set" in refusal.detail and "its authors allow it for evaluation only" in refusal.detail
+        assert "data.val_files" in refusal.remedy

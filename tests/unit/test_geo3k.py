@@ -15,14 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import _core, geo3k
-from data_prep._core import images as images_module
-from data_prep._core import row as row_module
-from data_prep._core import source as source_module
-from data_prep._core import text as text_module
-from data_prep._core.lengths import load_measure
-from data_prep._core.report import Report
-from data_prep._core.verify import import_reader, verify
+from data_prep import geo3k
+from verl_gndpo import conversion
+from verl_gndpo.conversion import ConversionError, SourceError
+from verl_gndpo.conversion import images as images_module
+from verl_gndpo.conversion import row as row_module
+from verl_gndpo.conversion import source as source_module
+from verl_gndpo.conversion import text as text_module
+from verl_gndpo.conversion.lengths import load_measure
+from verl_gndpo.conversion.prompt import STYLES
+from verl_gndpo.conversion.report import Report
+from verl_gndpo.conversion.verify import import_reader, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "geometry3k"
@@ -77,11 +80,11 @@ def pixels(data: bytes) -> tuple[tuple[int, int], bytes]:
 
 def convert(source: Path | str | None, out: Path, **options) -> list[Report]:
     options = {"max_dropped": 1.0, "skip_verify": True} | options
-    return _core.convert(None if source is None else str(source), out, geo3k.RECIPE, **options)
+    return conversion.convert(None if source is None else str(source), out, geo3k.RECIPE, **options)
 
 
 def main(arguments: list[str]) -> int:
-    return _core.main(geo3k.RECIPE, "", arguments)
+    return conversion.main(geo3k.RECIPE, "", arguments)
 
 
 def names(folder: Path) -> list[str]:
@@ -192,9 +195,7 @@ def test_a_row_has_verls_schema(tmp_path):
     (_, row) = converted(tmp_path / "out" / "test.parquet")
     assert row == {
         "data_source": "hiyouga/geometry3k",
-        "prompt": [
-            {"role": "user", "content": _core.STYLES["think_boxed"].replace("{question}", "<image>Find $x_{2}$.")}
-        ],
+        "prompt": [{"role": "user", "content": STYLES["think_boxed"].replace("{question}", "<image>Find $x_{2}$.")}],
         "images": [{"bytes": picture(2), "path": None}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": "\\frac { 2 } { 7 }"},
@@ -327,13 +328,13 @@ def cut_parquet(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (no_parquet, "is no readable parquet file"),
+        (no_parquet, "is not a readable parquet file"),
         (wrong_columns, "no column problem, images, answer: expected problem, images, answer, found question"),
         (no_rows, "has no rows"),
-        (unknown_folder, "no known layout .*it holds readme.txt"),
+        (unknown_folder, "an unknown layout .*it holds readme.txt"),
         (missing_shard, "1 of 3 parquet files"),
         (packed_intergps, "train.zip still packed"),
-        (broken_saved, "no readable save_to_disk folder"),
+        (broken_saved, "is not a readable save_to_disk folder"),
         (cut_parquet, "split train of .* breaks off after row"),
         (lambda root: root / "nowhere.parquet", "does not exist"),
     ],
@@ -345,7 +346,7 @@ def test_an_unreadable_source_is_refused_in_one_line(make, says, tmp_path, capsy
     code = main(["--local_dataset_path", str(source), "--local_save_dir", str(out), "--skip_verify"])
     assert code == 1
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    with pytest.raises(_core.SourceError, match=says):
+    with pytest.raises(SourceError, match=says):
         convert(source, out)
     assert str(tmp_path) in message
     assert not out.exists() or names(out) == []
@@ -354,7 +355,7 @@ def test_an_unreadable_source_is_refused_in_one_line(make, says, tmp_path, capsy
 def test_the_source_is_not_overwritten(tmp_path):
     source = write_source(tmp_path / "train.parquet", [good_row()])
     before = source.read_bytes()
-    with pytest.raises(_core.ConversionError, match="is the source itself"):
+    with pytest.raises(ConversionError, match="is the source itself"):
         convert(tmp_path, tmp_path)
     assert source.read_bytes() == before
 
@@ -425,7 +426,7 @@ def test_a_decompression_bomb_is_dropped(tmp_path, monkeypatch):
 def test_an_answer_that_is_no_text_is_dropped(tmp_path):
     schema = SOURCE_SCHEMA.set(2, pa.field("answer", pa.list_(pa.int64())))
     source = write_source(tmp_path / "train.parquet", [good_row() | {"answer": [7]}], schema)
-    with pytest.raises(_core.ConversionError, match="all 1 rows dropped"):
+    with pytest.raises(ConversionError, match="all 1 rows dropped"):
         convert(source, tmp_path / "out")
     assert names(tmp_path / "out") == []
 
@@ -601,7 +602,7 @@ def test_a_failure_leaves_no_parquet_and_an_older_file_untouched(tmp_path, monke
 def test_a_split_that_fails_late_keeps_the_others_from_being_published(tmp_path):
     source = make_parquet_folder(tmp_path / "source")
     cut_parquet(source)  # train: converted after test
-    with pytest.raises(_core.SourceError, match="breaks off"):
+    with pytest.raises(SourceError, match="breaks off"):
         convert(source, tmp_path / "out")
     assert names(tmp_path / "out") == []
 
@@ -695,7 +696,7 @@ def test_verls_reward_accepts_an_answer_in_the_form_that_the_instruction_asks_fo
     assert default_compute_score(geo3k.RECIPE.hub_id, response, answer) == pytest.approx(1.0)
     assert default_compute_score(geo3k.RECIPE.hub_id, "<think></think> \\boxed{8}", answer) == pytest.approx(0.1)
     for mark in ("<think>", "</think>", "\\boxed{"):
-        assert mark in _core.STYLES["think_boxed"]
+        assert mark in STYLES["think_boxed"]
 
 
 def test_verify_fails_when_a_row_does_not_come_back(reader, tmp_path):
@@ -715,14 +716,14 @@ def test_verify_fails_when_a_row_does_not_come_back(reader, tmp_path):
 
     framing = Framing(measure.tokenizer, measure.processor, measure.name)
     assert "lengths off by up to 2 tokens" in verify(reader, [path], report, scratch, framing)
-    with pytest.raises(_core.ConversionError, match="reads 2 of the 3 rows"):
+    with pytest.raises(ConversionError, match="reads 2 of the 3 rows"):
         verify(reader, [path], Report("train", read=3, written=3, digests=report.digests), scratch, measure)
     rows = converted(path)
     for broken, says in ((picture(2)[:-60], "does not come back"), (picture(3), "image 0 has other pixels")):
         rows[1]["images"][0]["bytes"] = broken
         wrong = tmp_path / "wrong.parquet"
         pq.write_table(pa.Table.from_pylist(rows, schema=row_module.SCHEMA), wrong)
-        with pytest.raises(_core.ConversionError, match=f"geometry3k-train-1 .*{says}"):
+        with pytest.raises(ConversionError, match=f"geometry3k-train-1 .*{says}"):
             verify(reader, [wrong], report, scratch, measure)
 
 
@@ -737,7 +738,7 @@ def test_verify_fails_when_a_row_does_not_come_back(reader, tmp_path):
 def test_what_a_missing_check_lets_through_is_caught_and_not_published(module, check, row, tmp_path, monkeypatch):
     monkeypatch.setattr(module, check, ())
     source = write_source(tmp_path / "train.parquet", [good_row(1), row])
-    with pytest.raises(_core.ConversionError, match="geometry3k-train-1 does not come back"):
+    with pytest.raises(ConversionError, match="geometry3k-train-1 does not come back"):
         convert(source, tmp_path / "out", skip_verify=False)
     assert names(tmp_path / "out") == []
 
@@ -779,7 +780,7 @@ def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(
         [sys.executable, "data_prep/geo3k.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": "", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=60,

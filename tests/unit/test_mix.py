@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""data_prep/mix.py: which rows it joins, which it keeps apart from validation, and that a failure changes nothing."""
+"""data_prep/mix.py: the rows that it joins, those that it keeps out of training, and failures that change nothing."""
 
-import json
 import os
 import subprocess
 import sys
@@ -17,12 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import _core, mix
-from data_prep._core.lengths import load_measure
-from data_prep._core.verify import import_reader
+from data_prep import mix
+from verl_gndpo.conversion import ConversionError, SourceError
+from verl_gndpo.conversion import write as write_module
+from verl_gndpo.conversion.lengths import load_measure
+from verl_gndpo.conversion.row import SCHEMA
+from verl_gndpo.conversion.verify import import_reader
+from verl_gndpo.data_facts import FileFacts, SetFacts, read_facts
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = mix.SCHEMA
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 TEMPORARY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -60,16 +63,21 @@ def row(name: str, number: int, *, image: int | None = None, question: str | Non
     }
 
 
-def write(path: Path, rows: list[dict], schema: pa.Schema = SCHEMA, **about) -> Path:
+def write(path: Path, rows: list[dict], facts: FileFacts | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {**(schema.metadata or {}), b"verl_gndpo": json.dumps(about)}
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata)), path)
+    metadata = {**SCHEMA.metadata, **(facts.metadata() if facts else {})}
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata)), path)
     return path
 
 
-def make(folder: Path, name: str, numbers, **about) -> Path:
-    about = {"source": f"hub/{name}", "license": "MIT", "converter": name} | about
-    return write(folder / name / "train.parquet", [row(name, number) for number in numbers], **about)
+def facts_of(name: str, **changes) -> SetFacts:
+    return SetFacts(**{"name": name, "hub_id": f"hub/{name}", "license": "MIT", "answer_types": ("number",)} | changes)
+
+
+def make(folder: Path, name: str, numbers, **changes) -> Path:
+    """Write a set as a converter does; `changes` are of its facts."""
+    facts = FileFacts(name, (facts_of(name, **changes),))
+    return write(folder / name / "train.parquet", [row(name, number) for number in numbers], facts)
 
 
 def read(path: Path) -> list[dict]:
@@ -289,7 +297,7 @@ def test_every_row_is_accounted_for_and_none_of_validation_is_trained_on(tmp_pat
     val = [from_problems(tmp_path, "v", held)]
     out = tmp_path / "out" / "train.parquet"
     if not left:
-        with pytest.raises(_core.ConversionError, match="no row is left"):
+        with pytest.raises(ConversionError, match="no row is left"):
             mix.mix(train, out.parent, val=val, drop_shared_images=drop)
         return
     report = mix.mix(train, out.parent, val=val, drop_shared_images=drop)
@@ -309,9 +317,9 @@ def test_every_row_is_accounted_for_and_none_of_validation_is_trained_on(tmp_pat
 
 def test_one_id_for_two_rows_names_both_files(tmp_path):
     a, b = make(tmp_path, "a", [1]), write(tmp_path / "b" / "train.parquet", [row("b", 2, id="a-train-1")])
-    with pytest.raises(_core.ConversionError, match=rf"{a} and {b} have rows that differ under one id, a-train-1"):
+    with pytest.raises(ConversionError, match=rf"{a} and {b} have rows that differ under one id, a-train-1"):
         mix.mix([a, b], tmp_path / "out")
-    with pytest.raises(_core.ConversionError, match="differ under one id"):
+    with pytest.raises(ConversionError, match="differ under one id"):
         mix.mix([make(tmp_path, "c", [7])], tmp_path / "out", val=[a, b])
     assert not (tmp_path / "out").exists()
     # In validation the same row may stand in two files.
@@ -319,61 +327,61 @@ def test_one_id_for_two_rows_names_both_files(tmp_path):
     assert ids(tmp_path / "out" / "val.parquet") == ["a-train-1"] * 2
 
 
-def test_metadata_names_the_sources_and_no_machine(two, tmp_path):
-    mix.mix(two, tmp_path / "out", weights=[1, 2], rows=9, seed=5, val=[make(tmp_path, "v", [500], license="CC")])
+def facts_in(path: Path) -> FileFacts:
+    return read_facts(pq.read_schema(path).metadata)
+
+
+def test_a_mix_keeps_the_facts_of_each_set_and_names_no_machine(two, tmp_path):
+    val = make(tmp_path, "v", [500], license="CC", validation_only="evaluation only.", answer_types=("choice", "text"))
+    mix.mix(two, tmp_path / "out", weights=[1, 2], rows=9, seed=5, val=[val])
     for name in ("train", "val"):
         metadata = pq.ParquetFile(tmp_path / "out" / f"{name}.parquet").schema_arrow.metadata
         assert metadata[b"huggingface"] == SCHEMA.metadata[b"huggingface"]
         assert str(tmp_path).encode() not in metadata[b"verl_gndpo"]
-        about = json.loads(metadata[b"verl_gndpo"])
-        assert (about["converter"], about["split"], about["seed"], about["weights"]) == ("mix", name, 5, [1, 2])
-        assert about["validation"] == ["v/train.parquet"]
-        if name == "train":
-            a = {"source": "hub/a", "license": "MIT", "converter": "a", "file": "a/train.parquet", "rows": 3}
-            b = {"source": "hub/b", "license": "MIT", "converter": "b", "file": "b/train.parquet", "rows": 6}
-            assert about["sources"] == [a, b]
-        else:
-            assert [source["license"] for source in about["sources"]] == ["CC"]
+    options = {"seed": 5, "weights": [1, 2], "validation": ["v/train.parquet"]}
+    files = [{"file": "a/train.parquet", "rows": 3}, {"file": "b/train.parquet", "rows": 6}]
+    assert facts_in(tmp_path / "out" / "train.parquet") == FileFacts(
+        "mix", (facts_of("a"), facts_of("b")), options | {"files": files}
+    )
+    assert facts_in(tmp_path / "out" / "val.parquet") == FileFacts(
+        "mix", facts_in(val).sets, options | {"files": [{"file": "v/train.parquet", "rows": 1}]}
+    )
+
+
+def test_a_mix_of_mixes_states_each_set_once_and_only_those_that_it_has_rows_of(tmp_path):
+    a, b = make(tmp_path, "a", [1, 2]), make(tmp_path, "b", [1, 3])
+    mix.mix([a, b], tmp_path / "ab")
+    mix.mix([make(tmp_path, "c", [4]), a], tmp_path / "ca")
+    mix.mix([tmp_path / "ab" / "train.parquet", tmp_path / "ca" / "train.parquet"], tmp_path / "out")
+    assert facts_in(tmp_path / "out" / "train.parquet").sets == (facts_of("a"), facts_of("b"), facts_of("c"))
+    mix.mix([a, make(tmp_path, "d", [2])], tmp_path / "out")
+    assert facts_in(tmp_path / "out" / "train.parquet").sets == (facts_of("a"),)
 
 
 def test_a_set_for_validation_only_is_not_trained_on(tmp_path):
     val = make(tmp_path, "v", [1], validation_only="its authors allow evaluation only.")
-    with pytest.raises(_core.SourceError, match="must not be trained on: its authors"):
+    with pytest.raises(SourceError, match="must not be trained on: its authors"):
         mix.mix([val], tmp_path / "out")
-    mix.mix([make(tmp_path, "a", [2])], tmp_path / "out", val=[val])
-    # Nor after it was joined with others.
-    with pytest.raises(_core.SourceError, match="must not be trained on: its authors"):
+    mix.mix([make(tmp_path, "a", [2])], tmp_path / "out", val=[make(tmp_path, "w", [3]), val])
+    # The reason stays with the rows when they are joined with others.
+    with pytest.raises(SourceError, match="must not be trained on: its authors"):
         mix.mix([tmp_path / "out" / "val.parquet"], tmp_path / "again")
+
+
+def test_a_file_without_facts_is_mixed_and_adds_none(tmp_path):
+    mix.mix([write(tmp_path / "n" / "train.parquet", [row("n", 1)]), make(tmp_path, "a", [2])], tmp_path / "out")
+    assert sets(tmp_path / "out" / "train.parquet") == {"n": 1, "a": 1}
+    assert facts_in(tmp_path / "out" / "train.parquet").sets == (facts_of("a"),)
 
 
 # Sources
 
 
 def info_schema(**changes: pa.DataType | None) -> pa.Schema:
-    """`SCHEMA` with other types in extra_info; None takes the field away."""
+    """Return `SCHEMA` with other types in extra_info; None removes the field."""
     place = SCHEMA.get_field_index("extra_info")
     types = {inner.name: inner.type for inner in SCHEMA.field("extra_info").type} | changes
     return SCHEMA.set(place, pa.field("extra_info", pa.struct([(name, kind) for name, kind in types.items() if kind])))
-
-
-def write_older(path: Path, number: int) -> dict:
-    """Writes a file as converters did before there were the newer fields. Returns its one row."""
-    older = row("a", number)
-    for name in mix.NEWER_INFO:
-        del older["extra_info"][name]
-    schema = info_schema(**dict.fromkeys(mix.NEWER_INFO)).with_metadata(SCHEMA.metadata)
-    pq.write_table(pa.Table.from_pylist([older], schema=schema), path)
-    return older
-
-
-def test_an_older_file_gets_the_newer_fields(tmp_path):
-    older = write_older(tmp_path / "older.parquet", 1)
-    mix.mix([tmp_path / "older.parquet", make(tmp_path, "b", [2])], tmp_path / "out")
-    assert pq.ParquetFile(tmp_path / "out" / "train.parquet").schema_arrow.equals(SCHEMA)
-    found = {one["extra_info"]["id"]: one["extra_info"] for one in read(tmp_path / "out" / "train.parquet")}
-    newer = {"answer_type": "", "choices": [], "tolerance": 0.0, "meta": "{}"}
-    assert found["a-train-1"] == older["extra_info"] | newer
-    assert found["b-train-2"]["choices"] == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -382,6 +390,7 @@ def test_an_older_file_gets_the_newer_fields(tmp_path):
         (SCHEMA.remove(SCHEMA.get_field_index("images")), "column images is missing, expected: list"),
         (SCHEMA.append(pa.field("video", pa.string())), "column video is string, expected: no such column"),
         (info_schema(id=None), "column extra_info.id is missing, expected: string"),
+        (info_schema(answer_type=None), "column extra_info.answer_type is missing, expected: string"),
         (info_schema(tolerance=pa.string()), "column extra_info.tolerance is string, expected: double"),
         (pa.schema([("extra_info", pa.string())]), "column data_source is missing"),
     ],
@@ -390,7 +399,7 @@ def test_other_columns_are_an_error_that_names_file_and_column(tmp_path, schema,
     path = tmp_path / "wrong" / "train.parquet"
     path.parent.mkdir()
     pq.write_table(schema.empty_table(), path)
-    with pytest.raises(_core.SourceError, match=rf"{path}: {says}.*Convert the set again"):
+    with pytest.raises(SourceError, match=rf"{path}: {says}.*Convert the set again"):
         mix.mix([make(tmp_path, "a", [1]), path], tmp_path / "out")
 
 
@@ -404,7 +413,7 @@ BROKEN_ROWS = {
 @pytest.mark.parametrize("says", BROKEN_ROWS)
 def test_a_broken_row_is_an_error_that_names_the_file(tmp_path, says):
     path = write(tmp_path / "a" / "train.parquet", [row("a", 0), BROKEN_ROWS[says]])
-    with pytest.raises(_core.SourceError, match=rf"{path}: .*{says}"):
+    with pytest.raises(SourceError, match=rf"{path}: .*{says}"):
         mix.mix([path], tmp_path / "out")
 
 
@@ -416,7 +425,7 @@ def test_a_file_that_breaks_off_is_an_error(tmp_path):
     data = bytearray(path.read_bytes())
     data[chunk.data_page_offset : chunk.data_page_offset + 40] = b"\xff" * 40
     path.write_bytes(data)
-    with pytest.raises(_core.SourceError, match=rf"{path} breaks off after row 32"):
+    with pytest.raises(SourceError, match=rf"{path} breaks off after row 32"):
         mix.mix([path], tmp_path / "out")
 
 
@@ -435,11 +444,11 @@ def test_a_file_that_breaks_off_is_an_error(tmp_path):
         ("--train A B --counts 1 1 --weights 1 2", "leave --weights and --rows out"),
         ("--train A B --rows 5", "give --weights too"),
         ("--train A none.parquet", "none.parquet does not exist"),
-        ("--train A .", "is no file"),
-        ("--train A text.parquet", "text.parquet is no readable parquet file"),
+        ("--train A .", "is not a file"),
+        ("--train A text.parquet", "text.parquet is not a readable parquet file"),
         ("--train A B --val none.parquet", "none.parquet does not exist"),
-        ("--train A B --counts 30 61", "has 60 of its 60 rows left after de-duplication, asked for were 61"),
-        ("--train A B --weights 1 2 --rows 100", "has 30 of its 30 rows left after de-duplication, asked for were 33"),
+        ("--train A B --counts 30 61", "has 60 of its 60 rows left after de-duplication, but 61 are wanted"),
+        ("--train A B --weights 1 2 --rows 100", "has 30 of its 30 rows left after de-duplication, but 33 are wanted"),
         ("--train A A B --weights 1 1 1", "has no row left after de-duplication: leave the file out"),
         ("--train A B --weights 1 1000 --rows 20", "gets no row by its weight"),
         ("--train A --val A", "no row is left to train on"),
@@ -471,7 +480,7 @@ def test_a_folder_that_cannot_be_written_is_a_one_line_error(two, tmp_path, caps
 def test_it_runs_as_a_plain_script(two, tmp_path):
     script = [sys.executable, str(ROOT / "data_prep" / "mix.py"), "--train", *map(str, two)]
     more = ["--weights", "1", "0.5", "--rows", "12", "--local_save_dir", str(tmp_path / "out")]
-    result = subprocess.run([*script, *more], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run([*script, *more], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"wrote to {tmp_path / 'out'}"
     assert sets(tmp_path / "out" / "train.parquet") == {"a": 8, "b": 4}
@@ -499,7 +508,7 @@ def test_row_groups_stay_small(tmp_path, monkeypatch):
         return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
 
     assert groups("rows") == [64, 64, 22]
-    monkeypatch.setattr(_core.write, "ROW_GROUP_BYTES", 50 * len(picture(1)))
+    monkeypatch.setattr(write_module, "ROW_GROUP_BYTES", 50 * len(picture(1)))
     assert max(groups("bytes")) <= 50
 
 
@@ -515,7 +524,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path, monkeypatch):
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sources[-1], row_group_size=16)
         del rows, one
     assert sum(path.stat().st_size for path in sources) > 18_000_000
-    monkeypatch.setattr(_core.write, "ROW_GROUP_BYTES", 500_000)
+    monkeypatch.setattr(write_module, "ROW_GROUP_BYTES", 500_000)
     before, peaks = pa.total_allocated_bytes(), []
 
     def watched(function):
@@ -556,7 +565,8 @@ def test_a_killed_run_leaves_the_older_file_and_the_next_one_clears_up(tmp_path)
     out.mkdir()
     (out / "train.parquet").write_bytes(b"older")
     arguments = ["--train", str(source), "--local_save_dir", str(out)]
-    result = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True)
+    command = [sys.executable, "-c", KILLED, *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True)
     assert result.returncode == -9, result.stderr
     assert (out / "train.parquet").read_bytes() == b"older"
     assert len(files(out)) == 2  # what was half written lies in a hidden folder
@@ -595,8 +605,7 @@ def test_verl_reads_every_row_of_a_mix(two, tmp_path):
 
     reader, why = import_reader()
     assert reader is not None, f"verl's RLHFDataset cannot be imported: {why}"
-    write_older(tmp_path / "older.parquet", 700)
-    mix.mix([*two, tmp_path / "older.parquet"], tmp_path / "out", val=[make(tmp_path, "v", [1, 400])])
+    mix.mix(two, tmp_path / "out", val=[make(tmp_path, "v", [1, 400])])
     measure = load_measure(None)
     config = OmegaConf.create(
         {"max_prompt_length": 4096, "filter_overlong_prompts_workers": None, "cache_dir": str(tmp_path / "cache")}
@@ -605,7 +614,7 @@ def test_verl_reads_every_row_of_a_mix(two, tmp_path):
         path = tmp_path / "out" / f"{name}.parquet"
         dataset = reader(str(path), measure.tokenizer, config, processor=measure.processor)
         stored = read(path)
-        assert len(dataset) == len(stored) == {"train": 90, "val": 2}[name]
+        assert len(dataset) == len(stored) == {"train": 89, "val": 2}[name]
         for place in (0, len(stored) - 1):
             parts = dataset[place]["raw_prompt"][0]["content"]
             assert [part["type"] for part in parts] == ["image", "text"]
@@ -617,5 +626,5 @@ def test_verl_reads_every_row_of_a_mix(two, tmp_path):
 def test_rows_that_must_not_be_trained_on_are_known_without_metadata(tmp_path):
     """A file that was rewritten since, so that only its rows say where they come from."""
     rewritten = write(tmp_path / "a.parquet", [row("v", 1) | {"data_source": "AI4Math/MathVista"}])
-    with pytest.raises(_core.SourceError, match=r"a\.parquet holds rows of AI4Math/MathVista: .* --val"):
+    with pytest.raises(SourceError, match=r"a\.parquet holds rows of AI4Math/MathVista: .* --val"):
         mix.mix([rewritten], tmp_path / "out")

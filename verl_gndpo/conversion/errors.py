@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong, and how far it reaches: the conversion, the source, or one row."""
+"""Errors of a conversion by what they end: the whole conversion, the reading of the source, or one row."""
 
 from __future__ import annotations
 
 
 class ConversionError(Exception):
-    """The conversion cannot go on; the message is the one line that the user sees."""
+    """The conversion cannot continue; the message is the one line that the user sees."""
 
 
 class SourceError(ConversionError):
@@ -16,12 +16,12 @@ class DroppedRow(Exception):
     """One row fails a check.
 
     Args:
-        reason: one of a few fixed phrases, counted in the report.
-        detail: what exactly was wrong with this row.
+        reason: one of a few fixed phrases; the report counts each.
+        detail: what exactly is wrong with this row.
     """
 
     def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)  # as its arguments, so that it survives the way back from a worker process
+        super().__init__(reason, detail)  # as arguments, so that unpickling from a worker process works
         self.reason = reason
         self.detail = detail
 
@@ -30,5 +30,6 @@ class DroppedRow(Exception):
 
 
 def one_line(error: BaseException) -> str:
+    """Return the error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

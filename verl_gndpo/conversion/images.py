@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images: found in a folder or a zip archive, checked, and brought into the form that verl reads alike everywhere."""
+"""Find images in folders and zip archives, check them, and encode them so that verl's two readers agree."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from PIL import ExifTags, Image, ImageOps
 from .errors import DroppedRow, SourceError, one_line
 
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
-"""Of one image file, unpacked."""
+"""Limit for one image file, unpacked."""
 MAX_ASPECT_RATIO = 200
 # Sides are rounded to multiples of patch size x merge size before the image processor measures the ratio again:
 # 28 for Qwen2-VL and Qwen2.5-VL, 32 for Qwen3-VL.
 RESIZE_FACTORS = (28, 32)
-# Of 9: a tenth more bytes than at Pillow's own 6, for three quarters of the time.
+# On a scale to 9. Compared with Pillow's default of 6, it writes a tenth more bytes in three quarters of the time.
 PNG_LEVEL = 3
-# What zipfile and its decompressors raise on a damaged, encrypted or unknown member.
+# zipfile and its decompressors raise these on a damaged, encrypted or unknown member.
 UNREADABLE = (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, lzma.LZMAError)
-# Pillow has decoders that start other programs or that read further files; none of them is a data set's image.
+# Pillow also has decoders that start other programs or read further files. No data set needs them.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as it is written: encoded bytes, (width, height), and a digest of its RGB pixels."""
+    """An image in the form that is written: encoded bytes, (width, height), and a digest of its RGB pixels."""
 
     data: bytes
     size: tuple[int, int]
@@ -42,11 +42,11 @@ class Picture:
 
 
 class ImageStore:
-    """Image files by their paths in the source, from folders or from zip archives in them. Nothing is unpacked to disk.
+    """Read image files by their paths in the source, from folders and zip archives, without unpacking to disk.
 
     Args:
-        roots: folders that relative paths start at, and zip archives. The archives in a folder are looked into, too,
-            after the files of all folders.
+        roots: zip archives, and folders that relative paths start at. Archives in a folder are searched, too, after
+            the files of all folders.
     """
 
     def __init__(self, roots: list[Path]):
@@ -60,10 +60,10 @@ class ImageStore:
         return self.__dict__ | {"_open": {}}
 
     def read(self, path: str) -> bytes:
-        """Bytes of one image file.
+        """Return the bytes of one image file.
 
         Raises:
-            DroppedRow: the path leads out of the source, or there is no such file, or it is empty or too large.
+            DroppedRow: the path leads out of the source, or the file is missing, empty or too large.
         """
         name = PurePosixPath(path.replace("\\", "/"))
         for folder in self.folders:
@@ -99,8 +99,8 @@ class ImageStore:
         for archive in self.archives:
             if archive not in self._open:
                 self._open[archive] = _opened_archive(archive)
-        # images.zip may hold images/1.png, or 1.png for what rows call images/1.png. Of several archives that all have
-        # such a name, nothing says which one is meant.
+        # For a row's images/1.png, images.zip may hold images/1.png or 1.png. When several archives hold the name, the
+        # source does not say which one is meant.
         for inner_name in (lambda stem: name, lambda stem: stem / name, lambda stem: _without_folder(name, stem)):
             found = []
             for archive in self.archives:
@@ -111,7 +111,7 @@ class ImageStore:
             if found:
                 (archive, member) = found[0]
                 with self._open[archive].open(member) as stream:
-                    # What is read counts, not what the archive's directory claims.
+                    # Limit what is read, because the size in the archive's directory may be false.
                     data = stream.read(MAX_IMAGE_BYTES + 1)
                 if len(data) > MAX_IMAGE_BYTES:
                     raise DroppedRow("image is too large", f"{path}: more than {MAX_IMAGE_BYTES} bytes unpacked")
@@ -120,13 +120,15 @@ class ImageStore:
 
 
 def _without_folder(name: PurePosixPath, stem: PurePosixPath) -> PurePosixPath:
-    """The name without its first folder where that is what the archive is called, or "images"."""
+    """Return the name without its first folder if that is "images" or the archive's own name, else the name."""
     return PurePosixPath(*name.parts[1:]) if name.parts and name.parts[0] in (str(stem), "images") else name
 
 
 def _is_within(folder: Path, path: Path) -> bool:
-    """Whether a path, its links followed, stays in its folder; or in the hub's cache, where each file of a snapshot is
-    a link to a blob beside the snapshots."""
+    """Return whether a path, after following links, stays in its folder.
+
+    In the hub's cache each file of a snapshot is a link to a blob beside the snapshots, which is allowed, too.
+    """
     path = path.resolve()
     snapshot = next((place for place in (folder, *folder.parents) if place.parent.name == "snapshots"), None)
     return path.is_relative_to(folder) or (snapshot is not None and path.is_relative_to(snapshot.parents[1] / "blobs"))
@@ -137,11 +139,15 @@ def _leads_out(name: PurePosixPath) -> bool:
 
 
 def _opened_archive(archive: Path) -> zipfile.ZipFile:
-    """Raises SourceError when the archive cannot be read, or holds a link or a name that leads out of it."""
+    """Open a zip archive.
+
+    Raises:
+        SourceError: it cannot be read, or holds a link or a name that leads out of it.
+    """
     try:
         opened = zipfile.ZipFile(archive)
     except (OSError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{archive} is no readable zip archive ({one_line(error)}).") from error
+        raise SourceError(f"{archive} is not a readable zip archive ({one_line(error)}).") from error
     for member in opened.infolist():
         if _leads_out(PurePosixPath(member.filename.replace("\\", "/"))):
             raise SourceError(f"{archive} holds {member.filename!r}, a name that leads out of it: it is not read.")
@@ -150,18 +156,18 @@ def _opened_archive(archive: Path) -> zipfile.ZipFile:
     return opened
 
 
-def image_entries(images: object) -> list:
-    """The entries of a row's image column, which holds none, one, or a list."""
+def image_entries(images: object) -> list[object]:
+    """Return the entries of a row's image column, which holds none, one, or a list."""
     if images is None or images == "":
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def image_bytes(entry: object, store: ImageStore, repairs: list[str]) -> tuple[bytes, str]:
-    """Bytes of an image entry, read from its path when it holds none; and the file's name, for messages.
+    """Return the bytes of an image entry and its file's name for messages; read the file when the entry has no bytes.
 
     Raises:
-        DroppedRow: there are no bytes to be had.
+        DroppedRow: there are no bytes, or the file cannot be used.
     """
     if isinstance(entry, bytes) and entry:
         return entry, ""
@@ -180,15 +186,15 @@ def image_bytes(entry: object, store: ImageStore, repairs: list[str]) -> tuple[b
 
 
 def rgb_picture(data: bytes, name: str, repairs: list[str]) -> Picture:
-    """The picture with its own bytes when it is an opaque, upright RGB PNG or JPEG, otherwise encoded anew as RGB PNG.
+    """Return the picture: unchanged if it is an opaque, upright RGB PNG or JPEG, otherwise encoded again as RGB PNG.
 
-    verl's two image paths disagree on everything else: one lays transparency on white, the other drops the alpha
-    channel and shows whatever colour lies beneath; one obeys EXIF orientation, the other does not. Converted here, they
+    verl's two image readers differ on all other images. One puts transparency on white; the other drops the alpha
+    channel and shows the colour beneath. One applies the EXIF orientation; the other does not. After conversion they
     agree.
 
     Raises:
         DroppedRow: the image does not decode, is larger than Pillow allows, or has a shape or pixel format that
-            the vision processors cannot take.
+            the vision processors cannot process.
     """
     where = f"{name}: " if name else ""
     image, kind, upright = _decoded(data, where)
@@ -214,7 +220,7 @@ def rgb_picture(data: bytes, name: str, repairs: list[str]) -> Picture:
 
 
 def _decoded(data: bytes, where: str) -> tuple[Image.Image, str, bool]:
-    """The image, turned upright; its file format; and whether it was upright before."""
+    """Return the image, turned upright; its file format; and whether it was upright before."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -223,7 +229,7 @@ def _decoded(data: bytes, where: str) -> tuple[Image.Image, str, bool]:
         image.load()
         kind = image.format
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return image if upright else ImageOps.exif_transpose(image), kind, upright
+        return image if upright else ImageOps.exif_transpose(image), kind or "", upright
     except DroppedRow:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -233,7 +239,7 @@ def _decoded(data: bytes, where: str) -> tuple[Image.Image, str, bool]:
 
 
 def pixel_digest(image: Image.Image) -> bytes:
-    """16 bytes that are the same for pictures with the same size and RGB pixels, whatever file format held them."""
+    """Return 16 bytes that depend on the size and RGB pixels only, not on the file format."""
     digest = xxhash.xxh3_128(repr(image.size).encode())
     digest.update(image.tobytes())
     return digest.digest()
@@ -244,6 +250,6 @@ def _check_shape(width: int, height: int, where: str) -> None:
         raise DroppedRow("image does not decode", f"{where}{width}x{height} pixels")
     short, long = sorted((width, height))
     ratios = [long / short] + [max(1, round(long / f)) / max(1, round(short / f)) for f in RESIZE_FACTORS]
-    # The processors accept a rounded ratio of exactly 200.
+    # The processors accept a rounded ratio of exactly 200, and refuse an unrounded one.
     if ratios[0] >= MAX_ASPECT_RATIO or max(ratios) > MAX_ASPECT_RATIO:
         raise DroppedRow(f"aspect ratio is not below {MAX_ASPECT_RATIO}", f"{where}{width}x{height} pixels")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the prompts are, in the tokens of a model."""
+"""Measure prompts in the tokens of a model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _CHAT_TEMPLATE = (
 )
 
 
-def structured(messages: list[dict]) -> list[dict]:
-    """Messages with their placeholders as image parts, as chat templates take them."""
+def structured(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return the messages in the form that chat templates read, with placeholders as image parts."""
     result = []
     for message in messages:
         parts = [
@@ -36,26 +36,27 @@ def structured(messages: list[dict]) -> list[dict]:
 
 @dataclass(frozen=True)
 class Measure:
-    """Lengths by a model's tokenizer and processor, or by ones built here: bytes for text, Qwen2.5-VL's for images.
+    """Measure prompts with a tokenizer and a processor, of a model or built here.
 
     Args:
-        tokenizer, processor: of transformers.
-        name: what they are, for the report.
+        tokenizer: a tokenizer of transformers.
+        processor: a processor of transformers.
+        name: description of both, for the report.
     """
 
     tokenizer: Any
     processor: Any
     name: str
 
-    def __call__(self, messages: list[dict], sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """Tokens of the whole prompt, and those of them that stand for images; pixels are not needed.
+    def __call__(self, messages: list[dict[str, str]], sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """Return the number of tokens of the prompt, and how many of them are image tokens, without any pixels.
 
         Args:
-            messages: as stored, with placeholders in the text.
+            messages: the messages as stored, with placeholders in the text.
             sizes: (width, height) of each image.
 
         Raises:
-            Exception: whatever the processor raises on a shape that it refuses.
+            Exception: any error that the processor raises on a shape that it refuses.
         """
         text = self.processor.apply_chat_template(structured(messages), add_generation_prompt=True, tokenize=False)
         tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -64,7 +65,7 @@ class Measure:
         return tokens - len(sizes) + images, images
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) after the resizing that verl's agent loop applies ahead of the processor."""
+        """Return (height, width) after the resizing that verl's agent loop applies before the processor."""
         from qwen_vl_utils import vision_process
 
         patch = getattr(self.processor.image_processor, "patch_size", 14)
@@ -73,7 +74,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Limit:
-    """Says why a row's prompt is too long, if it has more than `tokens` tokens."""
+    """Return why a row must be dropped if its prompt has more than `tokens` tokens, else None."""
 
     measure: Measure
     tokens: int
@@ -81,13 +82,16 @@ class Limit:
     def __call__(self, row: ConvertedRow) -> DroppedRow | None:
         try:
             tokens, _ = self.measure(row.values["prompt"], [picture.size for picture in row.pictures])
-        except Exception as error:  # what verl's own prompt filter would swallow, leaving the row out
+        except Exception as error:  # verl's own prompt filter would swallow it and drop the row silently
             return DroppedRow("processor refuses the row", one_line(error))
         return DroppedRow(OVERLONG, f"{tokens} tokens") if tokens > self.tokens else None
 
 
 def load_measure(model: str | None) -> Measure:
-    """Tokenizer and processor of `model`, or built ones when it is None.
+    """Load the tokenizer and processor of a model.
+
+    Args:
+        model: folder or hub id. None builds a tokenizer of bytes and Qwen2.5-VL's processor, without any download.
 
     Raises:
         ConversionError: the model cannot be loaded, or its processor cannot count image tokens.
@@ -107,8 +111,8 @@ def load_measure(model: str | None) -> Measure:
     return Measure(tokenizer, processor, f"tokenizer and processor of {model}")
 
 
-def _built() -> tuple:
-    """A tokenizer that knows bytes and special tokens only, and Qwen2.5-VL's processor: nothing to download."""
+def _built() -> tuple[Any, Any]:
+    """Build a tokenizer with one token per byte, and Qwen2.5-VL's processor."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2_5_VLProcessor, Qwen2Tokenizer
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor

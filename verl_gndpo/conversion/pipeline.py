@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line that all converters have in common."""
+"""Convert one data set: its splits, in worker processes, into files that appear only when all is well."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
-import json
-import math
 import os
 import shutil
 import sys
@@ -18,15 +15,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import ConversionError, SourceError, one_line
+from verl_gndpo.data_facts import FactsError, FileFacts, read_facts
+
+from .errors import ConversionError, SourceError
 from .lengths import Limit, Measure, load_measure
 from .preview import write_preview
-from .prompt import STYLES, load_prompt
+from .prompt import load_prompt
 from .recipe import Recipe
 from .report import Report, length_lines, report_table
-from .source import Split, open_source
+from .source import open_source
+from .split import Split
 from .verify import import_reader, verify
-from .write import METADATA_KEY, Converter, convert_all, worker_pool, write_split
+from .write import Converter, convert_all, worker_pool, write_split
 
 WORTH_A_POOL = 256
 
@@ -51,13 +51,13 @@ def convert(
     preview: int = 0,
     dry_run: bool = False,
 ) -> list[Report]:
-    """Converts a source into `<save_dir>/<split>.parquet`, one file a split.
+    """Convert a source into `<save_dir>/<split>.parquet`, one file per split.
 
-    Each file is replaced in one step, and none before all splits have been converted, are within `max_dropped` (a
-    fraction of the split's rows) and have been read back. Arguments are those of the command line.
+    Each file is replaced in one step, and only after all splits have been converted, have at most `max_dropped` (a
+    fraction of the split's rows) dropped, and have been read back. The arguments are those of the command line.
 
     Raises:
-        ConversionError: the source cannot be read, too much was dropped, or a row does not come back from verl.
+        ConversionError: the source cannot be read, too many rows were dropped, or verl does not read a row back.
         OSError: `save_dir` cannot be written.
     """
     prompt = load_prompt(prompt_style)
@@ -69,7 +69,7 @@ def convert(
         raise ConversionError(f"{save_dir} is the source itself: choose another --local_save_dir.")
     if limit is not None:
         chosen = [split.sample(limit, seed) for split in chosen]
-    # More processes than cores only take memory.
+    # More processes than cores only use more memory.
     cores = min(num_proc, os.cpu_count() or 1)
     workers = cores if sum(split.total for split in chosen) >= WORTH_A_POOL else 1
     about = f"{recipe.hub_id}, licence: {recipe.license}"
@@ -77,27 +77,23 @@ def convert(
         pool = worker_pool(workers)
         if pool is not None:
             stack.callback(pool.shutdown, cancel_futures=True)
-        reader, measure = None, None
+        reader: type | None = None
+        measure: Measure | None = None
+        fits: Limit | None = None
         if max_prompt_length is not None:
             reader, measure = _load_reader(model)
             if measure is None:
                 raise ConversionError("--max_prompt_length needs verl to be installed.")
-        fits = Limit(measure, max_prompt_length) if measure else None
-        reports, files = [], {}
+            fits = Limit(measure, max_prompt_length)
+        reports: list[Report] = []
+        files: dict[str, list[Path]] = {}
         for split in chosen:
             converter = Converter(recipe, prompt, split.name, split.images, include_unlicensed)
             folder = staged / split.name
             folder.mkdir()
-            metadata = {
-                "source": recipe.hub_id,
-                "license": recipe.license,
-                "converter": recipe.name,
-                "split": split.name,
-                "prompt_style": prompt.name,
-                "validation_only": recipe.validation_only,
-            }
+            facts = FileFacts(recipe.name, (recipe.facts(split.name, prompt.name),))
             outcomes = convert_all(split.rows(), converter, pool, workers)
-            reports.append(write_split(split, outcomes, metadata, folder, rows_per_shard, fits))
+            reports.append(write_split(split, outcomes, facts, folder, rows_per_shard, fits))
             files[split.name] = sorted(folder.iterdir())
         stack.close()  # verl needs the memory of the worker processes
         print(report_table(reports, about))
@@ -105,12 +101,13 @@ def convert(
             report.check_dropped(max_dropped)
         if not skip_verify and reader is None:
             reader, measure = _load_reader(model)
-        if measure is None:
+        if reader is None or measure is None:
             print("NOT read back through verl, and prompts not measured" + (": --skip_verify" if skip_verify else ""))
-        for report in reports if measure else []:
-            checked = verify(reader, files[report.split], report, staged, measure, cores)
-            print(f"{report.split}: {report.written} rows came back from verl ({checked})")
-            print(length_lines(report, measure.name))
+        else:
+            for report in reports:
+                checked = verify(reader, files[report.split], report, staged, measure, cores)
+                print(f"{report.split}: {report.written} rows came back from verl ({checked})")
+                print(length_lines(report, measure.name))
         if preview:
             write_preview(save_dir / "preview.html", about, files, reports, preview)
             print(f"wrote {save_dir / 'preview.html'}")
@@ -145,7 +142,7 @@ def _load_reader(model: str | None) -> tuple[type | None, Measure | None]:
 
 @contextlib.contextmanager
 def staging(save_dir: Path, name: str) -> Iterator[Path]:
-    """A hidden folder beside the results; what a killed run left of its own is removed first."""
+    """Make a hidden folder beside the results, after removing the one that a killed run of the same name left."""
     save_dir.mkdir(parents=True, exist_ok=True)
     for left in save_dir.glob(f".{name}-*"):
         with contextlib.suppress(OSError), (left / "lock").open("w") as lock:
@@ -160,8 +157,11 @@ def staging(save_dir: Path, name: str) -> Iterator[Path]:
 
 
 def publish(files: dict[str, list[Path]], save_dir: Path, converter: str) -> None:
-    """Moves the files of each split into place, and removes what an earlier run of the converter left of that split
-    under other names: a pattern such as train*.parquet must not find rows twice."""
+    """Move the files of each split into place.
+
+    Also remove files of the same split that an earlier run of the converter wrote under other names, because a pattern
+    such as train*.parquet must not find a row twice.
+    """
     for split, shards in files.items():
         written = set()
         for number, path in enumerate(shards):
@@ -171,66 +171,14 @@ def publish(files: dict[str, list[Path]], save_dir: Path, converter: str) -> Non
             print(f"wrote {save_dir / name}")
         patterns = (f"{split}.parquet", f"{split}-?????-of-?????.parquet")
         for left in {path for pattern in patterns for path in save_dir.glob(pattern)} - written:
-            if _converter_of(left) == converter:
+            if _written_by(left) == converter:
                 left.unlink()
                 print(f"removed {left}, of an earlier run")
 
 
-def _converter_of(path: Path) -> str | None:
+def _written_by(path: Path) -> str | None:
     try:
-        metadata = pq.read_schema(path).metadata or {}
-        return json.loads(metadata.get(METADATA_KEY, "{}")).get("converter")
-    except (OSError, ValueError, pa.ArrowException):
+        facts = read_facts(pq.read_schema(path).metadata)
+    except (OSError, FactsError, pa.ArrowException):
         return None
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and 0 <= value <= 1):
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
-
-
-def _parser(recipe: Recipe, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--local_dataset_path", help=f"local copy (file or folder) or hub id; when not given, {recipe.hub_id}")
-    add("--local_save_dir", default=f"~/data/{recipe.name}", help="folder for the parquet files")
-    add("--image_path", type=Path, help="folder or zip archive of the images, when they do not lie beside the source")
-    add("--split", nargs="+", help="convert these splits only")
-    add("--limit", type=_positive, help="at most this many rows of each split")
-    add("--seed", type=int, help="draw the rows of --limit at random; without it, the first ones")
-    add("--num_proc", type=_positive, default=min(os.cpu_count() or 1, 8), help="worker processes")
-    add("--prompt_style", default="think_boxed", help=f"{', '.join(STYLES)}, or a file with a template")
-    add("--max_dropped", type=_fraction, default=0.01, help="fraction of a split that may be dropped before it fails")
-    add("--max_prompt_length", type=_positive, help="drop prompts of more tokens than this; needs --model")
-    add("--rows_per_shard", type=_positive, help="write several files a split, with this many rows each")
-    add("--model", help="model whose tokenizer and processor measure the prompts and read them back")
-    add("--skip_verify", action="store_true", help="do not measure the prompts, nor read them back through verl")
-    add("--preview", type=_positive, default=0, metavar="N", help="write preview.html with N rows of each split")
-    add("--dry_run", action="store_true", help="do everything but write the parquet files")
-    if recipe.keep:
-        add("--include_unlicensed", action="store_true", help="keep rows that are flagged as not licensed")
-    return parser
-
-
-def main(recipe: Recipe, description: str, argv: list[str] | None = None) -> int:
-    """Command line of a converter. Returns the exit code: 0, or 1 with one line on stderr that says why."""
-    options = vars(_parser(recipe, description).parse_args(argv))
-    source, save_dir = options.pop("local_dataset_path"), options.pop("local_save_dir")
-    options["splits"] = options.pop("split")
-    try:
-        convert(source, Path(save_dir), recipe, **options)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: cannot write to {save_dir} ({one_line(error)})", file=sys.stderr)
-        return 1
-    return 0
+    return facts.written_by if facts else None

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page to look at: some rows of each split as they were written."""
+"""Write a page that shows some rows of each split as they were written."""
 
 from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image
@@ -27,14 +29,14 @@ dt { color: #888 } dd { margin: 0; overflow-wrap: anywhere }
 
 
 def write_preview(path: Path, title: str, files: dict[str, list[Path]], reports: list[Report], rows: int) -> None:
-    """Writes one self-contained HTML page with `rows` rows of each split, spread evenly over it.
+    """Write one self-contained HTML page with `rows` rows of each split, spread evenly over the split.
 
     Args:
-        path: of the page.
-        title: its heading.
+        path: path of the page.
+        title: heading of the page.
         files: parquet files of each split.
-        reports: of the splits; they know the lengths.
-        rows: how many rows of each split to show.
+        reports: reports of the splits, which hold the lengths.
+        rows: number of rows to show per split.
     """
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"]
     parts += [f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"]
@@ -48,7 +50,7 @@ def write_preview(path: Path, title: str, files: dict[str, list[Path]], reports:
     partial.replace(path)
 
 
-def _rows(paths: list[Path], chosen: set[int]):
+def _rows(paths: list[Path], chosen: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     place = 0
     for path in paths:
         for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(batch_size=16):
@@ -58,7 +60,7 @@ def _rows(paths: list[Path], chosen: set[int]):
                 place += 1
 
 
-def _article(row: dict, report: Report, place: int) -> str:
+def _article(row: dict[str, Any], report: Report, place: int) -> str:
     info = row["extra_info"]
     facts = {
         "answer": info["answer"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a question is put to the model."""
+"""Put a question into the messages that the model receives."""
 
 from __future__ import annotations
 
@@ -25,28 +25,37 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt template: `{question}` in `user` stands for the question; no system message when `system` is empty."""
+    """A prompt template.
+
+    Args:
+        name: the style's name, or the template's file name.
+        user: user message, with `{question}` in place of the question.
+        system: system message; "" for none.
+    """
 
     name: str
     user: str
     system: str = ""
 
-    def messages(self, question: str) -> list[dict]:
+    def messages(self, question: str) -> list[dict[str, str]]:
+        """Return the messages for one question."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         user = self.user
         if self.name in STYLES and CHOICES in question:
-            # Not on the line of the last choice.
+            # The instruction must not continue the line of the last choice.
             user = user.replace(f"{QUESTION} ", f"{QUESTION}\n\n")
         return [*system, {"role": "user", "content": user.replace(QUESTION, question)}]
 
 
 def load_prompt(style: str) -> Prompt:
-    """A style by its name; a text file, which is the user message; or a YAML file with `user` and `system`.
+    """Load a prompt template.
 
-    Where a user message does not say with `{question}` where the question stands, it stands before the text.
+    Args:
+        style: name of a style, a text file with the user message, or a YAML file with `user` and `system`. A user
+            message without `{question}` follows the question.
 
     Raises:
-        ConversionError: there is no such style or file, or the template would not survive verl's reader.
+        ConversionError: there is no such style or file, or verl's reader would not keep the template as it is.
     """
     if style in STYLES:
         return Prompt(style, STYLES[style])
@@ -57,7 +66,7 @@ def load_prompt(style: str) -> Prompt:
         text = path.read_text(encoding="utf-8")
         fields = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else {"user": text.strip()}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConversionError(f"--prompt_style {style} is no readable file ({one_line(error)}).") from error
+        raise ConversionError(f"--prompt_style {style} is not a readable file ({one_line(error)}).") from error
     if not isinstance(fields, dict) or not set(fields) <= {"user", "system"}:
         found = ", ".join(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
         raise ConversionError(f"--prompt_style {style}: expected the keys user and system, found {found}.")
@@ -66,8 +75,8 @@ def load_prompt(style: str) -> Prompt:
         raise ConversionError(f"--prompt_style {style}: user and system have to be text, with {QUESTION} once in user.")
     prompt = Prompt(path.name, user if QUESTION in user else f"{QUESTION}\n{user}", system)
     texts = prompt.user + prompt.system
-    if found := [mark for mark in (IMAGE_PLACEHOLDER, *FOREIGN_PLACEHOLDERS) if mark in texts]:
-        raise ConversionError(f"--prompt_style {style}: {', '.join(found)} would be read as a placeholder.")
+    if marks := [mark for mark in (IMAGE_PLACEHOLDER, *FOREIGN_PLACEHOLDERS) if mark in texts]:
+        raise ConversionError(f"--prompt_style {style}: {', '.join(marks)} would be read as a placeholder.")
     if special := SPECIAL_TOKEN.search(texts):
         raise ConversionError(f"--prompt_style {style}: {special[0]} is a special token; the chat template adds those.")
     return prompt

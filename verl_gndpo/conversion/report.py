@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of a split: read, written, repaired and dropped by kind, and how long the prompts are."""
+"""Report on a split: rows read, written, repaired and dropped by kind, and the lengths of its prompts."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from .row import ConvertedRow
 TABLE_IDS = 5
 UNLICENSED = "not licensed for reuse"
 OVERLONG = "prompt is over-long"
-# Left out because the user, or the licence, said so: no sign of a broken source.
+# The user or the licence excludes these rows, so they do not indicate a broken source.
 ON_PURPOSE = (UNLICENSED, OVERLONG)
 LENGTH_MARKS = (1024, 2048, 4096, 8192)
 
 
 @dataclass
 class Counts:
-    """How often each kind of thing happened, and the first ids that it happened to."""
+    """Count events by kind, with the ids of the first rows for each."""
 
     rows: dict[str, int] = field(default_factory=dict)
     first_ids: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, row_id: str, kind: str) -> None:
+        """Count one event for a row."""
         self.rows[kind] = self.rows.get(kind, 0) + 1
         ids = self.first_ids.setdefault(kind, [])
         if len(ids) < TABLE_IDS:
             ids.append(row_id)
 
     def lines(self, verb: str) -> list[str]:
+        """Return one line per kind: how often it happened, and to which rows first."""
         return [
             f"  {verb} {count} x {kind}: {', '.join(self.first_ids[kind])}{', ...' if count > TABLE_IDS else ''}"
             for kind, count in sorted(self.rows.items())
@@ -41,7 +43,7 @@ class Counts:
 
 @dataclass
 class Report:
-    """What became of one split. Lengths are in tokens, one of each row that was read back."""
+    """The report of one split. Lengths are in tokens, one entry per row that was read back."""
 
     split: str
     read: int = 0
@@ -50,13 +52,13 @@ class Report:
     repaired_by: Counts = field(default_factory=Counts)
     noted_by: Counts = field(default_factory=Counts)
     repaired: int = 0
-    prompt_tokens: array = field(default_factory=lambda: array("I"))
-    image_tokens: array = field(default_factory=lambda: array("I"))
-    digests: array = field(default_factory=lambda: array("B"))
+    prompt_tokens: array[int] = field(default_factory=lambda: array("I"))
+    image_tokens: array[int] = field(default_factory=lambda: array("I"))
+    digests: array[int] = field(default_factory=lambda: array("B"))
     """Pixel digests of all written images, 16 bytes each, for the comparison after reading back."""
 
     def add(self, row_id: str, row: ConvertedRow) -> None:
-        """Counts a row that is written."""
+        """Count a row that is written."""
         self.written += 1
         self.repaired += bool(row.repairs)
         for repair in row.repairs:
@@ -68,16 +70,21 @@ class Report:
 
     @property
     def dropped(self) -> int:
+        """Return the number of dropped rows."""
         return sum(self.dropped_by.rows.values())
 
     @property
     def reasons(self) -> dict[str, int]:
+        """Return the number of dropped rows for each reason."""
         return self.dropped_by.rows
 
     def check_dropped(self, max_dropped: float) -> None:
-        """Raises ConversionError when more than the fraction `max_dropped` of the rows was dropped, or all of them.
+        """Check that few enough rows were dropped.
 
-        Rows left out on purpose, for their licence or their length, don't count against the limit.
+        Rows that were excluded on purpose, for their licence or their length, do not count against the limit.
+
+        Raises:
+            ConversionError: all rows were dropped, or more than the fraction `max_dropped` of them.
         """
         if not self.written:
             raise ConversionError(f"split {self.split}: all {self.read} rows dropped; nothing written.")
@@ -85,16 +92,16 @@ class Report:
         if broken > max_dropped * self.read:
             raise ConversionError(
                 f"split {self.split}: {broken} of {self.read} rows dropped, above --max_dropped {max_dropped:g}; "
-                "nothing written. Mend the source, or raise --max_dropped if these rows can be spared."
+                "nothing written. Repair the source, or raise --max_dropped if you do not need these rows."
             )
 
 
 def report_table(reports: list[Report], about: str) -> str:
-    """Counts by split, then what was repaired and dropped by kind with the first ids.
+    """Return a table with one line per split, followed by its repairs and drops by kind with the first ids.
 
     Args:
-        reports: one a split.
-        about: source and licence, the first line.
+        reports: one report per split.
+        about: source and licence, for the first line.
     """
     width = max(len("split"), *(len(report.split) for report in reports))
     lines = [about, f"{'split':<{width}}  {'read':>7}  {'written':>7}  {'repaired':>8}  {'dropped':>7}"]
@@ -107,9 +114,14 @@ def report_table(reports: list[Report], about: str) -> str:
 
 
 def length_lines(report: Report, measured_by: str) -> str:
-    """How long a split's prompts are, and how many exceed the usual limits."""
+    """Return lines on the lengths of a split's prompts, and on how many exceed common limits.
 
-    def spread(values: array) -> str:
+    Args:
+        report: report of a split that was read back.
+        measured_by: description of the tokenizer and processor.
+    """
+
+    def spread(values: array[int]) -> str:
         median, high = np.percentile(np.asarray(values), (50, 95))
         return f"median {median:.0f}, 95 % {high:.0f}, max {max(values)}"
 

@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One row: from the words of its source, through every check, to verl's schema."""
+"""Convert one row: check it, repair what has exactly one right repair, and write it in verl's schema."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
-from .errors import DroppedRow, one_line
+from .errors import ConversionError, DroppedRow, one_line
 from .images import ImageStore, Picture, image_bytes, image_entries, rgb_picture
 from .prompt import Prompt
-from .recipe import ANSWER_TYPES, Recipe
-from .source import SourceRow
+from .recipe import Recipe
+from .split import SourceRow
 from .text import checked_text, listed_choices, place_images, plain_answer, plain_choices, split_choices, typed_answer
 
-# The Image feature makes `datasets` hand verl decoded pictures, as for files of verl's own recipe. "Sequence" is
-# the one spelling of a list that old and new `datasets` both read.
+# The Image feature makes `datasets` return decoded pictures to verl, as for files of verl's own recipe. "Sequence" is
+# the only spelling of a list that both old and new versions of `datasets` read.
 HF_METADATA = {"info": {"features": {"images": {"feature": {"_type": "Image"}, "_type": "Sequence"}}}}
-# One schema for every data set: verl concatenates the files of `data.train_files`, and refuses when they differ.
+# One schema for every data set: verl concatenates the files of `data.train_files`, and fails when their schemas differ.
 SCHEMA = pa.schema(
     [
         ("data_source", pa.string()),
@@ -46,32 +47,39 @@ SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps(HF_METADATA)},
 )
 
-# Characters of an answer; beyond, it is a proof or an explanation, good for distillation but not for grading.
 LONG_ANSWER = 100
+"""Characters. A longer answer is a proof or an explanation: usable for distillation, but not for grading."""
 
 
 @dataclass
 class ConvertedRow:
-    """A row in verl's schema, with what its report needs: the pictures' sizes and digests, what was repaired, and what
-    else is worth knowing."""
+    """A row in verl's schema, with its part of the report.
 
-    values: dict
+    Args:
+        values: the row, one value for each column of `SCHEMA`.
+        pictures: its images, with sizes and pixel digests.
+        repairs: kinds of repairs that were made.
+        notes: kinds of faults that were left as they are.
+    """
+
+    values: dict[str, Any]
     pictures: list[Picture]
     repairs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def _known(meta: dict) -> dict:
-    """Without what is missing; pandas writes NaN for that, which JSON doesn't have."""
+def _known(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries that have a value. pandas writes NaN for a missing one, which JSON does not have."""
     return {key: value for key, value in meta.items() if value is not None and value == value}
 
 
 def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, images: ImageStore) -> ConvertedRow:
-    """The row in verl's schema (`SCHEMA`), with every image embedded.
+    """Convert a row to verl's schema (`SCHEMA`), with every image embedded.
 
     Raises:
-        DroppedRow: the row fails a check that has no one right repair.
+        DroppedRow: the row has a fault without exactly one right repair.
         SourceError: an archive of images cannot be used.
+        ConversionError: the converter gives the row an answer type that its recipe does not state.
     """
     if isinstance(row.values, DroppedRow):
         raise row.values
@@ -79,16 +87,20 @@ def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, imag
         problem = recipe.problem(row.values)
     except DroppedRow:
         raise
-    except Exception as error:  # a value of another type than the set has
+    except Exception as error:  # a value has another type than in the published set
         raise DroppedRow("row is not as the set has it", one_line(error)) from error
     repairs = ["id that an earlier row has"] if row.repeated else []
     question = checked_text(problem.question, "question")
     choices = plain_choices(problem.choices)
     ground_truth, graded_as = typed_answer(plain_answer(problem.answer, repairs), choices, problem.answer_type)
-    assert graded_as in ANSWER_TYPES, f"{recipe.name} states the unknown answer type {graded_as!r}"
+    if graded_as not in recipe.answer_types:
+        raise ConversionError(
+            f"{recipe.row_id(split, row.key)} has the answer type {graded_as}, which is not among the recipe's "
+            f"answer_types: {', '.join(recipe.answer_types)}."
+        )
     if not choices and graded_as in ("choice", "multi_choice"):
         found = split_choices(question)
-        # A letter beyond what looked like a list: it was none.
+        # When the answer is a letter beyond the end of what looked like a list, that was not a list of choices.
         choices = found if max(ground_truth) < chr(ord("A") + len(found)) else ()
     notes = ["answer too long to be matched"] if len(ground_truth) > LONG_ANSWER else []
     if problem.list_choices and choices:

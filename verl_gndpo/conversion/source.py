@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening a source: parquet, JSON, save_to_disk folders, the hub, or a layout of the data set's own."""
+"""Open a source: parquet, JSON, a save_to_disk folder, the hub, or a layout of the data set's own."""
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 from .errors import DroppedRow, SourceError, one_line
 from .images import ImageStore
 from .recipe import Recipe
+from .split import SourceRow, Split
 
 READ_BATCH_ROWS = 16
 SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
@@ -27,51 +27,15 @@ HUB_TIMEOUT_S = 10
 KINDS = (".parquet", ".jsonl", ".json")
 
 
-@dataclass(frozen=True)
-class SourceRow:
-    """A row as its source has it: one value for each column of the recipe, or why it cannot be read.
-
-    `index` and `key` depend on the row's place in the source or on its own id alone, so they are the same in every run
-    and on every machine, and a dropped row leaves a gap.
-    """
-
-    index: int
-    key: object
-    values: dict | DroppedRow
-    repeated: bool = False
-    """Whether the source gives an earlier row the same id; `key` then has a number appended."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split of a source. `rows` starts a fresh pass and raises SourceError when the source breaks off."""
-
-    name: str
-    total: int
-    rows: Callable[[], Iterable[SourceRow]]
-    images: ImageStore
-    folder: Path | None = None
-
-    def sample(self, limit: int, seed: int | None) -> Split:
-        """The first `limit` rows, or with a seed as many drawn at random, in the order of the source."""
-        if limit >= self.total:
-            return self
-        if seed is None:
-            return replace(self, total=limit, rows=lambda: islice(self.rows(), limit))
-        chosen = set(random.Random(f"{seed} {self.name}").sample(range(self.total), limit))
-        rows = self.rows
-        return replace(self, total=limit, rows=lambda: (row for place, row in enumerate(rows()) if place in chosen))
-
-
 def open_source(path_or_hub_id: str | None, recipe: Recipe, image_path: Path | None = None) -> list[Split]:
-    """Splits of a local copy or of a hub data set.
+    """Return the splits of a local copy or of a hub data set.
 
     Args:
         path_or_hub_id: file, folder or hub id; None for the recipe's own hub id.
-        image_path: folder or zip archive of the images, where they do not lie beside the source.
+        image_path: folder or zip archive of the images, when they are not beside the source.
 
     Raises:
-        SourceError: the source is missing, empty, or in no layout that the recipe knows.
+        SourceError: the source is missing, empty, or in an unknown layout.
     """
     if image_path is not None and not image_path.expanduser().exists():
         raise SourceError(f"--image_path {image_path} does not exist.")
@@ -95,7 +59,10 @@ def open_source(path_or_hub_id: str | None, recipe: Recipe, image_path: Path | N
 
 
 def _split_of(file: Path, recipe: Recipe) -> str | None:
-    """Split that a file's name states. "trainer.parquet" is none; "train-00000-of-00002" and "train_v2" are train."""
+    """Return the split that a file's name states.
+
+    "train-00000-of-00002" and "train_v2" state train, "trainer.parquet" states none.
+    """
     match = re.match(rf"({'|'.join(recipe.splits)})(?![A-Za-z])", file.name)
     return recipe.aliases.get(match[1], match[1]) if match else None
 
@@ -123,7 +90,7 @@ def _open_folder(folder: Path, recipe: Recipe, beside: list[Path]) -> list[Split
         return [_file_split(name, group, recipe, [*beside, folder]) for name, group in named.items()]
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise SourceError(
-        f"{folder} is in no known layout ({', '.join(f'{name}*' for name in recipe.splits)} as "
+        f"{folder} is in an unknown layout (expected {', '.join(f'{name}*' for name in recipe.splits)} as "
         f"{', '.join(KINDS)}, a save_to_disk folder, or the data set's own folders); it holds {found}."
     )
 
@@ -139,7 +106,7 @@ def _file_split(name: str, files: list[Path], recipe: Recipe, beside: list[Path]
     try:
         total = sum(1 for _ in records(files[0]))
     except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{files[0]} is no readable {files[0].suffix} file ({one_line(error)}).") from error
+        raise SourceError(f"{files[0]} is not a readable {files[0].suffix} file ({one_line(error)}).") from error
     rows = partial(_record_rows, partial(records, files[0]), recipe)
     return Split(name, total, rows, images, folder.resolve())
 
@@ -155,7 +122,7 @@ def _json_lines(file: Path) -> Iterator[object]:
 
 
 def _json_records(file: Path) -> Iterator[object]:
-    """Records of a JSON file: a list of them, or one object that holds them by their ids."""
+    """Yield the records of a JSON file that holds a list of them, or one object with an entry per id."""
     content = json.loads(file.read_bytes())
     if isinstance(content, dict):
         yield from ({"id": key} | record if isinstance(record, dict) else record for key, record in content.items())
@@ -166,26 +133,32 @@ def _json_records(file: Path) -> Iterator[object]:
 
 
 def _record_rows(records: Callable[[], Iterable[object]], recipe: Recipe) -> Iterator[SourceRow]:
+    found: dict[str, Any] | DroppedRow
     for index, record in enumerate(records()):
         if isinstance(record, dict):
             missing = [name for name in recipe.columns if name not in record]
             values = {name: record.get(name) for name in (*recipe.columns, *recipe.optional)}
-            record = DroppedRow("record lacks a column", ", ".join(missing)) if missing else values
-        elif not isinstance(record, DroppedRow):
-            record = DroppedRow("record is unreadable", f"it is a {type(record).__name__}")
-        yield _source_row(index, record, recipe)
+            found = DroppedRow("record lacks a column", ", ".join(missing)) if missing else values
+        elif isinstance(record, DroppedRow):
+            found = record
+        else:
+            found = DroppedRow("record is unreadable", f"it is a {type(record).__name__}")
+        yield _source_row(index, found, recipe)
 
 
-def _source_row(index: int, values: dict | DroppedRow, recipe: Recipe) -> SourceRow:
+def _source_row(index: int, values: dict[str, Any] | DroppedRow, recipe: Recipe) -> SourceRow:
     parts = [values.get(column) for column in recipe.key] if isinstance(values, dict) else []
     known = parts and all(part is not None and part != "" for part in parts)
-    # What is no Unicode could not be written.
+    # Text that is not valid Unicode cannot be written.
     key = "-".join(map(str, parts)).encode(errors="replace").decode() if known else index
     return SourceRow(index, key, values)
 
 
 def _distinct_keys(rows: Callable[[], Iterable[SourceRow]]) -> Iterator[SourceRow]:
-    """Rows whose keys differ: one that an earlier row has gets a number, before any row is dropped or left out."""
+    """Yield the rows with distinct keys: append a number to a key that an earlier row has.
+
+    This happens before any row is dropped or sampled, so that the keys do not depend on either.
+    """
     seen: dict[object, int] = {}
     for row in rows():
         key = row.key
@@ -196,7 +169,7 @@ def _distinct_keys(rows: Callable[[], Iterable[SourceRow]]) -> Iterator[SourceRo
         yield row if key == row.key else replace(row, key=key, repeated=True)
 
 
-def _columns(found: list[str], recipe: Recipe, where: object) -> list[str]:
+def _columns(found: list[str], recipe: Recipe, where: Path | str) -> list[str]:
     if missing := [name for name in recipe.columns if name not in found]:
         raise SourceError(
             f"{where} has no column {', '.join(missing)}: "
@@ -211,7 +184,7 @@ def _parquet_split(name: str, files: list[Path], recipe: Recipe, images: ImageSt
         try:
             metadata = pq.ParquetFile(file)
         except (OSError, pa.ArrowException) as error:
-            raise SourceError(f"{file} is no readable parquet file ({one_line(error)}).") from error
+            raise SourceError(f"{file} is not a readable parquet file ({one_line(error)}).") from error
         _columns(metadata.schema_arrow.names, recipe, file)
         total += metadata.metadata.num_rows
     numbers = [match for file in files if (match := SHARD_NUMBER.search(file.name))]
@@ -237,7 +210,7 @@ def _open_saved(folder: Path, recipe: Recipe, beside: list[Path]) -> list[Split]
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise SourceError(f"{folder} is no readable save_to_disk folder ({one_line(error)}).") from error
+        raise SourceError(f"{folder} is not a readable save_to_disk folder ({one_line(error)}).") from error
     return _dataset_splits(loaded, recipe, folder, ImageStore([*beside, folder]))
 
 
@@ -253,8 +226,8 @@ def _open_hub(hub_id: str, recipe: Recipe, beside: list[Path]) -> list[Split]:
             HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S)
         except Exception as error:
             why = one_line(error)
-            # One failed question is enough: `datasets` would go on asking for half a minute before it looks at its
-            # cache, which is the only place that can still have the data.
+            # One failed request is enough. `datasets` would retry for half a minute before it looks into its cache,
+            # which is the only place that can still have the data.
             constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         if recipe.hub_files and hub_id == recipe.hub_id:
             folder = Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=list(recipe.hub_files)))
@@ -262,7 +235,7 @@ def _open_hub(hub_id: str, recipe: Recipe, beside: list[Path]) -> list[Split]:
             loaded = datasets.load_dataset(hub_id, recipe.hub_config if hub_id == recipe.hub_id else None)
     except Exception as error:
         raise SourceError(
-            f"{hub_id} is no local path, and cannot be loaded from the Hugging Face hub ({why or one_line(error)}). "
+            f"{hub_id} is not a local path, and it cannot be loaded from the hub ({why or one_line(error)}). "
             "Give a local copy with --local_dataset_path."
         ) from error
     finally:
@@ -272,24 +245,26 @@ def _open_hub(hub_id: str, recipe: Recipe, beside: list[Path]) -> list[Split]:
     return _dataset_splits(loaded, recipe, hub_id, ImageStore(beside))
 
 
-def _dataset_splits(loaded, recipe: Recipe, where: object, images: ImageStore) -> list[Split]:
-    """Splits of a `datasets.Dataset` or `DatasetDict`."""
+def _dataset_splits(loaded: Any, recipe: Recipe, where: Path | str, images: ImageStore) -> list[Split]:
+    """Return the splits of a `datasets.Dataset` or `DatasetDict`."""
     by_name = loaded if isinstance(loaded, dict) else {str(loaded.split or recipe.default_split): loaded}
     folder = where.resolve() if isinstance(where, Path) else None
     splits = []
     for key, dataset in by_name.items():
         columns = _columns(dataset.column_names, recipe, f"split {key} of {where}")
-        # The arrow format hands out stored bytes; the default one would decode every picture and lose them.
+        # The arrow format returns the stored bytes; the default format would decode every picture and lose them.
         chosen = dataset.select_columns(columns).with_format("arrow")
-        # A slice such as "train[:10%]" is a split's name too, but no file name that verl could open.
-        name = re.match(r"\w*", str(key))[0] or recipe.default_split
+        # A slice such as "train[:10%]" also names a split, but verl could not open a file of that name.
+        name = re.split(r"\W", str(key), maxsplit=1)[0] or recipe.default_split
         name = recipe.aliases.get(name, name)
         rows = partial(_table_rows, partial(chosen.iter, batch_size=READ_BATCH_ROWS), name, recipe, where)
         splits.append(Split(name, len(dataset), rows, images, folder))
     return splits
 
 
-def _table_rows(batches: Callable[[], Iterable], split: str, recipe: Recipe, where: object) -> Iterator[SourceRow]:
+def _table_rows(
+    batches: Callable[[], Iterable[Any]], split: str, recipe: Recipe, where: Path | str
+) -> Iterator[SourceRow]:
     index = 0
     try:
         for batch in batches():
@@ -300,8 +275,8 @@ def _table_rows(batches: Callable[[], Iterable], split: str, recipe: Recipe, whe
         raise SourceError(f"split {split} of {where} breaks off after row {index} ({one_line(error)}).") from error
 
 
-def _values(batch, position: int, recipe: Recipe) -> dict | DroppedRow:
-    values = dict.fromkeys(recipe.optional)
+def _values(batch: Any, position: int, recipe: Recipe) -> dict[str, Any] | DroppedRow:
+    values: dict[str, Any] = dict.fromkeys(recipe.optional)
     try:
         return values | {name: batch.column(name)[position].as_py() for name in batch.schema.names}
     except UnicodeDecodeError as error:

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions and answers: placeholders, choices, and the wrappings that sources put around an answer."""
+"""Normalise questions and answers: placeholders, choices, and the wrappings that sources put around an answer."""
 
 from __future__ import annotations
 
 import re
+from typing import TypeVar
 
 import numpy as np
 
 from .errors import DroppedRow, one_line
 
+T = TypeVar("T")
+
 IMAGE_PLACEHOLDER = "<image>"
-# verl splits a message at these too, and asserts when the row has no such column.
+# verl splits a message at these, too, and asserts when the row has no such column.
 FOREIGN_PLACEHOLDERS = ("<video>", "<audio>")
-# Tokenizers read these in a text as their special tokens, and processors count them as images.
+# In a text, tokenizers read these as special tokens, and processors count them as images.
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<IMG_CONTEXT>|</?img>|<(?:start|end)_of_image>")
 NUMBERED_PLACEHOLDER = re.compile(r"<image[ _]?(\d{1,3})>")
 
@@ -28,7 +31,7 @@ LETTER = re.compile(r"\(?(?P<bare>[A-J])\)?[.:]?|\\text\s*\{\s*(?P<text>[A-J])\s
 LETTER_AND_TEXT = re.compile(r"\(?(?P<bare>[A-J])(?:\)|[.:])\s*\S.*|(?P<small>[a-j])", re.DOTALL)
 LETTERS = re.compile(r"[A-J](?:(?:\s*(?:[,;&]|\band\b)\s*|\s+)?[A-J])+")
 LATEX_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-# "(A) x (B) y", "A. x; B. y", "A) x B) y", or one a line as "A:40°": a marker follows white space or punctuation.
+# "(A) x (B) y", "A. x; B. y", "A) x B) y", or "A:40°" at the start of a line. White space or punctuation goes before.
 CHOICE_MARK = re.compile(
     r"(?:^|(?<=[\s;,.:?)\]】]))(?:\((?P<round>[A-J])\)|(?P<plain>[A-J])[.:、)](?!\d))\s*|^(?P<first>[A-J])[.:、)]\s*",
     re.MULTILINE,
@@ -36,10 +39,10 @@ CHOICE_MARK = re.compile(
 
 
 def checked_text(value: object, what: str) -> str:
-    """`value` when it is text that UTF-8 can carry and that is more than placeholders and white space.
+    """Return `value` if it is valid Unicode text with more than placeholders and white space.
 
     Raises:
-        DroppedRow: it is not.
+        DroppedRow: it is anything else.
     """
     bare = NUMBERED_PLACEHOLDER.sub("", value).replace(IMAGE_PLACEHOLDER, "") if isinstance(value, str) else value
     if bare is None or (isinstance(bare, str) and not bare.strip()):
@@ -53,15 +56,18 @@ def checked_text(value: object, what: str) -> str:
     return value
 
 
-def place_images(question: str, images: list, repairs: list[str], expected: bool = True) -> tuple[str, list]:
-    """Brings the placeholders of a question and its images together, where there is one right way to do so.
+def place_images(question: str, images: list[T], repairs: list[str], expected: bool = True) -> tuple[str, list[T]]:
+    """Match the placeholders of a question with its images, where there is exactly one right way to do so.
 
-    Numbered placeholders name the images in their order. Where they name several and the row has one picture, that
-    picture shows all of them: it goes first, and the text keeps the names. Images that no placeholder stands for come
-    before the question.
+    Numbered placeholders name the images in their order. When they name several and the row has one picture, that
+    picture shows all of them: it goes first, and the text keeps the names. Images without a placeholder go before the
+    question.
 
     Args:
-        expected: whether the set's questions hold placeholders, so that a missing one is a repair worth counting.
+        question: question, with or without placeholders.
+        images: images of the row.
+        repairs: receives the kind of each repair.
+        expected: True when the set's questions hold placeholders, so that adding a missing one counts as a repair.
 
     Returns:
         The question with one `<image>` for each image, and the images in the order of their placeholders.
@@ -100,15 +106,20 @@ def place_images(question: str, images: list, repairs: list[str], expected: bool
 
 
 def plain_answer(value: object, repairs: list[str]) -> str:
-    """An answer as bare text: numbers written out, `$$6$$`, `\\boxed{6}`, `<answer> 6 </answer>` and a final full stop
-    taken off.
+    """Return an answer as bare text.
+
+    Numbers become text. `$$6$$`, `\\boxed{6}`, `<answer> 6 </answer>` and a final full stop are removed.
+
+    Args:
+        value: the source's answer.
+        repairs: receives the kind of each repair.
 
     Raises:
         DroppedRow: there is no answer, it is neither text nor a number, or its box is not closed.
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100:
         repairs.append("answer was a number")
-        # A float column of 32 bits hands out 1.100000023841858 for 1.1.
+        # A column of 32-bit floats returns 1.100000023841858 for 1.1.
         short = np.float32(value) if abs(value) < 1e30 and float(np.float32(value)) == value else value
         value = str(int(value)) if value == int(value) and abs(value) < 1e15 else str(short)
     answer = checked_text(value, "answer").strip()
@@ -123,7 +134,7 @@ def plain_answer(value: object, repairs: list[str]) -> str:
 
 
 def _inside(answer: str) -> str:
-    """The answer without its outermost wrapping."""
+    """Return the answer without its outermost wrapping."""
     if boxes := _boxes(answer):
         if len(boxes) == 1:
             return answer[boxes[0][1] : boxes[0][2] - 1]
@@ -140,7 +151,7 @@ def _inside(answer: str) -> str:
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
-    """Of each outermost box: where it starts, where its content does, and where it ends."""
+    """Return for each outermost box its start, the start of its content, and its end."""
     boxes: list[tuple[int, int, int]] = []
     for box in LATEX_BOX.finditer(text):
         if boxes and box.start() < boxes[-1][2]:
@@ -157,10 +168,10 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def tagged_answer(solution: object) -> object:
-    """What a solution's last `<answer> </answer>` holds; a solution that is no text is returned as it is.
+    """Return the content of the last `<answer> </answer>` of a solution; return a solution that is not text unchanged.
 
     Raises:
-        DroppedRow: the solution has none.
+        DroppedRow: the solution is text without `<answer> </answer>`.
     """
     if not isinstance(solution, str):
         return solution
@@ -172,12 +183,13 @@ def tagged_answer(solution: object) -> object:
 
 
 def typed_answer(answer: str, choices: tuple[str, ...], kind: str | None) -> tuple[str, str]:
-    """A bare answer as its grader wants it, and how it is graded.
+    """Return an answer in the form that its grader expects, and its answer type.
 
     Args:
-        choices: texts of the choices A, B, C, ...; empty when there are none, or when they are drawn.
-        kind: what the converter says; None leaves it to the answer: a letter, dressed or not, and anything where there
-            are choices, is a choice; letters are several; all else is math.
+        answer: bare answer, from `plain_answer`.
+        choices: texts of the choices A, B, C, ...; empty when there are none, or when only the picture shows them.
+        kind: answer type from the converter. None infers it: a letter such as "B" or "(B)" and the text of a choice
+            are "choice", several letters are "multi_choice" when there are choices, anything else is "math".
 
     Raises:
         DroppedRow: the answer is a letter beyond the choices.
@@ -185,13 +197,13 @@ def typed_answer(answer: str, choices: tuple[str, ...], kind: str | None) -> tup
     if kind not in (None, "choice"):
         return answer, kind
     texts = [choice.casefold() for choice in choices]
-    # A capital letter is a label, even where the texts of the choices are letters themselves.
+    # A capital letter is a label, even if the texts of the choices are letters themselves.
     if named := LETTER.fullmatch(answer):
-        letter = named[named.lastgroup]
+        letter = _matched(named)
     elif texts.count(answer.casefold()) == 1:
         letter = chr(ord("A") + texts.index(answer.casefold()))
     elif choices and (named := LETTER_AND_TEXT.fullmatch(answer)):
-        letter = named[named.lastgroup].upper()
+        letter = _matched(named).upper()
     elif choices and kind is None and LETTERS.fullmatch(answer):
         return ", ".join(re.findall("[A-J]", answer)), "multi_choice"
     else:
@@ -201,11 +213,18 @@ def typed_answer(answer: str, choices: tuple[str, ...], kind: str | None) -> tup
     return letter, "choice"
 
 
-def plain_choices(choices: tuple) -> tuple[str, ...]:
-    """Texts of the choices without the letters that some sources repeat in them: "A. 5" and "(A) 5" become "5".
+def _matched(match: re.Match[str]) -> str:
+    """Return the text of the one named group that took part in a match."""
+    return next(text for text in match.groupdict().values() if text is not None)
+
+
+def plain_choices(choices: tuple[object, ...]) -> tuple[str, ...]:
+    """Return the texts of the choices without the letters that some sources repeat in them.
+
+    "A. 5" and "(A) 5" become "5".
 
     Raises:
-        DroppedRow: a choice is no text.
+        DroppedRow: a choice is not text.
     """
     plain = []
     for number, choice in enumerate(choices):
@@ -216,17 +235,19 @@ def plain_choices(choices: tuple) -> tuple[str, ...]:
 
 
 def listed_choices(question: str, choices: tuple[str, ...]) -> str:
-    """The question with its choices below it, one a line."""
+    """Return the question with its choices below it, one per line."""
     lines = [f"({chr(ord('A') + number)}) {choice}" for number, choice in enumerate(choices)]
     return question.rstrip() + CHOICES + "\n".join(lines)
 
 
 def split_choices(text: str) -> tuple[str, ...]:
-    """Texts of the choices that a text lists as "(A) .. (B) ..", "A. ..; B. .." or the like; () when it has no list
-    that starts at A and counts on from there."""
-    marks = [(match.start(), match.end(), match[match.lastgroup]) for match in CHOICE_MARK.finditer(text)]
+    """Return the texts of the choices that a text lists as "(A) .. (B) .." or "A. ..; B. ..".
+
+    The result is () when the text has no list with the letters A, B, C, ... in order.
+    """
+    marks = [(match.start(), match.end(), _matched(match)) for match in CHOICE_MARK.finditer(text)]
     letters = [letter for _, _, letter in marks]
-    # A list that starts anew, as in "choose from A. B. (A) .. (B) ..", counts from its last A.
+    # A list that starts again, as in "choose from A. B. (A) .. (B) ..", counts from its last A.
     start = len(letters) - 1 - letters[::-1].index("A") if "A" in letters else 0
     marks, letters = marks[start:], letters[start:]
     if len(letters) < 2 or letters != [chr(ord("A") + number) for number in range(len(letters))]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading what was written back through verl's own reader."""
+"""Read the written files back through verl's own reader, and compare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,35 +30,37 @@ SLICE_BYTES = 64 * 1024 * 1024
 DIGEST_BYTES = 16
 
 
-def import_reader() -> tuple[type | None, str]:
-    """verl's RLHFDataset; or None, and why it cannot be had here."""
+def import_reader() -> tuple[type[Any] | None, str]:
+    """Return verl's RLHFDataset and ""; or None and why it cannot be imported."""
     try:
         from verl.utils.dataset.rl_dataset import RLHFDataset
-    except Exception as error:  # not only ImportError: a torchvision that does not fit torch raises RuntimeError
+    except Exception as error:  # not only ImportError: a torchvision of another torch version raises RuntimeError
         return None, one_line(error)
     return RLHFDataset, ""
 
 
-def verify(reader: type, paths: list[Path], report: Report, scratch: Path, measure: Measure, workers: int = 1) -> str:
-    """Reads every row of a split back through verl's RLHFDataset, a slice at a time: neither memory nor disk space
-    grows with the set.
+def verify(
+    reader: type[Any], paths: list[Path], report: Report, scratch: Path, measure: Measure, workers: int = 1
+) -> str:
+    """Read every row of a split back through verl's RLHFDataset, and compare it with what was written.
 
-    Checked of every row: its place, id, ground truth and messages, and every image's size and pixels against those
-    that were converted. Its length is reckoned from its text and the sizes of its images, and noted in the report. The
-    rows of each slice with the most extreme pictures and texts also go the whole way that verl's agent loop goes:
-    resizing, chat template, tokenizer and image processor. How far their lengths are from the reckoned ones is said: 0
-    for processors of the Qwen-VL kind, while others may frame an image with tokens of their own.
+    The rows are read slice by slice, so neither memory nor disk space grows with the set. For each row, compare its
+    place, id, ground truth, messages, and the size and pixels of each image; compute its length from its text and its
+    images' sizes, and add the length to the report. The rows of each slice with the most extreme pictures and texts
+    also pass through all steps of verl's agent loop: resizing, chat template, tokenizer and image processor. The result
+    states the largest difference between their actual and their computed lengths: 0 for Qwen-VL processors, while other
+    processors may frame an image with tokens of their own.
 
     Args:
-        reader: RLHFDataset.
+        reader: verl's RLHFDataset.
         paths: files of the split, in order.
-        report: what was written into them.
+        report: report of the split; receives the lengths.
         scratch: folder for slices and the copies that `datasets` makes of them.
         measure: tokenizer and processor.
-        workers: threads.
+        workers: number of threads.
 
     Returns:
-        What was checked, in words.
+        A summary of the checks, in words.
 
     Raises:
         ConversionError: a row does not come back as it was written.
@@ -83,27 +87,37 @@ def verify(reader: type, paths: list[Path], report: Report, scratch: Path, measu
             report.image_tokens.extend(image for _, image in lengths)
             whole_way = _extremes(stored, lengths)
 
-            def check(
-                index: int, dataset=dataset, stored=stored, expected=expected, lengths=lengths, whole_way=whole_way
-            ) -> None:
-                try:
-                    row = dataset[index]
-                    _compare(row, stored[index], expected[index])
-                    if index in whole_way:
-                        errors.append(abs(_prompt_length(reader, row, measure) - lengths[index][0]))
-                except Exception as error:
-                    row_id = stored[index]["extra_info"]["id"]
-                    raise ConversionError(f"row {row_id} does not come back from verl ({one_line(error)}).") from error
-
-            for _ in threads.map(check, range(len(stored))):
+            check = partial(_checked, reader, measure, dataset, stored, expected, lengths, whole_way)
+            for error in threads.map(check, range(len(stored))):
+                errors += error
                 progress.update()
             rows += len(stored)
-            del dataset
+            del dataset, check
             shutil.rmtree(scratch / "cache")
     if rows != report.written:
         raise ConversionError(f"verl reads {rows} of the {report.written} rows written for split {report.split}.")
     off = f", lengths off by up to {max(errors)} tokens" if max(errors, default=0) else ""
     return f"messages, images, ground truths; {len(errors)} of them through tokenizer and processor{off}"
+
+
+def _checked(
+    reader: type[Any],
+    measure: Measure,
+    dataset: Any,
+    stored: list[dict[str, Any]],
+    expected: list[bytes],
+    lengths: list[tuple[int, int]],
+    whole_way: set[int],
+    index: int,
+) -> list[int]:
+    """Compare one row of a slice; for a row in `whole_way`, return by how many tokens its computed length is off."""
+    try:
+        row = dataset[index]
+        _compare(row, stored[index], expected[index])
+        return [abs(_prompt_length(reader, row, measure) - lengths[index][0])] if index in whole_way else []
+    except Exception as error:
+        row_id = stored[index]["extra_info"]["id"]
+        raise ConversionError(f"row {row_id} does not come back from verl ({one_line(error)}).") from error
 
 
 def _slices(paths: list[Path]) -> Iterator[pa.Table]:
@@ -118,7 +132,7 @@ def _slices(paths: list[Path]) -> Iterator[pa.Table]:
                 groups.clear()
 
 
-def _open(reader: type, table: pa.Table, scratch: Path, measure: Measure, split: str):
+def _open(reader: type[Any], table: pa.Table, scratch: Path, measure: Measure, split: str) -> Any:
     from omegaconf import OmegaConf
 
     path = scratch / "slice.parquet"
@@ -132,7 +146,7 @@ def _open(reader: type, table: pa.Table, scratch: Path, measure: Measure, split:
         }
     )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces the length of every slice
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the length of every slice
             return reader(str(path), measure.tokenizer, config, processor=measure.processor)
     except Exception as error:
         raise ConversionError(f"verl cannot open the file of split {split} ({one_line(error)}).") from error
@@ -140,7 +154,7 @@ def _open(reader: type, table: pa.Table, scratch: Path, measure: Measure, split:
 
 @contextlib.contextmanager
 def _datasets_in(folder: Path) -> Iterator[None]:
-    """Has `datasets` keep its copies in a folder, and not draw a progress bar for each."""
+    """Make `datasets` keep its copies in a folder, without a progress bar for each."""
     import datasets
 
     cache, bars = datasets.config.HF_DATASETS_CACHE, datasets.are_progress_bars_disabled()
@@ -154,7 +168,7 @@ def _datasets_in(folder: Path) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _length(row: dict, measure: Measure) -> tuple[int, int]:
+def _length(row: dict[str, Any], measure: Measure) -> tuple[int, int]:
     try:
         return measure(row["prompt"], [Image.open(io.BytesIO(image["bytes"])).size for image in row["images"]])
     except Exception as error:
@@ -162,21 +176,18 @@ def _length(row: dict, measure: Measure) -> tuple[int, int]:
         raise ConversionError(f"row {row_id} does not come back from verl ({one_line(error)}).") from error
 
 
-def _extremes(stored: list[dict], lengths: list[tuple[int, int]]) -> set[int]:
-    """Rows of a slice that are most likely to upset a processor."""
-    places = range(len(stored))
-    chosen = set()
-    for score in (
-        lambda place: lengths[place][0],
-        lambda place: lengths[place][1],
-        lambda place: len(stored[place]["images"]),
-    ):
-        ordered = sorted(places, key=score)
+def _extremes(stored: list[dict[str, Any]], lengths: list[tuple[int, int]]) -> set[int]:
+    """Return the rows of a slice that are most likely to make a processor fail: by tokens, image tokens and images."""
+    chosen: set[int] = set()
+    prompts, images = zip(*lengths, strict=True)
+    for scores in (prompts, images, [len(row["images"]) for row in stored]):
+        ordered = sorted(range(len(stored)), key=scores.__getitem__)
         chosen |= {ordered[0], *ordered[-2:]}
     return chosen
 
 
-def _compare(row: dict, stored: dict, digests: bytes) -> None:
+def _compare(row: dict[str, Any], stored: dict[str, Any], digests: bytes) -> None:
+    """Raise ValueError when a row of verl's reader differs from the stored row or from the pixel digests."""
     for key in ("data_source", "reward_model", "extra_info"):
         if row[key] != stored[key]:
             raise ValueError(f"{key} is {row[key]!r}, stored was {stored[key]!r}")
@@ -196,8 +207,8 @@ def _compare(row: dict, stored: dict, digests: bytes) -> None:
             raise ValueError(f"image {position} has other pixels")
 
 
-def _prompt_length(reader: type, row: dict, measure: Measure) -> int:
-    """Tokens of a row's prompt after all that verl's agent loop does to it."""
+def _prompt_length(reader: type[Any], row: dict[str, Any], measure: Measure) -> int:
+    """Return the number of tokens of a row's prompt after all steps of verl's agent loop."""
     processor = measure.processor
     patch = getattr(processor.image_processor, "patch_size", 14)
     images, _ = asyncio.run(reader.process_vision_info(row["raw_prompt"], patch, {}))

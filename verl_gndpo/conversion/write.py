@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing one split: rows are converted in worker processes, and written in the order of the source."""
+"""Write one split: convert its rows in worker processes, and write them in the order of the source."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
@@ -15,10 +14,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
+
+from verl_gndpo.data_facts import FileFacts
 
 from .errors import ConversionError, DroppedRow
 from .images import ImageStore
@@ -26,19 +28,19 @@ from .prompt import Prompt
 from .recipe import Recipe
 from .report import UNLICENSED, Report
 from .row import SCHEMA, ConvertedRow, convert_row
-from .source import READ_BATCH_ROWS, SourceRow, Split
+from .source import READ_BATCH_ROWS
+from .split import SourceRow, Split
 
 ROW_GROUP_ROWS = 64
 ROW_GROUP_BYTES = 32 * 1024 * 1024
 NAMED_DROPS = 50
-METADATA_KEY = b"verl_gndpo"
 
 Outcome = tuple[str, ConvertedRow | DroppedRow]
-"""Id of a row, and what became of it."""
+"""Id of a row, and the row as converted or the reason for dropping it."""
 
 
 class Converter:
-    """Converts rows of one split; picklable, so that worker processes can have one."""
+    """Convert rows of one split; picklable, so that worker processes can receive it."""
 
     def __init__(self, recipe: Recipe, prompt: Prompt, split: str, images: ImageStore, include_unlicensed: bool):
         self.recipe, self.prompt, self.split, self.images = recipe, prompt, split, images
@@ -60,7 +62,7 @@ class Converter:
 def convert_all(
     rows: Iterable[SourceRow], converter: Converter, pool: ProcessPoolExecutor | None, workers: int
 ) -> Iterator[Outcome]:
-    """Outcomes of the rows in their order; a bounded number of rows is on its way at any time.
+    """Yield the outcomes of the rows in their order, with a bounded number of rows in flight.
 
     Raises:
         ConversionError: a worker process died.
@@ -80,42 +82,47 @@ def convert_all(
         while waiting:
             yield from waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise ConversionError("a worker process died, perhaps for want of memory: try a lower --num_proc.") from error
+        raise ConversionError(
+            "a worker process died, perhaps because memory ran out: try a lower --num_proc."
+        ) from error
     finally:
         for future in waiting:
             future.cancel()
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor | None:
-    """Processes that start clean, since verl and its threads live in this one; None for a single worker."""
+    """Return a pool of freshly started processes, because this one may run verl's threads; None for one worker."""
     if workers == 1:
         return None
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_follow_parent)
 
 
 def _follow_parent() -> None:
-    """Ends this worker when its parent is killed: it would wait for work for ever."""
+    """End this worker when its parent is killed, because it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker process follows its parent"
 
     def follow() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
 
 
 class RowGroups:
-    """Writes rows into a parquet file in groups of at most `ROW_GROUP_ROWS` rows and `ROW_GROUP_BYTES` of images, so
-    that neither writer nor reader holds more; one row may be larger.
+    """Write rows into a parquet file, in groups that limit the memory of writer and reader.
+
+    A group has at most `ROW_GROUP_ROWS` rows and `ROW_GROUP_BYTES` of images, or one larger row.
 
     Args:
-        path: of the file.
-        metadata: kept in the file under the key `verl_gndpo`, as JSON.
+        path: path of the file.
+        facts: facts that the file's metadata states.
     """
 
-    def __init__(self, path: Path, metadata: dict):
-        self.schema = SCHEMA.with_metadata({**SCHEMA.metadata, METADATA_KEY: json.dumps(metadata)})
+    def __init__(self, path: Path, facts: FileFacts):
+        self.schema = SCHEMA.with_metadata({**SCHEMA.metadata, **facts.metadata()})
         self.writer = pq.ParquetWriter(path, self.schema)
-        self.group: list[dict] = []
+        self.group: list[dict[str, Any]] = []
         self.size = 0
 
     def __enter__(self) -> RowGroups:
@@ -126,7 +133,8 @@ class RowGroups:
             self._flush()
         self.writer.close()
 
-    def add(self, row: dict) -> None:
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row in verl's schema."""
         size = sum(len(image["bytes"]) for image in row["images"])
         if len(self.group) == ROW_GROUP_ROWS or self.size + size > ROW_GROUP_BYTES:
             self._flush()
@@ -142,27 +150,30 @@ class RowGroups:
 def write_split(
     split: Split,
     outcomes: Iterable[Outcome],
-    metadata: dict,
+    facts: FileFacts,
     folder: Path,
     rows_per_shard: int | None = None,
     fits: Callable[[ConvertedRow], DroppedRow | None] | None = None,
 ) -> Report:
-    """Writes one split.
+    """Write the rows of one split that were not dropped.
 
     Args:
-        split: what is converted.
-        outcomes: of each of its rows.
-        metadata: of each file.
-        folder: where to; the files are numbered.
-        rows_per_shard: rows of one file; None for one file.
-        fits: says why a row's prompt is too long, if it is.
+        split: the split that is converted.
+        outcomes: outcomes of its rows, in order.
+        facts: facts that each file states.
+        folder: folder for the files, which are numbered.
+        rows_per_shard: rows per file; None for one file.
+        fits: returns the reason for dropping a row whose prompt is too long, else None.
+
+    Returns:
+        The report of the split.
 
     Raises:
         SourceError: the source breaks off.
     """
     report = Report(split.name)
     with ExitStack() as stack:
-        writer = stack.enter_context(RowGroups(folder / "00000.parquet", metadata))
+        writer = stack.enter_context(RowGroups(folder / "00000.parquet", facts))
         for row_id, outcome in tqdm(outcomes, total=split.total, desc=f"{split.name}: converting", unit="row"):
             report.read += 1
             if isinstance(outcome, ConvertedRow) and fits is not None:
@@ -173,7 +184,7 @@ def write_split(
             if rows_per_shard and report.written and report.written % rows_per_shard == 0:
                 stack.close()
                 number = report.written // rows_per_shard
-                writer = stack.enter_context(RowGroups(folder / f"{number:05d}.parquet", metadata))
+                writer = stack.enter_context(RowGroups(folder / f"{number:05d}.parquet", facts))
             writer.add(outcome.values)
             report.add(row_id, outcome)
     return report

@@ -12,13 +12,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from verl_gndpo.config import EVERY_SAMPLE, ConfigError, read_teacher_config
+from verl_gndpo.conversion.sets import validation_only
+from verl_gndpo.data_facts import FactsError, read_facts
 from verl_gndpo.doctor.check import Check, _get
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES
 
 # verl's placeholder of each kind of medium, and the config key under `data` that names its column.
 MEDIA = {"<image>": "image_key", "<video>": "video_key", "<audio>": "audio_key"}
 ROWS_SHOWN = 3
-VALIDATION_ONLY = {"AI4Math/MathVista": "its authors allow it for evaluation only"}
 
 
 def check_routing(config: Any) -> list[Check]:
@@ -121,15 +122,7 @@ def check_rewards(config: Any) -> list[Check]:
     """Every data source of the files has a reward function, which verl finds out after the first rollout; and none is
     trained on that must not be."""
     trained_on = _data_sources(config, "train_files")
-    checks = [
-        Check(
-            "data",
-            "error",
-            f"data.train_files has rows of {source}: {VALIDATION_ONLY[source]}",
-            "leave it to data.val_files",
-        )
-        for source in sorted({source for source, _ in trained_on} & VALIDATION_ONLY.keys())
-    ]
+    checks = _check_training_allowed(config, {source for source, _ in trained_on})
     function = _get(config, "reward.custom_reward_function") or {}
     path, name = function.get("path"), function.get("name") or "compute_score"
     manager = _get(config, "reward.reward_manager.name", "naive")
@@ -156,6 +149,35 @@ def check_rewards(config: Any) -> list[Check]:
             "reward.custom_reward_function.name=compute_score"
         )
     return [*checks, Check("reward", "error", detail, remedy)]
+
+
+def _check_training_allowed(config: Any, sources: set[str]) -> list[Check]:
+    """Refuse training files of sets that are for validation only.
+
+    The facts in a file's metadata state that. A file that another program rewrote since has none; then its rows name
+    the set, and the set's converter declares it.
+
+    Args:
+        sources: data sources of the rows of `data.train_files`.
+    """
+    checks, forbidden = [], {}
+    for file in _files(config, "train_files"):
+        # `check_data` reports a file that can't be read.
+        with contextlib.suppress(pa.ArrowException, OSError):
+            try:
+                facts = read_facts(pq.read_schema(Path(file).expanduser()).metadata)
+            except FactsError as error:
+                checks.append(Check("data", "error", f"data.train_files: {file}: {error}", "convert the set again"))
+                continue
+            forbidden |= {one.hub_id: one.validation_only for one in (facts.sets if facts else ())}
+    declared = validation_only()
+    forbidden |= {source: declared[source] for source in sources & declared.keys()}
+    checks += [
+        Check("data", "error", f"data.train_files has rows of {source}: {why}", "leave it to data.val_files")
+        for source, why in sorted(forbidden.items())
+        if why
+    ]
+    return checks
 
 
 def _data_sources(config: Any, key: str) -> set[tuple[str, str]]:
