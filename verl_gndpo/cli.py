@@ -99,6 +99,17 @@ def report(
     typer.echo(f"report of {sum(len(arm['runs']) for arm in arms)} run(s): {page}")
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
+)
+def data(context: typer.Context) -> None:
+    """Convert published data sets to verl's parquet, mix them, and list them."""
+    from verl_gndpo.data_command import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 def _compose(config_path: str, config_name: str, overrides: list[str]) -> Any:
     """The config that main_ppo would get.
 
