@@ -54,7 +54,7 @@ def make_batch(rows: int, length: int) -> dict[str, torch.Tensor]:
 def make_rivals(batch: dict[str, torch.Tensor]) -> dict:
     """By name, the functions to time; each takes nothing."""
     teacher, old, mask = batch.values()
-    settings = read_signal_config(None, "gndpo")
+    signal = read_signal_config(None, "gndpo").signal
     rewards = torch.zeros_like(old)
     rewards[:, 0] = torch.randint(0, 2, (len(old),), generator=torch.Generator().manual_seed(0)).float()
     index = np.array([str(i // RESPONSES_A_PROMPT) for i in range(len(old))], dtype=object)
@@ -64,7 +64,7 @@ def make_rivals(batch: dict[str, torch.Tensor]) -> dict:
         return masked_whiten(torch.clamp(teacher - old, -5, 5), mask) * mask
 
     def ours():
-        return compute_advantages(**batch, settings=settings)
+        return compute_advantages(**batch, signal=signal)
 
     lengths = mask.sum(1).numpy()
     random = np.random.default_rng(0)
@@ -76,11 +76,11 @@ def make_rivals(batch: dict[str, torch.Tensor]) -> dict:
     sources = [f"source {i % 2}" for i in range(len(old))]
 
     def describe(advantages):
-        tokens = pack(**batch, advantages=advantages, settings=settings)
+        tokens = pack(**batch, advantages=advantages, signal=signal)
         parts = sum_parts(tokens, lengths)
         classes = classify_tokens(table, responses, lengths, prompts, prompt_lengths)
         return (
-            describe_signal(tokens, settings)
+            describe_signal(tokens, signal)
             | describe_positions(parts)
             | describe_sources(tokens, parts, sources)
             | describe_responses(tokens, lengths, classes)

@@ -16,53 +16,112 @@ GNDPO (arXiv 2606.09091) is bound=clamp at 5, baseline=batch, scale=batch:
 presets.py names the published combinations. The functions below take the valid tokens of a batch as vectors of float64.
 """
 
+import inspect
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from verl_gndpo.blockwise import check_batch, log_ratio_advantages, raise_not_finite
-from verl_gndpo.config import SignalConfig
+from verl_gndpo.setting import Setting
 
 # The log-prob, in nats, above which a model is taken to be as sure as this: a probability of 1 has no log-odds.
 CERTAIN = -1e-9
 
-# --- bound: D (tokens,) in nats -> k (tokens,) and which tokens still count ------------------------------------------
+BASELINES = ("none", "batch", "group", "position", "teacher", "kl")
+SCALES = ("none", "batch", "group", "teacher", "ema", "rank")
+
+# --- bound: log-probs of both models (tokens,) in nats -> k (tokens,) and which tokens still count --------------------
 
 
-def no_bound(d: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Bound:
+    """A way to bound the log-ratio.
+
+    Attributes:
+        function: from teacher and student log-probs, (tokens,) each, nats, and the parameters by name, to k, (tokens,).
+            If it takes `mean_abs_log_ratio`, it is given the mean of abs(D) over the batch, nats.
+        parameters: what `algorithm.gndpo` can set, by key.
+        keeps: like `function`, but returns which tokens count, (tokens,) bool; None: all.
+    """
+
+    function: Callable[..., torch.Tensor]
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    keeps: Callable[..., torch.Tensor] | None = None
+
+
+BOUNDS: dict[str, Bound] = {}
+
+
+def register_bound(
+    name: str, *, keeps: Callable[..., torch.Tensor] | None = None, **parameters: Setting
+) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Make a function the bound `algorithm.gndpo.bound=<name>`, with a key of `algorithm.gndpo` for each parameter.
+
+    Args:
+        name: of the bound.
+        keeps, parameters: see `Bound`. Bounds may share a parameter: its declarations must then be equal.
+
+    Raises:
+        ValueError: the name is taken, or a parameter is declared otherwise by another bound.
+    """
+    if name in BOUNDS:
+        raise ValueError(f"there is a bound called {name} already")
+    for key, declared in parameters.items():
+        for other, bound in BOUNDS.items():
+            if bound.parameters.get(key, declared) != declared:
+                raise ValueError(f"parameter {key} of bound {name} is declared otherwise by bound {other}")
+
+    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        BOUNDS[name] = Bound(function, parameters, keeps)
+        return function
+
+    return register
+
+
+LIMIT = Setting(5.0, "Limit on both sides, nats.", above=0)
+NEGATIVE_LIMIT = Setting(0.4, "How far below 0 the bound may go before it is weighted.", above=0, at_most=1)
+
+
+@register_bound("none")
+def no_bound(teacher: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """k = D, in nats: a Monte Carlo estimate of the reverse KL's gradient, unbounded (Thinking Machines)."""
-    return d
+    return teacher - old
 
 
-def clamp(d: torch.Tensor, limit: float) -> torch.Tensor:
+@register_bound("clamp", limit=LIMIT)
+def clamp(teacher: torch.Tensor, old: torch.Tensor, limit: float) -> torch.Tensor:
     """k = clip(D, -limit, +limit), in nats (GNDPO; verl's `loss_max_clamp`)."""
-    return d.clamp(-limit, limit)
+    return (teacher - old).clamp(-limit, limit)
 
 
-def tanh(d: torch.Tensor) -> torch.Tensor:
+@register_bound("tanh")
+def tanh(teacher: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """k = tanh(D), in (-1, 1) (an arm of PowerOPD, arXiv 2606.17199)."""
-    return d.tanh()
+    return (teacher - old).tanh()
 
 
-def sign(d: torch.Tensor) -> torch.Tensor:
+@register_bound("sign")
+def sign(teacher: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """k = sign(D): the gradient of the total variation (TV-OPD, arXiv 2609.08341)."""
-    return d.sign()
+    return (teacher - old).sign()
 
 
-def power(teacher: torch.Tensor, old: torch.Tensor, exponent: float) -> torch.Tensor:
+@register_bound("power", power_alpha=Setting(5.0, "Exponent of both probabilities.", above=0))
+def power(teacher: torch.Tensor, old: torch.Tensor, power_alpha: float) -> torch.Tensor:
     """k = pi_T^a - pi_old^a, in [-1, 1], of D's sign (PowerOPD, arXiv 2606.17199).
 
     Args:
         teacher, old: (tokens,), log-probs in nats.
-        exponent: a > 0; towards 0, k / a becomes D.
+        power_alpha: a > 0; towards 0, k / a becomes D.
     """
     # The larger of the two times what it exceeds the other by: exact where they nearly agree, and nothing overflows.
     larger, d = torch.maximum(teacher, old), teacher - old
-    return (exponent * larger).exp() * -torch.expm1(-exponent * d.abs()) * d.sign()
+    return (power_alpha * larger).exp() * -torch.expm1(-power_alpha * d.abs()) * d.sign()
 
 
+@register_bound("gap", negative_limit=NEGATIVE_LIMIT)
 def gap(teacher: torch.Tensor, old: torch.Tensor, negative_limit: float) -> torch.Tensor:
     """k = sqrt(pi_old) * max(pi_T - pi_old, -negative_limit), of D's sign (this project's; docs/study.md).
 
@@ -73,6 +132,7 @@ def gap(teacher: torch.Tensor, old: torch.Tensor, negative_limit: float) -> torc
     return (old / 2).exp() * power(teacher, old, 1.0).clamp(min=-negative_limit)
 
 
+@register_bound("odds", negative_limit=NEGATIVE_LIMIT)
 def odds(teacher: torch.Tensor, old: torch.Tensor, negative_limit: float) -> torch.Tensor:
     """k = pi_old * max(tanh((logit pi_T - logit pi_old) / 2), -negative_limit), of D's sign (this project's).
 
@@ -88,6 +148,7 @@ def odds(teacher: torch.Tensor, old: torch.Tensor, negative_limit: float) -> tor
     return student * opinion.clamp(min=-negative_limit)
 
 
+@register_bound("log_odds", limit=LIMIT)
 def log_odds(teacher: torch.Tensor, old: torch.Tensor, limit: float) -> torch.Tensor:
     """k = pi_old * clip(logit pi_T - logit pi_old, -limit, +limit), of D's sign (this project's; docs/study.md).
 
@@ -100,39 +161,65 @@ def log_odds(teacher: torch.Tensor, old: torch.Tensor, limit: float) -> torch.Te
     return old.clamp(max=0).exp() * (log_odds_teacher - log_odds_old).clamp(-limit, limit)
 
 
-def proximal(d: torch.Tensor, alpha: float) -> torch.Tensor:
+@register_bound(
+    "proximal",
+    proximal_alpha=Setting(0.5, "Share of the teacher in the mixture that the student is drawn to.", above=0, below=1),
+)
+def proximal(teacher: torch.Tensor, old: torch.Tensor, proximal_alpha: float) -> torch.Tensor:
     """k = log(alpha * rho + 1 - alpha), rho = pi_T / pi_old: the log-ratio to a teacher that is a mixture of both.
 
     In nats, at least log(1 - alpha) (TOP-D, arXiv 2607.04751).
     """
+    d = teacher - old
     # log1p keeps what is near 0; a ratio whose exponential overflows is taken apart first.
-    return torch.where(d > 20, d + math.log(alpha), torch.log1p(alpha * torch.expm1(d.clamp(max=20))))
+    large = d + math.log(proximal_alpha)
+    return torch.where(d > 20, large, torch.log1p(proximal_alpha * torch.expm1(d.clamp(max=20))))
 
 
-def soft_clamp(d: torch.Tensor, factor: float) -> torch.Tensor:
+@register_bound(
+    "soft_clamp", soft_clamp_factor=Setting(3.0, "The limit as a multiple of the batch mean of abs(D).", above=0)
+)
+def soft_clamp(
+    teacher: torch.Tensor, old: torch.Tensor, soft_clamp_factor: float, mean_abs_log_ratio: float
+) -> torch.Tensor:
     """k = clip(D, -c, +c), c = factor * mean(abs(D)) over the batch, in nats (arXiv 2607.07050)."""
-    limit = factor * d.abs().mean()
-    return torch.minimum(torch.maximum(d, -limit), limit)
+    return clamp(teacher, old, soft_clamp_factor * mean_abs_log_ratio)
 
 
-def keep_within(d: torch.Tensor, limit: float) -> torch.Tensor:
+def keep_within(teacher: torch.Tensor, old: torch.Tensor, limit: float) -> torch.Tensor:
     """Which tokens bound=mask leaves in: abs(D) <= limit. The others get advantage 0 (Uni-OPD, arXiv 2605.03677)."""
-    return d.abs() <= limit
+    return (teacher - old).abs() <= limit
 
 
-BOUNDS: dict[str, Callable[[torch.Tensor, torch.Tensor, SignalConfig], torch.Tensor]] = {
-    "none": lambda teacher, old, s: no_bound(teacher - old),
-    "clamp": lambda teacher, old, s: clamp(teacher - old, s.limit),
-    "tanh": lambda teacher, old, s: tanh(teacher - old),
-    "sign": lambda teacher, old, s: sign(teacher - old),
-    "power": lambda teacher, old, s: power(teacher, old, s.power_alpha),
-    "gap": lambda teacher, old, s: gap(teacher, old, s.negative_limit),
-    "odds": lambda teacher, old, s: odds(teacher, old, s.negative_limit),
-    "log_odds": lambda teacher, old, s: log_odds(teacher, old, s.limit),
-    "proximal": lambda teacher, old, s: proximal(teacher - old, s.proximal_alpha),
-    "soft_clamp": lambda teacher, old, s: soft_clamp(teacher - old, s.soft_clamp_factor),
-    "mask": lambda teacher, old, s: no_bound(teacher - old),
-}
+@register_bound("mask", keeps=keep_within, limit=LIMIT)
+def mask(teacher: torch.Tensor, old: torch.Tensor, limit: float) -> torch.Tensor:
+    """k = D, in nats, for the tokens that `keep_within` keeps."""
+    return teacher - old
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The resolved stages of a signal: every value is there and valid. `config.read_signal_config` makes it.
+
+    Attributes:
+        bound: a name of BOUNDS.
+        parameters: all parameters of that bound, and no others.
+        baseline: one of BASELINES.
+        scale: one of SCALES.
+        top_k: for baseline=kl: how many of the student's most likely tokens are compared one by one.
+        std_floor: floor of the standard deviation, in the bound's unit, in quadrature.
+        gain_limit: largest factor that the scale may be; inf: none.
+        ema_decay: for scale=ema: weight of the steps before.
+    """
+
+    bound: str
+    parameters: Mapping[str, float]
+    baseline: str
+    scale: str
+    top_k: int
+    std_floor: float
+    gain_limit: float
+    ema_decay: float
 
 
 # --- baseline and scale: over which tokens statistics run ------------------------------------------------------------
@@ -204,12 +291,13 @@ def compute_advantages(
     teacher_log_probs: torch.Tensor,
     old_log_probs: torch.Tensor,
     response_mask: torch.Tensor,
-    settings: SignalConfig,
+    signal: Signal,
     *,
     groups: Sequence[Hashable] | None = None,
     teachers: Sequence[Hashable] | None = None,
     kl: torch.Tensor | None = None,
     task_advantages: torch.Tensor | None = None,
+    task_coef: float = 0.0,
     state: SignalState | None = None,
 ) -> torch.Tensor:
     """Run all stages over a batch.
@@ -219,11 +307,12 @@ def compute_advantages(
         old_log_probs: (batch, response_length), nats: the student's, by the training engine, before the update.
         response_mask: (batch, response_length), non-zero on the tokens that count. What the log-probs hold elsewhere,
             NaN and inf included, is never read.
-        settings: the resolved `algorithm.gndpo`.
+        signal: the stages.
         groups: prompt of each row, for baseline or scale `group`.
         teachers: teacher of each row, for baseline or scale `teacher`; None: one for all.
         kl: (batch, response_length), KL(student || teacher) at each position in nats, for baseline=kl.
-        task_advantages: (batch, response_length), mixed in with weight `task_reward.coef`.
+        task_advantages: (batch, response_length), mixed in with weight `task_coef`.
+        task_coef: see `mix`; 0: nothing is mixed in.
         state: for scale=ema; it is updated. None: this batch alone.
 
     Returns:
@@ -232,23 +321,23 @@ def compute_advantages(
     Raises:
         ValueError: shapes differ; no token is valid; NaN or inf under a valid token; a stage's input is missing.
     """
-    kinds = {settings.baseline, settings.scale}
+    kinds = {signal.baseline, signal.scale}
     inputs = (teacher_log_probs, old_log_probs, response_mask)
-    if settings.bound in ("none", "clamp") and kinds <= {"none", "batch"}:
+    if signal.bound in ("none", "clamp") and kinds <= {"none", "batch"}:
         advantages, _ = log_ratio_advantages(
             *inputs,
-            clip=settings.limit if settings.bound == "clamp" else None,
-            center=settings.baseline == "batch",
-            scale=settings.scale == "batch",
-            std_floor=settings.std_floor,
-            gain_limit=settings.gain_limit or math.inf,
+            clip=signal.parameters.get("limit"),
+            center=signal.baseline == "batch",
+            scale=signal.scale == "batch",
+            std_floor=signal.std_floor,
+            gain_limit=signal.gain_limit,
         )
     else:
-        advantages = _staged(*inputs, settings, groups, teachers, kl, state)
-    if settings.task_reward.coef:
+        advantages = _staged(*inputs, signal, groups, teachers, kl, state)
+    if task_coef:
         if task_advantages is None:
-            raise ValueError("algorithm.gndpo.task_reward.coef is not 0, and there are no task advantages to mix in")
-        advantages = mix(advantages, task_advantages, response_mask, settings.task_reward.coef)
+            raise ValueError("task_coef is not 0, and there are no task advantages to mix in")
+        advantages = mix(advantages, task_advantages, response_mask, task_coef)
     return advantages
 
 
@@ -269,28 +358,31 @@ def mix(
 
 
 def bounded_log_ratio(
-    teacher: torch.Tensor, old: torch.Tensor, settings: SignalConfig
+    teacher: torch.Tensor, old: torch.Tensor, signal: Signal
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The first stage.
+    """Run the first stage.
 
     Args:
-        teacher, old: (tokens,), log-probs of valid tokens, nats.
-        settings: the resolved `algorithm.gndpo`.
+        teacher, old: (tokens,), log-probs of all valid tokens of a batch, nats.
+        signal: the stages.
 
     Returns:
         k: (tokens,), in the bound's unit.
-        kept: (tokens,) bool, the tokens that bound=mask leaves in; None: all.
+        kept: (tokens,) bool, the tokens that the bound leaves in; None: all.
     """
-    k = BOUNDS[settings.bound](teacher, old, settings)
-    return k, keep_within(teacher - old, settings.limit) if settings.bound == "mask" else None
+    bound, given = BOUNDS[signal.bound], dict(signal.parameters)
+    kept = bound.keeps(teacher, old, **given) if bound.keeps else None
+    if "mean_abs_log_ratio" in inspect.signature(bound.function).parameters:
+        given["mean_abs_log_ratio"] = (teacher - old).abs().mean().item()
+    return bound.function(teacher, old, **given), kept
 
 
-def _staged(teacher_log_probs, old_log_probs, response_mask, settings, groups, teachers, kl, state) -> torch.Tensor:
+def _staged(teacher_log_probs, old_log_probs, response_mask, signal, groups, teachers, kl, state) -> torch.Tensor:
     valid, _ = check_batch(teacher_log_probs, old_log_probs, response_mask)
     teacher, old = teacher_log_probs[valid].double(), old_log_probs[valid].double()
     if not (teacher - old).isfinite().all():
         raise_not_finite(teacher_log_probs, old_log_probs, response_mask)
-    k, kept = bounded_log_ratio(teacher, old, settings)
+    k, kept = bounded_log_ratio(teacher, old, signal)
     if kept is not None:
         valid = valid.masked_scatter(valid, kept)
         k = k[kept]
@@ -298,26 +390,26 @@ def _staged(teacher_log_probs, old_log_probs, response_mask, settings, groups, t
     if len(k) == 0:
         return advantages
 
-    if settings.baseline == "kl":
+    if signal.baseline == "kl":
         if kl is None:
             raise ValueError(
                 "algorithm.gndpo.baseline=kl needs the KL divergence of student and teacher at each response token (kl)"
             )
         # The value of a state: the mean of D over what the student might have sampled there, -KL(student || teacher).
         k = k + kl[valid].double()
-    elif settings.baseline != "none":
-        ids, number = _segments(settings.baseline, valid, groups, teachers)
+    elif signal.baseline != "none":
+        ids, number = _segments(signal.baseline, valid, groups, teachers)
         k = k - Sums.of(k, ids, number).mean[ids]
 
-    if settings.scale == "rank":
+    if signal.scale == "rank":
         k = unit_ranks(k)
-    elif settings.scale != "none":
-        ids, number = _segments(settings.scale, valid, groups, teachers)
+    elif signal.scale != "none":
+        ids, number = _segments(signal.scale, valid, groups, teachers)
         sums = Sums.of(k, ids, number)
         variance = sums.variance
-        if settings.scale == "ema" and state is not None:
-            variance = variance.new_tensor([state.update(variance.item(), settings.ema_decay)])
-        gain = deviation_gain(variance, settings.std_floor, settings.gain_limit or math.inf)
+        if signal.scale == "ema" and state is not None:
+            variance = variance.new_tensor([state.update(variance.item(), signal.ema_decay)])
+        gain = deviation_gain(variance, signal.std_floor, signal.gain_limit)
         # One token has no spread to scale by.
         k = k * gain.where(sums.count > 1, 1.0)[ids]
     advantages[valid] = k.float()

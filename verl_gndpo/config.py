@@ -7,13 +7,16 @@ key or a wrong type is an error that names the key, its section and the nearest 
 
 import difflib
 import math
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_gndpo import ESTIMATORS, PRESETS
+from verl_gndpo.advantage import BASELINES, BOUNDS, SCALES, Signal
+from verl_gndpo.presets import PRESETS
+from verl_gndpo.setting import Setting, of, setting
 
 EVERY_SAMPLE = "*"
 # Keys of `teacher` that only `backend=worker` reads.
@@ -28,160 +31,171 @@ class ConfigError(ValueError):
 
 
 @dataclass
-class TaskRewardConfig:
+class TaskReward:
     """`algorithm.gndpo.task_reward`: the task's own reward, mixed into the advantages."""
 
-    coef: float = 0.0
-    """Root mean square of the task's part over that of the teacher's, in each batch; 0: the reward is only logged."""
-
-    estimator: str = "grpo"
-    """Which of verl's estimators turns rewards into advantages."""
+    coef: float = setting(
+        0.0,
+        "Root mean square of the task's part over that of the teacher's, in each batch. 0: the reward is only logged.",
+        at_least=0,
+        below=math.inf,
+    )
+    estimator: str = setting("grpo", "The estimator of verl that turns rewards into advantages.")
 
 
 @dataclass
-class WorstTokensConfig:
+class WorstTokens:
     """`algorithm.gndpo.worst_tokens`: the tokens with the largest abs(log-ratio) of a step, with their context."""
 
-    every: int = 10
-    """Steps from one that is written down to the next; 0: none is. A step that raises a warning is, too, unless one
-    within the last `every` steps was."""
-
-    count: int = 10
-    """Tokens of a step."""
-
-    path: str | None = None
-    """File of JSON lines; null: gndpo_worst_tokens.jsonl beside the file of verl's file logger
-    (VERL_FILE_LOGGER_PATH), else in `trainer.default_local_dir`."""
-
-
-@dataclass
-class WarnConfig:
-    """`algorithm.gndpo.warn`: when to warn of what a step's metrics show (signal_warnings.py); null: never."""
-
-    gain: float | None = 20.0
-    """Above this `gndpo/gain`."""
-
-    sign_flip_share: float | None = 0.3
-    """Above this `gndpo/sign_flip_share`."""
-
-    truncated_share_rise: float | None = 0.1
-    """When `gndpo/response/truncated_share` is by more than this above that of the run's first steps."""
-
-    correlation: float | None = 0.99
-    """Below this `training/rollout_actor_probs_pearson_corr`."""
-
-    data_source_gradient_share: float | None = 0.8
-    """When one of several data sources has more than this of the gradient."""
+    every: int = setting(
+        10,
+        "Write the tokens of every so many steps. 0: of none. A step that raises a warning is written, too, unless one "
+        "within the last `every` steps was.",
+        at_least=0,
+    )
+    count: int = setting(10, "Tokens per step.", at_least=1)
+    path: str | None = setting(
+        None,
+        "File of JSON lines.",
+        null="gndpo_worst_tokens.jsonl beside the file of verl's file logger (VERL_FILE_LOGGER_PATH), else in "
+        "`trainer.default_local_dir`",
+    )
 
 
 @dataclass
-class SignalConfig:
-    """`algorithm.gndpo`: how the teacher-student log-ratio becomes an advantage (advantage.py has the formulas).
+class Warn:
+    """`algorithm.gndpo.warn`: limits of a step's metrics that raise a warning (observe/limits.py)."""
 
-    One rule: what is given here wins over the preset, setting by setting; null leaves a setting to the preset, and what
-    the preset does not name has the value of `STAGE_DEFAULTS`.
+    gain: float | None = setting(20.0, "Warn when `gndpo/gain` is above this.", above=0, null="never")
+    sign_flip_share: float | None = setting(
+        0.3, "Warn when `gndpo/sign_flip_share` is above this.", above=0, at_most=1, null="never"
+    )
+    truncated_share_rise: float | None = setting(
+        0.1,
+        "Warn when `gndpo/response/truncated_share` exceeds that of the run's first steps by more than this.",
+        above=0,
+        at_most=1,
+        null="never",
+    )
+    correlation: float | None = setting(
+        0.99, "Warn when `training/rollout_actor_probs_pearson_corr` is below this.", above=0, at_most=1, null="never"
+    )
+    data_source_gradient_share: float | None = setting(
+        0.8,
+        "Warn when one of several data sources has more than this share of the gradient.",
+        above=0,
+        at_most=1,
+        null="never",
+    )
+
+
+STAGES = ("bound", "baseline", "scale")
+TOP_K = Setting(
+    64,
+    "With baseline=kl: number of the student's most likely tokens that the KL divergence compares one by one. It takes "
+    "all others as one token, which makes it a lower bound.",
+    at_least=1,
+)
+EMA_DECAY = Setting(0.9, "With scale=ema: weight of the steps before.", at_least=0, below=1)
+
+
+@dataclass
+class GNDPOSection:
+    """`algorithm.gndpo` as a config gives it; `gndpo_section` adds the parameters of all bounds.
+
+    What is given here wins over the preset, setting by setting. null leaves a setting to the preset, and what the
+    preset does not name has the default of its `Setting`.
     """
 
-    preset: str | None = None
-    """Which published signal to start from (presets.py); null: the one that `algorithm.adv_estimator` names."""
-
-    bound: str | None = None
-    """none, clamp, tanh, sign, power, gap, odds, log_odds, proximal, soft_clamp or mask."""
-
-    limit: float | None = None
-    """Of bound=clamp, mask and log_odds, nats, on both sides."""
-
-    power_alpha: float | None = None
-    """Of bound=power: the exponent of both probabilities."""
-
-    negative_limit: float | None = None
-    """Of bound=gap and odds: how far below 0 they may go before they are weighted, 0 to 1."""
-
-    proximal_alpha: float | None = None
-    """Of bound=proximal: the teacher's share of the mixture that the student is drawn to."""
-
-    soft_clamp_factor: float | None = None
-    """Of bound=soft_clamp: the limit as a multiple of the batch mean of abs(log-ratio)."""
-
-    baseline: str | None = None
-    """none, or the mean over the batch, the prompt's group, the position in the response, or the teacher; or kl, the
-    value of the state in closed form."""
-
-    top_k: int | None = None
-    """Of baseline=kl: how many of the student's most likely tokens count one by one in the KL divergence; all others
-    count as one, which makes it a lower bound."""
-
-    scale: str | None = None
-    """none, or divide by the deviation over the batch, the group or the teacher, or by its average over steps (ema); or
-    rank, which keeps only the order."""
-
-    std_floor: float = 1e-4
-    """Floor of the standard deviation in the bound's unit, added in quadrature: sqrt(var + std_floor^2). 1e-4 is the
-    published 1e-8."""
-
-    gain_limit: float | None = None
-    """Largest factor that the scale may be; null: only `std_floor` limits it."""
-
-    ema_decay: float | None = None
-    """Of scale=ema: weight of the steps before, 0 to 1."""
-
-    task_reward: TaskRewardConfig = field(default_factory=TaskRewardConfig)
-
-    worst_tokens: WorstTokensConfig = field(default_factory=WorstTokensConfig)
-
-    warn: WarnConfig = field(default_factory=WarnConfig)
-
-    def validate(self) -> None:
-        """Of a resolved config."""
-        for key, known in STAGES.items():
-            if getattr(self, key) not in known:
-                raise ConfigError(f"algorithm.gndpo.{key} must be {' | '.join(known)}, got {getattr(self, key)!r}")
-        for key in ("limit", "power_alpha", "soft_clamp_factor", "gain_limit"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ConfigError(f"algorithm.gndpo.{key} must be positive, got {value}")
-        if not self.std_floor > 0:
-            raise ConfigError(
-                f"algorithm.gndpo.std_floor must be positive, got {self.std_floor}: it is what is left to divide by "
-                "where all log-ratios are equal"
-            )
-        if self.top_k < 1:
-            raise ConfigError(f"algorithm.gndpo.top_k must be at least 1, got {self.top_k}")
-        if not 0 < self.negative_limit <= 1:
-            raise ConfigError(f"algorithm.gndpo.negative_limit must be above 0, at most 1, got {self.negative_limit}")
-        if not 0 < self.proximal_alpha < 1:
-            raise ConfigError(f"algorithm.gndpo.proximal_alpha must be between 0 and 1, got {self.proximal_alpha}")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"algorithm.gndpo.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
-        if not 0 <= self.task_reward.coef < math.inf:
-            raise ConfigError(f"algorithm.gndpo.task_reward.coef must be at least 0, got {self.task_reward.coef}")
-        for key, least in (("every", 0), ("count", 1)):
-            value = getattr(self.worst_tokens, key)
-            if value < least:
-                raise ConfigError(f"algorithm.gndpo.worst_tokens.{key} must be at least {least}, got {value}")
-        if self.worst_tokens.path == "":
-            raise ConfigError("algorithm.gndpo.worst_tokens.path is empty; null stands for the default")
-        for key, value in vars(self.warn).items():
-            most = math.inf if key == "gain" else 1.0
-            if value is not None and not 0 < value <= most:
-                allowed = "positive" if key == "gain" else "above 0 and at most 1"
-                raise ConfigError(f"algorithm.gndpo.warn.{key} must be {allowed}, or null for no warning, got {value}")
+    preset: str | None = setting(
+        None, "Published signal to start from (presets.py).", null="the one that `algorithm.adv_estimator` names"
+    )
+    bound: str | None = setting(None, "How far a single log-ratio may go.", null="as the preset has it")
+    baseline: str | None = setting(
+        None,
+        "Subtract nothing, or the mean over the batch, the group of a prompt, the position in the response, or the "
+        "teacher; or kl, the value of the state in closed form.",
+        choices=BASELINES,
+        null="as the preset has it",
+    )
+    scale: str | None = setting(
+        None,
+        "Divide by nothing, or by the deviation over the batch, the group or the teacher, or by its average over steps "
+        "(ema); or rank, which keeps only the order.",
+        choices=SCALES,
+        null="as the preset has it",
+    )
+    top_k: int | None = TOP_K.as_optional_field()
+    ema_decay: float | None = EMA_DECAY.as_optional_field()
+    std_floor: float = setting(
+        1e-4,
+        "Floor of the standard deviation in the bound's unit, added in quadrature: sqrt(var + std_floor^2). 1e-4 is "
+        "the published 1e-8 under the root. It is what is left to divide by where all log-ratios are equal.",
+        above=0,
+    )
+    gain_limit: float | None = setting(
+        None, "Largest factor that the scale may be.", above=0, null="only `std_floor` limits it"
+    )
+    task_reward: TaskReward = field(default_factory=TaskReward)
+    worst_tokens: WorstTokens = field(default_factory=WorstTokens)
+    warn: Warn = field(default_factory=Warn)
 
 
-STAGES = {
-    "bound": ("none", "clamp", "tanh", "sign", "power", "gap", "odds", "log_odds", "proximal", "soft_clamp", "mask"),
-    "baseline": ("none", "batch", "group", "position", "teacher", "kl"),
-    "scale": ("none", "batch", "group", "teacher", "ema", "rank"),
-}
-STAGE_DEFAULTS = {
-    "limit": 5.0,
-    "power_alpha": 5.0,
-    "negative_limit": 0.4,
-    "proximal_alpha": 0.5,
-    "soft_clamp_factor": 3.0,
-    "top_k": 64,
-    "ema_decay": 0.9,
-}
+def gndpo_section() -> type[GNDPOSection]:
+    """Return the type of `algorithm.gndpo`, with a key for each parameter of each bound that is registered now."""
+    parameters = {key: declared for bound in BOUNDS.values() for key, declared in bound.parameters.items()}
+    fields_of_bounds = [(key, float | None, declared.as_optional_field()) for key, declared in parameters.items()]
+    return make_dataclass("GNDPOSection", fields_of_bounds, bases=(GNDPOSection,))
+
+
+@dataclass(frozen=True)
+class GNDPOConfig:
+    """`algorithm.gndpo`, resolved: every value is there and valid."""
+
+    preset: str
+    signal: Signal
+    task_reward: TaskReward
+    worst_tokens: WorstTokens
+    warn: Warn
+
+
+def _resolve_signal(section: GNDPOSection, name: str, preset: Mapping[str, Any]) -> GNDPOConfig:
+    """Fill in a section from a preset and from the settings' defaults, and check all ranges."""
+
+    def value(key: str, default: Any = None) -> Any:
+        given = getattr(section, key)
+        return preset.get(key, default) if given is None else given
+
+    bound = value("bound")
+    if bound not in BOUNDS:
+        raise ConfigError(f"algorithm.gndpo.bound must be {' | '.join(BOUNDS)}, got {bound!r}")
+    signal = Signal(
+        bound=bound,
+        parameters={key: value(key, declared.default) for key, declared in BOUNDS[bound].parameters.items()},
+        baseline=value("baseline"),
+        scale=value("scale"),
+        top_k=value("top_k", TOP_K.default),
+        std_floor=section.std_floor,
+        gain_limit=math.inf if section.gain_limit is None else section.gain_limit,
+        ema_decay=value("ema_decay", EMA_DECAY.default),
+    )
+    return GNDPOConfig(name, signal, section.task_reward, section.worst_tokens, section.warn)
+
+
+def check_preset(name: str, preset: Mapping[str, Any]) -> None:
+    """Refuse a preset that does not resolve.
+
+    Args:
+        name: of the preset.
+        preset: bound, baseline, scale and parameters, as in presets.py.
+
+    Raises:
+        ConfigError: unknown key or stage, or value out of range; or a parameter that the bound does not have.
+    """
+    resolved = _resolve_signal(_read(f"preset {name}", gndpo_section(), dict(preset)), name, preset)
+    foreign = set(preset) - {*STAGES, "top_k", "ema_decay", *resolved.signal.parameters}
+    if foreign:
+        raise ConfigError(f"preset {name}: bound {resolved.signal.bound} has no parameter {', '.join(sorted(foreign))}")
 
 
 @dataclass
@@ -416,7 +430,20 @@ def _read(section: str, schema: type, given: Any):
     except OmegaConfBaseException as error:
         key = f"{section}.{error.full_key}" if error.full_key else section
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    _check_ranges(section, config)
     return config
+
+
+def _check_ranges(section: str, config: Any) -> None:
+    """Hold every value of a section, and of those within it, to the range that its setting declares."""
+    for declared in fields(config):
+        value, key = getattr(config, declared.name), f"{section}.{declared.name}"
+        if is_dataclass(value):
+            _check_ranges(key, value)
+        found = of(declared)
+        if found is not None and value is not None and not found.allows(value):
+            null = f", or null for {found.null}" if found.null else ""
+            raise ConfigError(f"{key} must be {found.range}{null}, got {value!r}")
 
 
 def _get(config: Any, key: str) -> Any:
@@ -425,8 +452,8 @@ def _get(config: Any, key: str) -> Any:
     return config.get(key) if hasattr(config, "get") else getattr(config, key, None)
 
 
-def read_signal_config(algorithm: Any, estimator: str) -> SignalConfig:
-    """The settings of `algorithm.gndpo`, resolved: every stage and its parameters are filled in.
+def read_signal_config(algorithm: Any, estimator: str) -> GNDPOConfig:
+    """Read `algorithm.gndpo` and resolve it.
 
     Args:
         algorithm: verl's `algorithm` section (DictConfig, dict, dataclass) or None for the defaults.
@@ -435,46 +462,15 @@ def read_signal_config(algorithm: Any, estimator: str) -> SignalConfig:
     Raises:
         ConfigError: unknown key, wrong type or value out of range.
     """
-    if estimator not in ESTIMATORS:
-        raise ConfigError(f"unknown estimator {estimator!r}; this project has {', '.join(ESTIMATORS)}")
-    config = _read("algorithm.gndpo", SignalConfig, _translate_old_keys(_get(algorithm, "gndpo")))
-    preset = config.preset or estimator
+    if estimator not in PRESETS:
+        raise ConfigError(f"unknown estimator {estimator!r}; this project has {', '.join(PRESETS)}")
+    section = _read("algorithm.gndpo", gndpo_section(), _get(algorithm, "gndpo"))
+    preset = section.preset or estimator
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known presets: {', '.join(PRESETS)}"
         raise ConfigError(f"algorithm.gndpo.preset={preset} is unknown; {hint}")
-    for key, value in (STAGE_DEFAULTS | PRESETS[preset]).items():
-        if getattr(config, key) is None:
-            setattr(config, key, value)
-    config.preset = preset
-    config.validate()
-    return config
-
-
-def _translate_old_keys(given: Any) -> Any:
-    """The stages that `clip`, `center`, a bool as `scale`, and `scope` stood for, in configs from before there were
-    stages."""
-    if OmegaConf.is_config(given):
-        given = OmegaConf.to_container(given, resolve=True)
-    if not isinstance(given, dict):
-        return given
-    given = dict(given)
-    if "clip" in given:
-        limit = given.pop("clip")
-        given |= {"bound": "none"} if limit is None else {"bound": "clamp", "limit": limit}
-    segment = given.pop("scope", "batch")
-    if segment not in ("batch", "teacher"):
-        raise ConfigError(
-            f"algorithm.gndpo.scope must be batch or teacher, got {segment!r}; baseline and scale know more"
-        )
-    for old, stage in (("center", "baseline"), ("scale", "scale")):
-        if isinstance(given.get(old), bool):
-            given[stage] = segment if given.pop(old) else "none"
-    if given.get("center", False) is None:
-        del given["center"]
-    if segment == "teacher":
-        given = {"baseline": segment, "scale": segment} | {k: x for k, x in given.items() if x is not None}
-    return given
+    return _resolve_signal(section, preset, PRESETS[preset])
 
 
 def read_teacher_config(config: Any) -> TeacherConfig:
@@ -517,4 +513,4 @@ def read_teacher_config(config: Any) -> TeacherConfig:
 def uses_gndpo(config: Any) -> bool:
     """Whether a verl config selects one of this project's estimators."""
     name = config.algorithm.adv_estimator
-    return getattr(name, "value", name) in ESTIMATORS
+    return getattr(name, "value", name) in PRESETS

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The advantage estimators that `algorithm.adv_estimator` can name. All arithmetic is in advantage.py."""
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from inspect import signature
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from verl_gndpo import ESTIMATORS
 from verl_gndpo.advantage import SignalState, compute_advantages
-from verl_gndpo.config import SignalConfig, read_signal_config
+from verl_gndpo.config import TaskReward, check_preset, read_signal_config
+from verl_gndpo.presets import PRESETS
 
 
 def compute_log_ratio_advantage(
@@ -59,25 +61,25 @@ def compute_log_ratio_advantage(
         teacher_log_probs,
         old_log_probs,
         response_mask,
-        settings,
+        settings.signal,
         groups=index,
         teachers=teacher,
         kl=kl,
-        task_advantages=_task_advantages(settings, token_level_rewards, response_mask, index, config),
+        task_advantages=_task_advantages(settings.task_reward, token_level_rewards, response_mask, index, config),
+        task_coef=settings.task_reward.coef,
         state=state,
     )
     return advantages, advantages
 
 
 def _task_advantages(
-    settings: SignalConfig,
+    task: TaskReward,
     token_level_rewards: torch.Tensor | None,
     response_mask: torch.Tensor,
     index: Sequence[str] | None,
     config: Any,
 ) -> torch.Tensor | None:
     """What verl's own estimator makes of the task reward; None where it is not mixed in."""
-    task = settings.task_reward
     if not task.coef:
         return None
     if token_level_rewards is None or index is None:
@@ -100,7 +102,31 @@ def _task_advantages(
     return advantages
 
 
-def register(core_algos) -> None:
+def register_preset(name: str, **stages: Any) -> None:
+    """Make a combination of stages selectable as `algorithm.adv_estimator=<name>`.
+
+    Args:
+        name: of the estimator.
+        stages: keys of `algorithm.gndpo`, such as `bound` and its parameters; a stage that is not given is "none".
+
+    Raises:
+        ValueError: the name is taken, or `config.ConfigError` where a stage or a parameter is refused.
+    """
+    core_algos = sys.modules.get("verl.trainer.ppo.core_algos")
+    if name in PRESETS or (core_algos is not None and name in core_algos.ADV_ESTIMATOR_REGISTRY):
+        raise ValueError(f"there is an advantage estimator called {name} already")
+    preset = {"bound": "none", "baseline": "none", "scale": "none"} | stages
+    check_preset(name, preset)
+    PRESETS[name] = preset
+    if core_algos is not None:
+        _add(core_algos, name)
+
+
+def register(core_algos: ModuleType) -> None:
     """Add the estimators to `verl.trainer.ppo.core_algos`, given as the module."""
-    for name in ESTIMATORS:
-        core_algos.register_adv_est(name)(partial(compute_log_ratio_advantage, name))
+    for name in PRESETS:
+        _add(core_algos, name)
+
+
+def _add(core_algos: ModuleType, name: str) -> None:
+    core_algos.register_adv_est(name)(partial(compute_log_ratio_advantage, name))

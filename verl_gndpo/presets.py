@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published signals by name, as stages of `algorithm.gndpo`. Each is an `algorithm.adv_estimator`, too."""
 
-PRESETS: dict[str, dict] = {
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
     # GNDPO, arXiv 2606.09091.
     "gndpo": {"bound": "clamp", "limit": 5.0, "baseline": "batch", "scale": "batch"},
     # On-policy distillation as Thinking Machines describes it, raw, and with the bound of GNDPO's own baseline.

@@ -25,7 +25,7 @@ from verl.workers.utils.padding import response_to_nested
 
 from verl_gndpo.advantage import SignalState
 from verl_gndpo.checkpoint import load_state, save_state
-from verl_gndpo.config import SignalConfig, read_signal_config, read_teacher_config, uses_gndpo
+from verl_gndpo.config import GNDPOConfig, read_signal_config, read_teacher_config, uses_gndpo
 from verl_gndpo.doctor.run import require
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.observe.monitor import SignalMonitor
@@ -60,7 +60,7 @@ class GNDPOTrainerMixin:
             if self.teacher_config.backend == "server":
                 use_servers(config, self.teacher_config)
             _honour_frozen_tower(config.actor_rollout_ref)
-            signal = read_signal_config(config.algorithm, config.algorithm.adv_estimator)
+            signal = read_signal_config(config.algorithm, config.algorithm.adv_estimator).signal
             if signal.baseline == "kl":
                 _import_in_actor(config.actor_rollout_ref, "verl_gndpo.verl_patches.student_top_k")
             if signal.scale == "ema":
@@ -92,7 +92,7 @@ class GNDPOTrainerMixin:
     def _setup(self):
         super()._setup()
         if self.uses_gndpo:
-            self.monitor = SignalMonitor(self.config, self._signal, self.tokenizer, self.processor)
+            self.monitor = SignalMonitor(self.config, self._gndpo, self.tokenizer, self.processor)
         if not self.uses_gndpo or self.teacher_config.backend == "server":
             return
         # By now the rollout replicas sleep, so that the weights can go through the accelerator to where they are kept.
@@ -114,7 +114,7 @@ class GNDPOTrainerMixin:
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if not self._needs_kl:
             return super()._compute_old_log_prob(batch, metrics)
-        batch.extra_info[REQUEST] = self._signal.top_k
+        batch.extra_info[REQUEST] = self._gndpo.signal.top_k
         batch = super()._compute_old_log_prob(batch, metrics)
         # verl's own timer of the student's pass runs here, too, so that its time includes the teacher's.
         self._ask_teacher(batch, metrics)
@@ -127,14 +127,14 @@ class GNDPOTrainerMixin:
             metrics.update(overlap)
 
     @cached_property
-    def _signal(self) -> SignalConfig:
+    def _gndpo(self) -> GNDPOConfig:
         """The resolved `algorithm.gndpo`."""
         return read_signal_config(self.config.algorithm, self.config.algorithm.adv_estimator)
 
     @property
     def _needs_kl(self) -> bool:
         """Whether the baseline is the KL divergence, for which the teacher has to know the student's distribution."""
-        return self.uses_gndpo and self._signal.baseline == "kl"
+        return self.uses_gndpo and self._gndpo.signal.baseline == "kl"
 
     def _warn_of_failed_prompts(self) -> None:
         # A custom sampler may keep no such account.

@@ -89,11 +89,11 @@ def describe_verl(lines: list[dict]) -> dict:
 
 def run_in_process(models: world.World, arm: str, seed: int) -> dict:
     """The same training in the study's loop."""
-    stages = read_signal_config({}, plan.ARMS[arm].estimator)
+    signal = read_signal_config({}, plan.ARMS[arm].estimator).signal
 
     def on_step(batch: loop.Batch, _) -> dict:
         valid = batch.response_mask.bool()
-        k, _ = bounded_log_ratio(batch.teacher_log_probs[valid].double(), batch.old_log_probs[valid].double(), stages)
+        k, _ = bounded_log_ratio(batch.teacher_log_probs[valid].double(), batch.old_log_probs[valid].double(), signal)
         return {"sigma": k.std().item()}
 
     settings = loop.Settings(

@@ -242,7 +242,7 @@ def test_outliers_are_amplified_as_the_reference_says():
 def test_statistics_of_a_group_are_those_of_its_rows_alone(data, random):
     teacher, old, mask = data
     groups = [random.choice("ab") for _ in mask]
-    settings = read_signal_config({"gndpo": {"baseline": "teacher", "scale": "teacher"}}, "gndpo")
+    settings = read_signal_config({"gndpo": {"baseline": "teacher", "scale": "teacher"}}, "gndpo").signal
     advantages = compute_advantages(teacher, old, mask, settings, teachers=groups)
     for group in set(groups):
         rows = [row for row, name in enumerate(groups) if name == group]
@@ -273,7 +273,7 @@ def test_a_bad_number_is_named_by_its_row_in_the_batch(bound):
     teacher, old, mask = batch()
     teacher[3, 0] = float("nan")
     mask[3, 0] = 1
-    settings = read_signal_config({"gndpo": {"bound": bound, "baseline": "group"}}, "gndpo")
+    settings = read_signal_config({"gndpo": {"bound": bound, "baseline": "group"}}, "gndpo").signal
     with pytest.raises(ValueError, match="row 3, position 0"):
         compute_advantages(teacher, old, mask, settings, groups=["a", "a", "b", "b", "b", "a"])
     with pytest.raises(ValueError, match="no valid response token"):

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """`algorithm.gndpo` and `teacher`: defaults, what is refused, and what the message names."""
 
+import math
 from dataclasses import replace
 
 import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from verl_gndpo import PRESETS
 from verl_gndpo.config import (
     ConfigError,
-    SignalConfig,
     TeacherConfig,
+    gndpo_section,
     read_signal_config,
     read_teacher_config,
     uses_gndpo,
 )
+from verl_gndpo.presets import PRESETS
 
 TEACHER = ("+teacher=worker", "teacher.model.path=T")
 
@@ -37,7 +38,7 @@ def teacher(**settings):
 
 def test_the_yaml_groups_say_what_the_dataclasses_default_to():
     config = compose("+gndpo=default", "+teacher=worker")
-    for section, schema in ((config.algorithm.gndpo, SignalConfig), (config.teacher, TeacherConfig)):
+    for section, schema in ((config.algorithm.gndpo, gndpo_section()), (config.teacher, TeacherConfig)):
         assert OmegaConf.to_container(section) == OmegaConf.to_container(OmegaConf.structured(schema))
 
 
@@ -45,41 +46,31 @@ def test_the_yaml_groups_say_what_the_dataclasses_default_to():
 def test_the_estimators_name_is_the_preset(estimator):
     config = signal(estimator)
     assert config.preset == estimator
-    assert {key: getattr(config, key) for key in PRESETS[estimator]} == PRESETS[estimator]
+    stages = vars(config.signal) | config.signal.parameters
+    assert {key: stages[key] for key in PRESETS[estimator]} == PRESETS[estimator]
 
 
 def test_what_is_given_wins_over_the_preset_setting_by_setting():
-    published = signal("gndpo")
-    assert signal("gndpo", baseline="group") == replace(published, baseline="group")
-    assert signal("gndpo", limit=1.0, scale=None) == replace(published, limit=1.0)
+    published = signal("gndpo").signal
+    assert signal("gndpo", baseline="group").signal == replace(published, baseline="group")
+    assert signal("gndpo", limit=1.0, scale=None).signal == replace(published, parameters={"limit": 1.0})
     # A preset named beside the estimator takes its place.
     assert signal("gndpo", preset="power_opd") == signal("power_opd")
-    assert signal("gndpo", preset="power_opd", bound="clamp") == replace(signal("power_opd"), bound="clamp")
-
-
-@pytest.mark.parametrize(
-    ("estimator", "old", "new"),
-    [
-        ("gndpo", {"clip": 3.0, "center": None, "scale": None, "scope": "batch"}, {"limit": 3.0}),
-        ("opd", {"clip": None}, {"bound": "none"}),
-        ("opd", {"center": True}, {"baseline": "batch"}),
-        ("gndpo", {"center": False, "scale": True}, {"baseline": "none"}),
-        ("gndpo", {"scale": False}, {"scale": "none"}),
-        ("gndpo", {"scope": "teacher"}, {"baseline": "teacher", "scale": "teacher"}),
-        ("gndpo", {"scope": "teacher", "center": False}, {"baseline": "none", "scale": "teacher"}),
-    ],
-)
-def test_settings_from_before_there_were_stages_mean_what_they_did(estimator, old, new):
-    if "bound" not in new and "clip" in old:
-        new = {"bound": "clamp"} | new
-    assert signal(estimator, **old) == signal(estimator, **new)
+    clamped = signal("gndpo", preset="power_opd", bound="clamp").signal
+    assert clamped == replace(signal("power_opd").signal, bound="clamp", parameters={"limit": 5.0})
 
 
 @pytest.mark.parametrize("algorithm", [None, {}, {"gndpo": None}, OmegaConf.create({"adv_estimator": "gndpo"})])
 def test_a_missing_section_means_the_defaults(algorithm):
     config = read_signal_config(algorithm, "gndpo")
-    assert (config.bound, config.limit, config.baseline, config.scale) == ("clamp", 5.0, "batch", "batch")
-    assert (config.std_floor, config.gain_limit, config.task_reward.coef) == (1e-4, None, 0.0)
+    stages = config.signal
+    assert (stages.bound, stages.parameters, stages.baseline, stages.scale) == (
+        "clamp",
+        {"limit": 5.0},
+        "batch",
+        "batch",
+    )
+    assert (stages.std_floor, stages.gain_limit, config.task_reward.coef) == (1e-4, math.inf, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -87,22 +78,21 @@ def test_a_missing_section_means_the_defaults(algorithm):
     [
         ({"limt": 3}, ["algorithm.gndpo.limt", "did you mean algorithm.gndpo.limit?"]),
         ({"qqq": 3}, ["algorithm.gndpo.qqq", "known keys", "std_floor"]),
-        ({"limit": 0}, ["algorithm.gndpo.limit", "positive", "got 0"]),
+        ({"limit": 0}, ["algorithm.gndpo.limit", "above 0", "got 0"]),
         ({"limit": float("nan")}, ["algorithm.gndpo.limit", "nan"]),
         ({"limit": "wide"}, ["algorithm.gndpo.limit", "wide"]),
-        ({"std_floor": -1.0}, ["algorithm.gndpo.std_floor", "positive", "-1.0"]),
-        ({"std_floor": 0.0}, ["algorithm.gndpo.std_floor", "positive", "0.0"]),
+        ({"std_floor": -1.0}, ["algorithm.gndpo.std_floor", "above 0", "-1.0"]),
+        ({"std_floor": 0.0}, ["algorithm.gndpo.std_floor", "above 0", "0.0"]),
         ({"center": "maybe"}, ["unknown key algorithm.gndpo.center"]),
-        ({"scope": "group"}, ["algorithm.gndpo.scope", "batch or teacher", "'group'"]),
         ({"bound": "clip"}, ["algorithm.gndpo.bound", "clamp", "'clip'"]),
         ({"baseline": "mean"}, ["algorithm.gndpo.baseline", "position", "'mean'"]),
         ({"scale": "std"}, ["algorithm.gndpo.scale", "rank", "'std'"]),
         ({"preset": "powr_opd"}, ["algorithm.gndpo.preset=powr_opd", "did you mean power_opd?"]),
-        ({"proximal_alpha": 1.0}, ["algorithm.gndpo.proximal_alpha", "between 0 and 1", "1.0"]),
+        ({"proximal_alpha": 1.0}, ["algorithm.gndpo.proximal_alpha", "above 0 and below 1", "1.0"]),
         ({"ema_decay": 1.0}, ["algorithm.gndpo.ema_decay", "below 1", "1.0"]),
         ({"top_k": 0}, ["algorithm.gndpo.top_k", "at least 1", "got 0"]),
-        ({"power_alpha": -1.0}, ["algorithm.gndpo.power_alpha", "positive", "-1.0"]),
-        ({"gain_limit": 0.0}, ["algorithm.gndpo.gain_limit", "positive", "0.0"]),
+        ({"power_alpha": -1.0}, ["algorithm.gndpo.power_alpha", "above 0", "-1.0"]),
+        ({"gain_limit": 0.0}, ["algorithm.gndpo.gain_limit", "above 0", "0.0"]),
         ({"task_reward": {"coef": -1.0}}, ["algorithm.gndpo.task_reward.coef", "at least 0", "-1.0"]),
         ({"task_reward": {"coeff": 1.0}}, ["algorithm.gndpo.task_reward.coeff", "did you mean"]),
     ],

@@ -16,9 +16,8 @@ from omegaconf import OmegaConf
 
 from tests.unit.conftest import Letters
 from tests.unit.test_advantage import batch, batches
-from verl_gndpo import PRESETS
-from verl_gndpo.advantage import BOUNDS, compute_advantages
-from verl_gndpo.config import WarnConfig, WorstTokensConfig, read_signal_config
+from verl_gndpo.advantage import bounded_log_ratio, compute_advantages
+from verl_gndpo.config import Warn, WorstTokens, read_signal_config
 from verl_gndpo.doctor.settings import check_settings
 from verl_gndpo.estimators import compute_log_ratio_advantage
 from verl_gndpo.observe import worst_tokens
@@ -36,6 +35,7 @@ from verl_gndpo.observe.metrics import (
 )
 from verl_gndpo.observe.token_classes import CLASSES, classify_tokens, classify_vocabulary
 from verl_gndpo.observe.worst_tokens import WorstTokenLog, find_worst, locate, show_in_context, why_not_writable
+from verl_gndpo.presets import PRESETS
 
 STAGES = {
     # float64 of the stages themselves is tested in test_stages.py; here it is what the metrics make of them.
@@ -51,7 +51,7 @@ def table(teacher, old, mask, advantages, config, lengths):
     teacher, old = teacher.double(), old.double()
     valid = mask.bool()
     rows, positions = (x.numpy() for x in valid.nonzero(as_tuple=True))
-    bounded = BOUNDS[config.bound](teacher[valid], old[valid], config).numpy()
+    bounded = bounded_log_ratio(teacher[valid], old[valid], config)[0].numpy()
     frame = pd.DataFrame({"row": rows, "position": positions, "k": bounded, "a": advantages[valid].double().numpy()})
     frame["d"] = (teacher - old)[valid].numpy()
     frame["part"] = 10 * frame.position // lengths[rows]
@@ -66,7 +66,7 @@ def deviation(x):
 @settings(max_examples=60, deadline=None)
 def test_every_number_of_the_signal_against_pandas(data, stages, random):
     teacher, old, mask = data
-    config = read_signal_config({"gndpo": STAGES[stages]}, "gndpo")
+    config = read_signal_config({"gndpo": STAGES[stages]}, "gndpo").signal
     groups = ["a"] * len(mask)
     advantages = compute_advantages(teacher, old, mask, config, groups=groups)
     width = mask.shape[1]
@@ -81,9 +81,9 @@ def test_every_number_of_the_signal_against_pandas(data, stages, random):
     frame = table(teacher, old, mask, advantages, config, lengths)
     d, k, a, n = frame.d, frame.k, frame.a, len(frame)
     limit = {
-        "clamp": config.limit,
-        "mask": config.limit,
-        "soft_clamp": config.soft_clamp_factor * d.abs().mean(),
+        "clamp": config.parameters.get("limit"),
+        "mask": config.parameters.get("limit"),
+        "soft_clamp": config.parameters.get("soft_clamp_factor", 0) * d.abs().mean(),
     }.get(config.bound, math.inf)
     kept = k[d.abs() <= limit] if config.bound == "mask" else k
     expected = {
@@ -146,7 +146,7 @@ def test_the_gain_is_what_the_signal_was_multiplied_by():
     data = batch(spread=4.0)
 
     def gain(**stages):
-        config = read_signal_config({"gndpo": stages}, "gndpo")
+        config = read_signal_config({"gndpo": stages}, "gndpo").signal
         advantages = compute_advantages(*data, config, groups=["a", "b"] * 3)
         return describe_signal(pack(*data, advantages, config), config)
 
@@ -157,7 +157,7 @@ def test_the_gain_is_what_the_signal_was_multiplied_by():
     ranks = gain(scale="rank")
     assert ranks["gndpo/gain"] == pytest.approx(1 / ranks["gndpo/sigma"], rel=1e-2), "ranks have deviation 1"
     teacher, old, mask = (x[:1, :1] for x in data)
-    config = read_signal_config({"gndpo": {"scale": "rank"}}, "gndpo")
+    config = read_signal_config({"gndpo": {"scale": "rank"}}, "gndpo").signal
     alone = describe_signal(pack(teacher, old, mask, torch.zeros(1, 1), config), config)
     assert alone["gndpo/gain"] == 0.0 and alone["gndpo/advantage_kurtosis"] == 0.0
 
@@ -166,10 +166,12 @@ def test_the_gain_is_what_the_signal_was_multiplied_by():
 def test_each_teachers_metrics_are_those_of_its_rows(scope):
     teacher, old, mask = batch(spread=4.0)
     labels = ["one", "two+three"] * 3
-    config = read_signal_config({"gndpo": {"baseline": scope, "scale": scope}}, "gndpo")
+    config = read_signal_config({"gndpo": {"baseline": scope, "scale": scope}}, "gndpo").signal
     inputs = {"teacher_log_probs": teacher, "old_log_probs": old, "response_mask": mask}
-    advantages, _ = compute_log_ratio_advantage("gndpo", **inputs, config={"gndpo": {"scope": scope}}, teacher=labels)
-    metrics = describe_teachers(labels, pack(**inputs, advantages=advantages, settings=config), config)
+    advantages, _ = compute_log_ratio_advantage(
+        "gndpo", **inputs, config={"gndpo": {"baseline": scope, "scale": scope}}, teacher=labels
+    )
+    metrics = describe_teachers(labels, pack(**inputs, advantages=advantages, signal=config), config)
     for label, rows in (("one", slice(0, 6, 2)), ("two+three", slice(1, 6, 2))):
         valid = mask[rows] != 0
         d = (teacher - old)[rows][valid].double().numpy()
@@ -183,7 +185,7 @@ def test_each_teachers_metrics_are_those_of_its_rows(scope):
 
 
 def test_one_token_that_dominates_and_many_alike():
-    config = read_signal_config({"gndpo": {"preset": "opd_raw"}}, "gndpo")
+    config = read_signal_config({"gndpo": {"preset": "opd_raw"}}, "gndpo").signal
     ones = torch.ones(2, 100)
     alike = describe_signal(pack(ones, 0 * ones, ones, ones, config), config)
     assert alike["gndpo/effective_sample_share"] == 1.0 and alike["gndpo/advantage_kurtosis"] == 0.0
@@ -235,7 +237,7 @@ def test_words_close_behind_an_image_are_vision_adjacent():
 @settings(max_examples=100, deadline=None)
 def test_metrics_by_kind_and_of_ends_against_pandas(data, random):
     teacher, old, mask = data
-    config = read_signal_config(None, "gndpo")
+    config = read_signal_config(None, "gndpo").signal
     advantages = compute_advantages(teacher, old, mask, config)
     tokens = pack(teacher, old, mask, advantages, config)
     lengths = np.full(len(mask), mask.shape[1])
@@ -258,7 +260,7 @@ def test_metrics_by_kind_and_of_ends_against_pandas(data, random):
 
 
 def test_lengths_leave_out_the_rows_that_verl_adds():
-    config = read_signal_config(None, "gndpo")
+    config = read_signal_config(None, "gndpo").signal
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]])
     zeros = torch.zeros(3, 4)
     tokens, lengths = pack(zeros, zeros, mask, zeros, config), np.array([4, 4, 1])
@@ -276,7 +278,7 @@ def test_lengths_leave_out_the_rows_that_verl_adds():
 
 
 def test_the_worst_are_those_with_the_largest_log_ratio_in_their_place():
-    config = read_signal_config({"gndpo": {"limit": 1.0}}, "gndpo")
+    config = read_signal_config({"gndpo": {"limit": 1.0}}, "gndpo").signal
     teacher, old = torch.zeros(3, 4), torch.zeros(3, 4)
     teacher[0, 2], teacher[2, 3], teacher[2, 0] = -9.0, 7.0, -8.0
     mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]])
@@ -381,21 +383,21 @@ SOURCES = {
 )
 def test_a_warning_names_its_remedy_and_is_not_repeated_at_once(kind, fine, bad, words):
     flag = f"gndpo/warning/{kind}"
-    warnings = SignalWarnings(WarnConfig())
+    warnings = SignalWarnings(Warn())
     assert warnings.check(1, fine) == ({flag: 0.0}, [])
     flags, (text,) = warnings.check(2, bad)
     assert flags == {flag: 1.0} and all(word in text for word in words), text
     assert warnings.check(3, bad) == ({flag: 1.0}, [])
     assert warnings.check(2 + REPEAT_AFTER_STEPS, bad) == ({flag: 1.0}, [text])
-    assert SignalWarnings(WarnConfig(**{kind: None})).check(1, bad) == ({}, [])
+    assert SignalWarnings(Warn(**{kind: None})).check(1, bad) == ({}, [])
     name = next(iter(bad))
     if kind != "data_source_gradient_share":
-        assert SignalWarnings(WarnConfig()).check(1, {name: math.nan}) == ({}, [])
+        assert SignalWarnings(Warn()).check(1, {name: math.nan}) == ({}, [])
 
 
 def test_truncation_is_compared_with_the_first_steps():
     name, flag = "gndpo/response/truncated_share", "gndpo/warning/truncated_share_rise"
-    warnings = SignalWarnings(WarnConfig())
+    warnings = SignalWarnings(Warn())
     for step in range(FIRST_STEPS):
         assert warnings.check(step, {name: 0.5}) == ({flag: 0.0}, []), "that many from the start is no rise"
     assert warnings.check(10, {name: 0.59}) == ({flag: 0.0}, [])
@@ -404,7 +406,7 @@ def test_truncation_is_compared_with_the_first_steps():
 
 
 def test_nothing_to_judge_is_no_warning():
-    assert SignalWarnings(WarnConfig()).check(1, {}) == ({}, [])
+    assert SignalWarnings(Warn()).check(1, {}) == ({}, [])
 
 
 # --- all of it, in the trainer's step --------------------------------------------------------------------------------
@@ -452,7 +454,7 @@ def test_rejected_tokens_are_left_out_of_kinds(make_monitor, queue):
     store, _, meta = queue
     config = OmegaConf.create(
         {
-            "algorithm": {"adv_estimator": "gndpo", "gndpo": {"worst_tokens": vars(WorstTokensConfig(every=0))}},
+            "algorithm": {"adv_estimator": "gndpo", "gndpo": {"worst_tokens": vars(WorstTokens(every=0))}},
             "trainer": {"default_local_dir": "ckpt"},
             "actor_rollout_ref": {"model": {"path": "S"}},
         }

@@ -21,7 +21,7 @@ OVERRIDDEN |= {"_compute_old_log_prob", "_save_checkpoint", "_load_checkpoint"}
 def test_an_existing_config_needs_two_overrides():
     config = verl_config("algorithm.adv_estimator=gndpo", "+teacher.model.path=teacher")
     assert read_teacher_config(config).model.path == "teacher"
-    assert read_signal_config(config.algorithm, "gndpo").limit == 5.0
+    assert read_signal_config(config.algorithm, "gndpo").signal.parameters == {"limit": 5.0}
 
 
 def test_hydra_finds_the_config_groups():

@@ -475,11 +475,11 @@ def test_every_metric_that_is_drawn_is_read():
 
 def test_all_that_the_plugin_logs_is_drawn_or_left_out_on_purpose():
     torch = pytest.importorskip("torch")
-    from verl_gndpo.config import WarnConfig, read_signal_config
+    from verl_gndpo.config import Warn, read_signal_config
     from verl_gndpo.observe import metrics as diagnostics
     from verl_gndpo.observe.limits import SignalWarnings
 
-    config = read_signal_config({}, "gndpo")
+    config = read_signal_config({}, "gndpo").signal
     teacher, old, advantages = torch.randn(3, 4, 20).clamp(max=0) - 0.1
     tokens = diagnostics.pack(teacher, old, torch.ones(4, 20), advantages, config)
     lengths, classes = np.full(4, 20), np.arange(80, dtype=np.uint8) % 5
@@ -495,7 +495,7 @@ def test_all_that_the_plugin_logs_is_drawn_or_left_out_on_purpose():
         "training/rollout_actor_probs_pearson_corr": 1.0,
         "gndpo/teacher_ahead_share": 1.0,
     }
-    logged |= SignalWarnings(WarnConfig()).check(1, logged)[0]
+    logged |= SignalWarnings(Warn()).check(1, logged)[0]
     assert {name for name in DRAWN if name.startswith("gndpo/")} - logged.keys() == set()
     left_out = re.compile(
         r"gndpo/(tokens|log_ratio/(std|min|max)|response/length_mean|data_source/.+/(sign_flip_share|tokens)"

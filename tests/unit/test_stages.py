@@ -12,12 +12,23 @@ from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
 from tests.unit.test_advantage import batch, batches
-from verl_gndpo import PRESETS
-from verl_gndpo.advantage import BOUNDS, SignalState, Sums, compute_advantages, mix, proximal, unit_ranks
-from verl_gndpo.config import STAGES, read_signal_config
+from verl_gndpo.advantage import (
+    BASELINES,
+    BOUNDS,
+    SCALES,
+    SignalState,
+    Sums,
+    compute_advantages,
+    mix,
+    proximal,
+    unit_ranks,
+)
+from verl_gndpo.config import read_signal_config
 from verl_gndpo.estimators import compute_log_ratio_advantage
+from verl_gndpo.presets import PRESETS
 
 quick = settings(max_examples=60, deadline=None)
+STAGES = {"bound": tuple(BOUNDS), "baseline": BASELINES, "scale": SCALES}
 stages = st.fixed_dictionaries({stage: st.sampled_from(names) for stage, names in STAGES.items()})
 # Parameters that differ from the presets', so that one that is not passed on shows.
 PARAMETERS = {
@@ -37,6 +48,9 @@ def oracle(teacher, old, mask, s, groups, teachers, kl):
     valid = np.asarray(mask) != 0
     d = np.where(valid, teacher - old, 0.0)
     p, q = np.exp(old), np.exp(teacher)
+    limit, negative_limit, alpha = (
+        s.parameters.get(key, math.nan) for key in ("limit", "negative_limit", "proximal_alpha")
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         # From log-probs, as 1 - p rounds to 0; certain of the same (inf - inf): no opinion.
         log_odds = [x - np.log(-np.expm1(x)) for x in (np.minimum(teacher, 0), np.minimum(old, 0))]
@@ -44,20 +58,20 @@ def oracle(teacher, old, mask, s, groups, teachers, kl):
     certain_odds = lambda x: (x := np.minimum(x, -1e-9)) - np.log1p(-np.exp(x))  # noqa: E731
     bounds = {
         "none": lambda: d,
-        "clamp": lambda: np.clip(d, -s.limit, s.limit),
+        "clamp": lambda: np.clip(d, -limit, limit),
         "tanh": lambda: np.tanh(d),
         "sign": lambda: np.sign(d),
-        "power": lambda: np.exp(teacher) ** s.power_alpha - np.exp(old) ** s.power_alpha,
-        "gap": lambda: np.sqrt(p) * np.maximum(q - p, -s.negative_limit),
-        "odds": lambda: np.minimum(p, 1) * np.maximum(opinion, -s.negative_limit),
-        "log_odds": lambda: np.minimum(p, 1) * np.clip(certain_odds(teacher) - certain_odds(old), -s.limit, s.limit),
-        "proximal": lambda: np.logaddexp(math.log(s.proximal_alpha) + d, math.log(1 - s.proximal_alpha)),
-        "soft_clamp": lambda: np.clip(d, -(c := s.soft_clamp_factor * np.abs(d[valid]).mean()), c),
+        "power": lambda: np.exp(teacher) ** s.parameters["power_alpha"] - np.exp(old) ** s.parameters["power_alpha"],
+        "gap": lambda: np.sqrt(p) * np.maximum(q - p, -negative_limit),
+        "odds": lambda: np.minimum(p, 1) * np.maximum(opinion, -negative_limit),
+        "log_odds": lambda: np.minimum(p, 1) * np.clip(certain_odds(teacher) - certain_odds(old), -limit, limit),
+        "proximal": lambda: np.logaddexp(math.log(alpha) + d, math.log(1 - alpha)),
+        "soft_clamp": lambda: np.clip(d, -(c := s.parameters["soft_clamp_factor"] * np.abs(d[valid]).mean()), c),
         "mask": lambda: d,
     }
     k = bounds[s.bound]()
     if s.bound == "mask":
-        valid = valid & (np.abs(d) <= s.limit)
+        valid = valid & (np.abs(d) <= limit)
     if not valid.any():
         return np.zeros(valid.shape)
 
@@ -86,7 +100,7 @@ def oracle(teacher, old, mask, s, groups, teachers, kl):
     elif s.scale != "none":
         for where in segments(s.scale):
             n = where.sum()
-            gain = min(1 / math.hypot(r[where].std(ddof=1), s.std_floor), s.gain_limit or math.inf) if n > 1 else 1.0
+            gain = min(1 / math.hypot(r[where].std(ddof=1), s.std_floor), s.gain_limit) if n > 1 else 1.0
             a[where] = r[where] * gain
     return np.where(valid, a, 0.0)
 
@@ -108,7 +122,7 @@ def problems(draw):
 
 
 def resolve(**given):
-    return read_signal_config({"gndpo": PARAMETERS | given}, "gndpo")
+    return read_signal_config({"gndpo": PARAMETERS | given}, "gndpo").signal
 
 
 def close(actual, expected):
@@ -119,15 +133,11 @@ def rows_of(data, rows):
     return {name: [value[i] for i in rows] if isinstance(value, list) else value[rows] for name, value in data.items()}
 
 
-def test_every_bound_has_a_function():
-    assert tuple(BOUNDS) == STAGES["bound"]
-
-
 @given(problems(), stages)
 @settings(max_examples=400, deadline=None)
 def test_any_combination_of_stages_equals_the_oracle(data, chosen):
     config = resolve(**chosen)
-    advantages = compute_advantages(**data, settings=config)
+    advantages = compute_advantages(**data, signal=config)
     assert advantages.dtype == torch.float32 and advantages.shape == data["response_mask"].shape
     assert advantages.isfinite().all() and (advantages[data["response_mask"] == 0] == 0).all()
     if chosen["scale"] == "rank":
@@ -142,10 +152,10 @@ def test_any_combination_of_stages_equals_the_oracle(data, chosen):
 @quick
 def test_the_order_of_rows_does_not_matter(data, chosen, random):
     config = resolve(**chosen)
-    advantages = compute_advantages(**data, settings=config)
+    advantages = compute_advantages(**data, signal=config)
     order = list(range(len(advantages)))
     random.shuffle(order)
-    shuffled = compute_advantages(**rows_of(data, order), settings=config)
+    shuffled = compute_advantages(**rows_of(data, order), signal=config)
     if chosen["scale"] != "rank":
         close(shuffled, advantages[order].double().numpy())
     else:
@@ -156,7 +166,7 @@ def test_the_order_of_rows_does_not_matter(data, chosen, random):
 @quick
 def test_rows_that_verl_adds_as_padding_count_for_nothing(data, chosen):
     config = resolve(**chosen)
-    advantages = compute_advantages(**data, settings=config)
+    advantages = compute_advantages(**data, signal=config)
     junk = {
         "teacher_log_probs": torch.full((2, advantages.shape[1]), math.nan),
         "old_log_probs": torch.full((2, advantages.shape[1]), math.inf),
@@ -169,7 +179,7 @@ def test_rows_that_verl_adds_as_padding_count_for_nothing(data, chosen):
         name: value + junk[name] if isinstance(value, list) else torch.cat([value, junk[name]])
         for name, value in data.items()
     }
-    with_padding = compute_advantages(**padded, settings=config)
+    with_padding = compute_advantages(**padded, signal=config)
     close(with_padding[:-2], advantages.double().numpy())
     assert (with_padding[-2:] == 0).all()
 
@@ -199,7 +209,7 @@ def test_log_ratios_twice_as_large_make_advantages_twice_as_large(data, bound, b
     # Subtracting and adding rounds; take what is left of it as the data.
     data = data | {"teacher_log_probs": data["old_log_probs"] + (data["teacher_log_probs"] - data["old_log_probs"])}
     plain = resolve(bound=bound, baseline=baseline, scale="none")
-    single, double = (compute_advantages(**x, settings=plain).double() for x in (data, twice))
+    single, double = (compute_advantages(**x, signal=plain).double() for x in (data, twice))
     np.testing.assert_allclose(double, 2 * single, rtol=1e-4, atol=1e-4)
 
 
@@ -207,7 +217,7 @@ def test_log_ratios_twice_as_large_make_advantages_twice_as_large(data, bound, b
 def test_scaled_advantages_have_no_unit(scale):
     teacher, old, mask = batch(rows=8)
     labels = {"groups": list("aabbccdd"), "teachers": list("abababab")}
-    config = read_signal_config({"gndpo": {"bound": "none", "baseline": "batch", "scale": scale}}, "gndpo")
+    config = read_signal_config({"gndpo": {"bound": "none", "baseline": "batch", "scale": scale}}, "gndpo").signal
     single = compute_advantages(teacher, old, mask, config, **labels)
     double = compute_advantages(old + 2 * (teacher - old), old, mask, config, **labels)
     torch.testing.assert_close(double, single, rtol=1e-4, atol=1e-4)
@@ -220,7 +230,7 @@ def test_scaled_advantages_have_no_unit(scale):
 def test_bounds_keep_the_sign(data, bound):
     """No token that the teacher likes less is reinforced, as long as there is no baseline."""
     config = resolve(bound=bound, baseline="none", scale="none")
-    advantages = compute_advantages(**data, settings=config)
+    advantages = compute_advantages(**data, signal=config)
     d = data["teacher_log_probs"].double() - data["old_log_probs"].double()
     assert (advantages.double() * d >= 0).all()
 
@@ -237,28 +247,28 @@ def test_bounds_hold_where_exponentials_overflow():
         "proximal": [math.log(0.5), 1e4 + math.log(0.5), math.log(0.5), 800 + math.log(0.5)],
     }
     for bound, values in expected.items():
-        config = read_signal_config({"gndpo": {"bound": bound, "baseline": "none", "scale": "none"}}, "gndpo")
+        config = read_signal_config({"gndpo": {"bound": bound, "baseline": "none", "scale": "none"}}, "gndpo").signal
         advantages = compute_advantages(teacher, old, torch.ones(1, 4), config)
         torch.testing.assert_close(advantages, torch.tensor([values], dtype=torch.float32), rtol=1e-4, atol=1e-3)
 
 
 def test_the_power_reward_becomes_the_log_ratio_as_its_exponent_vanishes():
     teacher, old, mask = batch()
-    config = read_signal_config({"gndpo": {"power_alpha": 1e-6}}, "power_opd")
+    config = read_signal_config({"gndpo": {"power_alpha": 1e-6}}, "power_opd").signal
     advantages = compute_advantages(teacher, old, mask, config)
     torch.testing.assert_close(advantages * 1e6, (teacher - old) * mask, rtol=1e-3, atol=1e-3)
 
 
 def test_small_proximal_signals_are_not_lost():
     d = torch.tensor([1e-12, -1e-12], dtype=torch.float64)
-    torch.testing.assert_close(proximal(d, 0.5), d / 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(proximal(d, torch.zeros_like(d), 0.5), d / 2, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("preset", "limits"), [("odds_opd", {"negative_limit": 1.0}), ("log_odds_opd", {})])
 def test_odds_give_the_same_gradient_whichever_of_two_tokens_is_sampled(preset, limits):
     logits = torch.tensor([0.7, -0.2], dtype=torch.float64, requires_grad=True)
     student, teacher = logits.log_softmax(-1), torch.tensor([0.45, 0.55], dtype=torch.float64).log()
-    config = read_signal_config({"gndpo": limits}, preset)
+    config = read_signal_config({"gndpo": limits}, preset).signal
     advantages = compute_advantages(teacher[:, None], student.detach()[:, None], torch.ones(2, 1), config)
     first, second = (
         torch.autograd.grad(a * log_prob, logits, retain_graph=True)[0]
@@ -271,7 +281,7 @@ def test_odds_give_the_same_gradient_whichever_of_two_tokens_is_sampled(preset, 
 def test_outliers_are_dropped_from_the_statistics_too():
     teacher, old, mask = batch(spread=0.5)
     mask[2, 0] = 1
-    config = read_signal_config({"gndpo": {"bound": "mask", "limit": 4.0}}, "gndpo")
+    config = read_signal_config({"gndpo": {"bound": "mask", "limit": 4.0}}, "gndpo").signal
     without = mask.clone()
     without[2, 0] = 0
     expected = compute_advantages(teacher, old, without, config)
@@ -285,7 +295,7 @@ def test_kl_is_the_value_of_the_state():
     g = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(7, generator=g).double().log_softmax(-1) for _ in range(2))
     kl = (student.exp() * (student - teacher)).sum()
-    config = read_signal_config(None, "v_opd")
+    config = read_signal_config(None, "v_opd").signal
     # One row a token of the vocabulary: all that could have been sampled.
     advantages = compute_advantages(teacher[:, None], student[:, None], torch.ones(7, 1), config, kl=kl.expand(7, 1))
     assert (student.exp() * advantages[:, 0]).sum().item() == pytest.approx(0.0, abs=1e-7)
@@ -295,8 +305,10 @@ def test_a_gain_limit_ends_the_inflation_of_noise():
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(64, 20, generator=g) * 1e-3
     zeros, ones = torch.zeros_like(noise), torch.ones_like(noise)
-    unlimited = compute_advantages(noise, zeros, ones, read_signal_config(None, "gndpo"))
-    limited = compute_advantages(noise, zeros, ones, read_signal_config({"gndpo": {"gain_limit": 10.0}}, "gndpo"))
+    unlimited = compute_advantages(noise, zeros, ones, read_signal_config(None, "gndpo").signal)
+    limited = compute_advantages(
+        noise, zeros, ones, read_signal_config({"gndpo": {"gain_limit": 10.0}}, "gndpo").signal
+    )
     assert unlimited.std().item() == pytest.approx(1.0, abs=0.01)
     assert limited.std().item() == pytest.approx(0.01, rel=0.05)
 
@@ -310,7 +322,7 @@ def test_ranks_have_unit_variance_and_share_ties():
 
 
 def test_the_average_over_steps_is_unbiased_from_the_first_step_and_follows():
-    config = read_signal_config({"gndpo": {"scale": "ema", "ema_decay": 0.8}}, "gndpo")
+    config = read_signal_config({"gndpo": {"scale": "ema", "ema_decay": 0.8}}, "gndpo").signal
     state, variances = SignalState(), []
     for step in range(6):
         teacher, old, mask = batch(seed=step, spread=1.0 + step)
@@ -326,7 +338,7 @@ def test_the_average_over_steps_is_unbiased_from_the_first_step_and_follows():
 @quick
 def test_the_task_reward_is_as_large_as_it_is_told_to_be(data, coef):
     mask = data["response_mask"]
-    advantages = compute_advantages(**data, settings=resolve(bound="clamp"))
+    advantages = compute_advantages(**data, signal=resolve(bound="clamp"))
     task = torch.where(mask != 0, torch.linspace(-1e3, 1e3, mask.numel()).view(mask.shape), torch.nan)
     assume(advantages.abs().max() > 1e-3 and (task[mask != 0] != 0).any())
     mixed = mix(advantages, task, mask, coef)
@@ -373,7 +385,7 @@ def test_every_preset_is_an_estimator_of_verl(preset):
     advantages, _ = get_adv_estimator_fn(preset)(
         token_level_rewards=torch.zeros_like(old), index=index, config={}, kl=kl, **inputs
     )
-    settings = read_signal_config(None, preset)
+    settings = read_signal_config(None, preset).signal
     close(advantages, oracle(teacher, old, mask, settings, index, ["t"] * 6, kl))
 
 
@@ -382,4 +394,4 @@ def test_every_preset_is_an_estimator_of_verl(preset):
 )
 def test_a_stage_without_its_input_says_what_it_needs(chosen, words):
     with pytest.raises(ValueError, match=words):
-        compute_advantages(*batch(), read_signal_config({"gndpo": chosen}, "gndpo"))
+        compute_advantages(*batch(), read_signal_config({"gndpo": chosen}, "gndpo").signal)

@@ -10,11 +10,12 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from verl_gndpo import ESTIMATORS, SUPPORTED_VERL
+from verl_gndpo import SUPPORTED_VERL
 from verl_gndpo.config import uses_gndpo
 from verl_gndpo.doctor.check import Check, _get, _said
 from verl_gndpo.doctor.settings import TRAINER_MODES
 from verl_gndpo.platforms import without_accelerator
+from verl_gndpo.presets import PRESETS
 
 DISTRIBUTIONS = ("torch", "ray", "transformers", "vllm", "sglang", "tensordict", "TransferQueue", "flash-attn")
 
@@ -50,12 +51,12 @@ def check_plugin() -> list[Check]:
     except Exception as error:
         return [Check("plugin", "error", f"verl's trainer can't be imported: {_said(error)}", "repair that import")]
     trainers = v1.trainer_base.TRAINER_REGISTRY
-    missing = [name for name in ESTIMATORS if name not in core_algos.ADV_ESTIMATOR_REGISTRY]
+    missing = [name for name in PRESETS if name not in core_algos.ADV_ESTIMATOR_REGISTRY]
     missing += [name for name in TRAINER_MODES if not issubclass(trainers[name], GNDPOTrainerMixin)]
     if missing:
         remedy = "look for another plugin or VERL_USE_EXTERNAL_MODULES that registers the same names"
         return [Check("plugin", "error", f"not in verl's registries, or replaced there: {', '.join(missing)}", remedy)]
-    return [Check("plugin", "ok", f"estimators {', '.join(ESTIMATORS)}; trainers {', '.join(TRAINER_MODES)}")]
+    return [Check("plugin", "ok", f"estimators {', '.join(PRESETS)}; trainers {', '.join(TRAINER_MODES)}")]
 
 
 def _why_not_loaded() -> tuple[str, str]:

@@ -9,11 +9,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from verl_gndpo import ESTIMATORS
-from verl_gndpo.config import ConfigError, TeacherConfig, WorstTokensConfig, read_signal_config, read_teacher_config
+from verl_gndpo.config import ConfigError, TeacherConfig, WorstTokens, read_signal_config, read_teacher_config
 from verl_gndpo.doctor.check import Check, _get, _said
 from verl_gndpo.observe.worst_tokens import why_not_writable
 from verl_gndpo.platforms import without_accelerator
+from verl_gndpo.presets import PRESETS
 
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 
@@ -24,9 +24,9 @@ def check_estimator(config: Any) -> list[Check]:
 
     name = config.algorithm.adv_estimator
     name = getattr(name, "value", name)
-    if name in ESTIMATORS:
+    if name in PRESETS:
         return [Check("estimator", "ok", f"algorithm.adv_estimator={name}")]
-    select = f"algorithm.adv_estimator={ESTIMATORS[0]} selects it"
+    select = f"algorithm.adv_estimator={next(iter(PRESETS))} selects it"
     if name not in ADV_ESTIMATOR_REGISTRY:
         near = difflib.get_close_matches(name, ADV_ESTIMATOR_REGISTRY, n=1)
         hint = f"did you mean {near[0]}?" if near else f"verl has {', '.join(sorted(ADV_ESTIMATOR_REGISTRY))}"
@@ -76,7 +76,7 @@ def check_settings(config: Any) -> list[Check]:
         errors += _check_teacher_ranks(config, teacher)
     if signal is not None:
         errors += _check_worst_tokens(signal.worst_tokens)
-    if signal is not None and signal.baseline == "kl":
+    if signal is not None and signal.signal.baseline == "kl":
         errors += _check_kl(config, teacher)
     if signal is not None and signal.task_reward.coef:
         errors += _check_task_reward(signal.task_reward.estimator)
@@ -143,7 +143,7 @@ def _check_teacher_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
     return []
 
 
-def _check_worst_tokens(worst: WorstTokensConfig) -> list[Check]:
+def _check_worst_tokens(worst: WorstTokens) -> list[Check]:
     """The file of the worst tokens can be written."""
     problem = why_not_writable(Path(worst.path).expanduser()) if worst.path and worst.every else None
     if problem is None:
@@ -187,12 +187,12 @@ def _check_task_reward(name: str) -> list[Check]:
     for known, estimator in ADV_ESTIMATOR_REGISTRY.items():
         parameters = inspect.signature(estimator).parameters.values()
         needs = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
-        if known not in ESTIMATORS and needs <= given:
+        if known not in PRESETS and needs <= given:
             usable.append(known)
     if name in usable:
         return []
     detail = f"algorithm.gndpo.task_reward.estimator={name} is unknown to verl"
-    if name in ESTIMATORS:
+    if name in PRESETS:
         detail = f"algorithm.gndpo.task_reward.estimator={name} makes its advantages of a teacher, not of rewards"
     elif name in ADV_ESTIMATOR_REGISTRY:
         detail = f"algorithm.gndpo.task_reward.estimator={name} needs more than rewards and the prompt of each row"

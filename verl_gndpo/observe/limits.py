@@ -4,7 +4,7 @@
 import math
 from collections.abc import Callable
 
-from verl_gndpo.config import WarnConfig
+from verl_gndpo.config import Warn
 
 CORRELATION = "training/rollout_actor_probs_pearson_corr"
 
@@ -18,7 +18,7 @@ class SignalWarnings:
     """Compares each step's metrics with limits. Remembers how many responses the first steps truncated, and which
     warnings it has given."""
 
-    def __init__(self, limits: WarnConfig):
+    def __init__(self, limits: Warn):
         self._limits = limits
         self._first_truncated: list[float] = []
         self._given: dict[str, int] = {}

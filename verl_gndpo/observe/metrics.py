@@ -12,8 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from verl_gndpo.advantage import bounded_log_ratio
-from verl_gndpo.config import SignalConfig
+from verl_gndpo.advantage import Signal, bounded_log_ratio
 from verl_gndpo.observe.token_classes import CLASSES, EOS
 
 # Smaller advantages are as good as none, and their reciprocals would leave float32.
@@ -99,14 +98,14 @@ def pack(
     old_log_probs: torch.Tensor,
     response_mask: torch.Tensor,
     advantages: torch.Tensor,
-    settings: SignalConfig,
+    signal: Signal,
 ) -> Tokens:
     """Take the valid tokens out of a batch.
 
     Args:
         teacher_log_probs, old_log_probs, response_mask, advantages: (batch, response_length), as the estimator saw and
             returned them; at least one valid token, all valid tokens finite.
-        settings: the resolved `algorithm.gndpo`.
+        signal: the stages.
     """
     # In numpy, which packs, compares, counts and selects several times faster on the host than torch.
     valid = response_mask.bool().cpu()
@@ -114,26 +113,26 @@ def pack(
     d = _flat(teacher_log_probs.float() - old_log_probs.float())[here]
     a = _flat(advantages)[here]
     limit = math.inf
-    if settings.bound in ("clamp", "mask"):
-        limit = settings.limit
-    elif settings.bound == "soft_clamp":
-        limit = settings.soft_clamp_factor * float(np.abs(d).mean(dtype=np.float64))
-    if settings.bound in ("none", "mask"):
+    if signal.bound in ("clamp", "mask"):
+        limit = signal.parameters["limit"]
+    elif signal.bound == "soft_clamp":
+        limit = signal.parameters["soft_clamp_factor"] * float(np.abs(d).mean(dtype=np.float64))
+    if signal.bound in ("none", "mask"):
         k = d
-    elif settings.bound == "clamp":
+    elif signal.bound == "clamp":
         k = d.clip(-limit, limit)
     else:
         teacher, old = (x.cpu()[valid].double() for x in (teacher_log_probs, old_log_probs))
-        k = bounded_log_ratio(teacher, old, settings)[0].float().numpy()
-    return Tokens(valid.numpy(), d, k, a, limit, settings.bound == "mask")
+        k = bounded_log_ratio(teacher, old, signal)[0].float().numpy()
+    return Tokens(valid.numpy(), d, k, a, limit, signal.bound == "mask")
 
 
-def describe_signal(tokens: Tokens, settings: SignalConfig) -> dict[str, float]:
+def describe_signal(tokens: Tokens, signal: Signal) -> dict[str, float]:
     """Raw log-ratio, bounded signal and advantage, each described apart.
 
     Args:
         tokens: at least one.
-        settings: the resolved `algorithm.gndpo`.
+        signal: the stages.
 
     Returns:
         gndpo/log_ratio/{mean,std,min,max,p01,p05,p50,p95,p99}: D, nats, before the bound;
@@ -178,7 +177,7 @@ def describe_signal(tokens: Tokens, settings: SignalConfig) -> dict[str, float]:
         "gndpo/clipped_high_share": np.count_nonzero(d > limit) / n,
         "gndpo/mu": mu,
         "gndpo/sigma": sigma,
-        "gndpo/gain": _gain(kept, sigma, a, settings, scratch),
+        "gndpo/gain": _gain(kept, sigma, a, signal, scratch),
         "gndpo/sign_flip_share": np.count_nonzero(tokens.flipped) / n,
         **_describe_sizes(a, tokens.magnitude, scratch),
         "gndpo/k1": -mean,
@@ -187,13 +186,13 @@ def describe_signal(tokens: Tokens, settings: SignalConfig) -> dict[str, float]:
     }
 
 
-def _gain(k: np.ndarray, sigma: float, a: np.ndarray, settings: SignalConfig, scratch: np.ndarray) -> float:
+def _gain(k: np.ndarray, sigma: float, a: np.ndarray, signal: Signal, scratch: np.ndarray) -> float:
     # Another baseline leaves another deviation than that of k.
-    if settings.scale == "batch" and settings.baseline in ("none", "batch"):
+    if signal.scale == "batch" and signal.baseline in ("none", "batch"):
         # One token has no spread to scale by.
-        gain = (sigma**2 + settings.std_floor**2) ** -0.5 if k.size > 1 else 1.0
-        return min(gain, settings.gain_limit or math.inf)
-    if settings.scale == "none":
+        gain = (sigma**2 + signal.std_floor**2) ** -0.5 if k.size > 1 else 1.0
+        return min(gain, signal.gain_limit)
+    if signal.scale == "none":
         return 1.0
     return _mean_and_std(a, scratch)[1] / sigma if sigma else 0.0
 
@@ -227,19 +226,19 @@ def _describe_sizes(a: np.ndarray, magnitude: np.ndarray, scratch: np.ndarray) -
     return {"gndpo/advantage_abs_max": largest, **shares}
 
 
-def describe_teachers(teachers: Sequence[str], tokens: Tokens, settings: SignalConfig) -> dict[str, float]:
+def describe_teachers(teachers: Sequence[str], tokens: Tokens, signal: Signal) -> dict[str, float]:
     """The metrics of `describe_signal` for the rows of each teacher, as gndpo/teacher/<teacher>/...
 
     Args:
         teachers: of each row, which teacher has scored it.
-        tokens, settings: of `describe_signal`.
+        tokens, signal: of `describe_signal`.
     """
     described = {}
     for teacher in sorted(set(teachers)):
         part = tokens.of_rows(np.array([name == teacher for name in teachers]))
         if part.d.size:
-            own = {stage: "batch" for stage in ("baseline", "scale") if getattr(settings, stage) == "teacher"}
-            metrics = describe_signal(part, replace(settings, **own))
+            own = {stage: "batch" for stage in ("baseline", "scale") if getattr(signal, stage) == "teacher"}
+            metrics = describe_signal(part, replace(signal, **own))
             if not own:
                 # All teachers share one.
                 del metrics["gndpo/gain"]

@@ -13,7 +13,7 @@ from transfer_queue import KVBatchMeta
 from verl.utils.fs import copy_to_local
 from verl.utils.model import get_generation_config
 
-from verl_gndpo.config import SignalConfig
+from verl_gndpo.config import GNDPOConfig
 from verl_gndpo.observe.limits import SignalWarnings
 from verl_gndpo.observe.metrics import (
     Tokens,
@@ -38,7 +38,7 @@ FIELDS = ["responses", "prompts", "data_source"]
 class SignalMonitor:
     """What the signal of a step looked like, once a step."""
 
-    def __init__(self, config: Any, settings: SignalConfig, tokenizer: Any, processor: Any = None):
+    def __init__(self, config: Any, settings: GNDPOConfig, tokenizer: Any, processor: Any = None):
         """
         Args:
             config: verl's whole config.
@@ -87,14 +87,14 @@ class SignalMonitor:
         Returns:
             The step's metrics, `gndpo/...` (docs/metrics.md).
         """
-        settings = self._settings
-        tokens = pack(teacher_log_probs, old_log_probs, response_mask, advantages, settings)
+        signal = self._settings.signal
+        tokens = pack(teacher_log_probs, old_log_probs, response_mask, advantages, signal)
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
         sources = [str(name) for name in data["data_source"]] if "data_source" in data.keys() else None
         parts = sum_parts(tokens, lengths)
-        described = describe_signal(tokens, settings) | describe_positions(parts)
+        described = describe_signal(tokens, signal) | describe_positions(parts)
         if teachers is not None:
-            described |= describe_teachers(teachers, tokens, settings)
+            described |= describe_teachers(teachers, tokens, signal)
         if sources is not None:
             described |= describe_sources(tokens, parts, sources)
         classes = self._classify(data)
