@@ -2,7 +2,7 @@
 """The stability study: which signal to use, and when.
 
     python -m benchmarks.stability                       # all of it: less than 2 hours on two cores
-    python -m benchmarks.stability --smoke               # that everything runs: about 3 minutes
+    python -m benchmarks.stability --smoke               # that everything runs: about 4 minutes
     python -m benchmarks.stability --tables-only --out docs/study    # tables and plots from results that are there
 
 Killed and started again, it goes on where it was. plan.py says what is compared, docs/study.md what came of it.
@@ -19,7 +19,8 @@ SMOKE = plan.Round(
     arms=("opd", "gndpo", "full_kl", "opd_gain_matched", "log_odds_opd"),
     seeds=(0, 1),
     selection_seeds=(1000,),
-    adamw_rates=(1e-4, 3e-4),
+    # 3e-4 learns faster, but eight steps of it end anywhere: they close 0.28 to 1.00 of the gap.
+    adamw_rates=(3e-5, 1e-4),
     sgd_rates=(),
 )
 QUALITY_REGIMES = ("clean", "near convergence", "outliers 5 %", "outliers 20 %", "sharp teacher")
@@ -39,7 +40,7 @@ def main() -> None:
             parser.error(f"{args.out} has no runs.jsonl")
     elif args.smoke:
         path = run.run_study(args.out, SMOKE, regimes=("clean",), steps=8)
-        quality.measure(args.out, ("clean",), batches=4)
+        quality.measure(args.out, ("clean",))
     else:
         for plans in plan.ROUNDS.values():
             path = run.run_study(args.out, plans)

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stability study's short version: its models are trained, its arms learn, its tables and plots are written."""
+"""The stability study's short version: it trains its models, its arms learn, it writes its tables and plots.
+
+What is trained comes out differently on every processor. The ranges below were measured on four pairs of models:
+ATEN_CPU_CAPABILITY=default, avx2 (with MKL_CBWR=COMPATIBLE) and avx512, and other seeds of both models. Each threshold
+lies outside its range by at least four fifths of the range's width.
+"""
 
 import json
 import subprocess
@@ -32,9 +37,9 @@ def test_all_arms_learn_from_the_same_start(out):
         (arm, seed) for arm in SMOKE.arms for seed in SMOKE.seeds
     }
     assert runs["before"].nunique() == 1 and 0.3 < runs["before"].iloc[0] < 0.5
-    # Measured 0.85 to 0.96, single runs at least 0.74; a signal that says nothing stays near 0.
+    # Measured 0.51 to 0.74 (single runs 0.41 to 0.75). Shuffled advantages, which teach nothing: -0.05 to 0.13.
     ends = runs.groupby("arm")["gap_closed_end"].mean()
-    assert (ends > 0.5).all(), ends
+    assert (ends > 0.3).all(), ends
     flips = runs.groupby("arm")["sign_flips"].mean()
     assert flips["opd"] == flips["log_odds_opd"] == 0 < flips["gndpo"]
 
@@ -50,10 +55,14 @@ def test_gradients_of_samples_point_where_the_full_kl_does(out):
     lines = {line["arm"]: line for line in map(json.loads, (out / "quality.jsonl").read_text().splitlines())}
     assert set(lines) == {arm for arm in plan.ARMS if plan.ARMS[arm].multiplier == 1.0}
     assert lines["full_kl"]["cosine_mean"] == pytest.approx(1.0, abs=1e-4)
+    # Single batches are noisy even under the full KL. Dividing by its cosine on the same batches leaves less noise:
+    # measured 0.86 to 0.99 for signals and -0.14 to 0.18 for advantages that say nothing. The cosine of the mean over
+    # the 64 batches was 0.93 to 0.99. Over 4 batches it is anything from 0.45 to 0.99.
+    share = {arm: line["cosine"] / lines["full_kl"]["cosine"] for arm, line in lines.items()}
     for arm in ("opd", "gndpo", "power_opd", "log_odds_opd"):
-        assert lines[arm]["cosine_mean"] > 0.9, lines[arm]
-    # It has the responses' own direction, which is not quite another one, and twenty times the noise.
-    assert lines["constant"]["cosine_mean"] < 0.8 and lines["constant"]["noise"] > 20 * lines["opd"]["noise"]
+        assert lines[arm]["cosine_mean"] > 0.75 and share[arm] > 0.65, (arm, lines[arm], share[arm])
+    for arm in ("constant", "shuffled"):
+        assert share[arm] < 0.45, (arm, lines[arm], share[arm])
 
 
 def test_tables_and_plots_are_there(out):
