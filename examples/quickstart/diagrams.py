@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Adding problems on a drawn board of coloured dice, with answers that can be checked.
+r"""Draw boards of coloured dice, with addition problems whose answers can be checked.
 
     python -m examples.quickstart.diagrams --out DIR
 
 A problem shows a board of 84x84 pixels with five dice, asks "Add the red, blue and green dice." and expects
-``red four, blue two, green six, total twelve. \boxed{12}``. Every cell of the board is as large as one merged vision
-token of Qwen2.5-VL (28 pixels), which lets a model of half a million weights learn to see in about a minute.
+``red four, blue two, green six, total twelve. \boxed{12}``. Every cell of the board has the size of one merged vision
+token of Qwen2.5-VL (28 pixels), so a model with half a million weights learns to see in about a minute.
 
-The splits are disjoint by construction: the digest of a board says which split it belongs to.
+The splits are disjoint by construction: a board's digest decides its split.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ QUESTIONS = (
 SPLITS = ("train", "dev", "test")
 
 _ADDENDS = 3
-# Of 16 digests one belongs to the test split and one to the split that the student's training is stopped by.
+# One digest in 16 belongs to the test split, and one to the split that decides when the training stops.
 _BUCKETS = {0: "test", 1: "dev"}
 _SHIFTS = tuple((x, y) for y in (-1, 0, 1) for x in (-1, 0, 1))
 _SUPERSAMPLING = 8
-# Places on a 3x3 raster, numbered row by row, that carry a pip.
+# The places of the pips on a 3x3 grid, numbered row by row.
 _PIPS = {1: (4,), 2: (0, 8), 3: (0, 4, 8), 4: (0, 2, 6, 8), 5: (0, 2, 4, 6, 8), 6: (0, 2, 3, 5, 6, 8)}
 
 
 @dataclass(frozen=True)
 class Die:
-    """A die on the board: its colour, its pips (1 to 6) and its offset in its cell, in pixels to the right and down."""
+    """One die: its colour, its pips (1 to 6), and its offset within its cell (right, down) in pixels."""
 
     colour: str
     pips: int
@@ -73,7 +73,7 @@ class Problem:
     """One board with one question.
 
     Attributes:
-        board: nine cells, row by row; None is an empty one. Every colour occurs once.
+        board: nine cells, row by row; None is an empty cell. Each colour occurs once.
         asked: the colours to add, in the order of the question.
         wording: index into `QUESTIONS`.
     """
@@ -84,27 +84,27 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """What the user asks, without the image."""
+        """Return the user's text, without the image."""
         return QUESTIONS[self.wording].format(*self.asked)
 
     @property
     def addends(self) -> tuple[int, ...]:
-        """The pips of the dice asked for, in the order of the question."""
+        """Return the pips of the requested dice, in the order of the question."""
         pips = {die.colour: die.pips for die in self.board if die}
         return tuple(pips[colour] for colour in self.asked)
 
     @property
     def answer(self) -> str:
-        """The sum in digits."""
+        """Return the sum in digits."""
         return str(sum(self.addends))
 
     @property
     def response(self) -> str:
-        r"""The gold reasoning, for example ``red four, blue two, green six, total twelve. \boxed{12}``."""
+        r"""Return the correct response, for example ``red four, blue two, green six, total twelve. \boxed{12}``."""
         return self.reasoning(self.addends)
 
     def careless_response(self, rng: random.Random, carelessness: float) -> str:
-        """The reasoning of somebody who, with this probability, sees one pip too few on a purple die of two or more."""
+        """Return a response that reads one pip too few on a purple die of two or more, with this probability."""
         read = [
             pips - 1 if colour == CARELESS_COLOUR and pips > 1 and rng.random() < carelessness else pips
             for colour, pips in zip(self.asked, self.addends, strict=True)
@@ -112,13 +112,13 @@ class Problem:
         return self.reasoning(read)
 
     def reasoning(self, read: Sequence[int]) -> str:
-        """The response of somebody who has read these numbers of pips, in the order of the question."""
+        """Return the response for these numbers of pips, in the order of the question."""
         dice = ", ".join(f"{colour} {NUMBERS[pips]}" for colour, pips in zip(self.asked, read, strict=True))
         return f"{dice}, total {NUMBERS[sum(read)]}. \\boxed{{{sum(read)}}}"
 
     @property
     def split(self) -> str:
-        """The only split that may hold this board, wherever in its cells the dice lie and whatever is asked."""
+        """Return the split of this board. It depends neither on the offsets of the dice nor on the question."""
         seen = [(die.colour, die.pips) if die else None for die in self.board]
         return _BUCKETS.get(hashlib.sha256(repr(seen).encode()).digest()[0] % 16, "train")
 
@@ -130,7 +130,7 @@ class Problem:
         return image.reshape(SIDE * CELL, SIDE * CELL, 3)
 
     def png(self) -> bytes:
-        """The board as the bytes of a PNG file."""
+        """Return the board as the bytes of a PNG file."""
         buffer = io.BytesIO()
         Image.fromarray(self.pixels()).save(buffer, format="PNG")
         return buffer.getvalue()
@@ -138,7 +138,7 @@ class Problem:
 
 @functools.cache
 def _draw_cell(die: Die | None) -> np.ndarray:
-    """Draw one cell: uint8, shape (28, 28, 3); first larger and then reduced, for smooth edges."""
+    """Draw one cell: uint8, shape (28, 28, 3). It is drawn larger and then reduced, for smooth edges."""
     scale = _SUPERSAMPLING
     image = Image.new("RGB", (CELL * scale, CELL * scale), "white")
     if die:
@@ -161,15 +161,15 @@ def _draw_problem(rng: random.Random) -> Problem:
 
 
 def make_problems(split: str, count: int, seed: int = 0) -> list[Problem]:
-    """Draw `count` different problems of one split; the same arguments give the same list everywhere.
+    """Draw `count` different problems of one split. The same arguments give the same list on every machine.
 
     Args:
-        split: "train", "dev" or "test". No board is in two splits, whatever the seeds are.
-        count: how many. No two have the same board and question.
-        seed: which list of the split.
+        split: "train", "dev" or "test". No board is in two splits, for any seeds.
+        count: number of problems. No two have the same board and question.
+        seed: selects one of the split's lists.
 
     Raises:
-        ValueError: if there is no such split.
+        ValueError: there is no such split.
     """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: use one of {', '.join(SPLITS)}")
@@ -183,14 +183,14 @@ def make_problems(split: str, count: int, seed: int = 0) -> list[Problem]:
 
 
 def texts() -> list[str]:
-    """Sentences with every word that questions and answers use, for the training of a tokenizer."""
+    """Return sentences with every word of the questions and answers, to train a tokenizer on."""
     questions = [wording.format(*[colour] * _ADDENDS) for wording in QUESTIONS for colour in COLOURS]
     read = [f"{colour} {number}, {colour} {number}, " for colour in COLOURS for number in NUMBERS]
     return questions + read + [f"total {number}. \\boxed{{1}}" for number in NUMBERS]
 
 
 def write_parquet(problems: list[Problem], path: Path) -> None:
-    """Write problems in verl's format; the file appears under its name only when it is complete.
+    """Write problems in verl's format. The file gets its final name only when it is complete.
 
     Columns: data_source, prompt (one user message with one ``<image>``), images (one PNG), ability, reward_model
     (style and ground_truth) and extra_info (split, index, question, answer, response).
@@ -232,13 +232,13 @@ def write_parquet(problems: list[Problem], path: Path) -> None:
 
 
 def write_dataset(folder: Path, *, train: int = 1024, test: int = 448, seed: int = 0) -> None:
-    """Write ``train.parquet`` and ``test.parquet`` with so many problems into `folder`."""
+    """Write ``train.parquet`` and ``test.parquet`` with `train` and `test` problems into `folder`."""
     write_parquet(make_problems("train", train, seed), folder / "train.parquet")
     write_parquet(make_problems("test", test, seed), folder / "test.parquet")
 
 
 def main() -> None:
-    """Command line of the module: write the two files."""
+    """Run the command line: write the two files."""
     parser = argparse.ArgumentParser(description="Write the quickstart's problems as verl parquet files.")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
     parser.add_argument("--train", type=int, default=1024, help="training problems (default %(default)s)")

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the quickstart's teacher and student.
+"""Train the quickstart's teacher and student.
 
     python -m examples.quickstart.pretrain --out DIR
 
 writes ``DIR/teacher``, ``DIR/student`` (checkpoints with their processor) and ``DIR/pretrain.json``. The teacher learns
-from gold reasoning. The student, which is smaller, learns from somebody careless who mostly sees one pip too few on
-purple dice. So it fails wherever a purple die of two or more pips is asked for, which is half of the problems, while
-the right reading keeps some probability: that is what a teacher can raise by on-policy distillation.
+from correct responses. The student is smaller and learns from careless responses, which mostly read one pip too few on
+purple dice. Therefore it fails on problems that ask for a purple die of two or more pips, about half of all problems.
+The correct reading keeps some probability, and on-policy distillation can raise it.
 
-A student that is merely stopped early would do worse as an example: what it has not learned to see yet takes many more
-steps, and how many depends on the rounding of the processor that it was trained on.
+A student whose training stops early would be a worse example. It would need many more steps to learn what it cannot see
+yet, and their number would depend on the processor's rounding.
 
 A second call with the same code, settings and library versions returns at once.
 """
@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ import transformers
 from tqdm import tqdm
 
 from examples.quickstart import diagrams, reward, tiny_vlm
+
+if TYPE_CHECKING:  # tiny_vlm has to prepare torchvision before the processor is imported
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 RESULT = "pretrain.json"
 TEACHER_AT_LEAST = 0.90
@@ -48,18 +52,18 @@ _GRID = diagrams.SIDE * diagrams.CELL // _PATCH
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one of the two models is built and trained.
+    """The settings with which one of the two models is built and trained.
 
     Attributes:
-        hidden_size, layers, vision_layers: of `tiny_vlm.build_model`.
-        seed: of the weights and of the order of the problems.
-        carelessness: of the responses that it learns from (`diagrams.Problem.careless_response`); 0 is gold.
-        stop_at: greedy accuracy on the dev split that begins the end of the training.
-        cooldown: steps that follow then, with the learning rate falling to 0.
-        learning_rate: of AdamW, after a linear warm-up over `warmup` steps.
-        batch_size: problems a step.
-        check_below: training loss (nats a token) from which on the accuracy is measured, every `check_every` steps.
-        max_steps: error when they are not enough.
+        hidden_size, layers, vision_layers: as for `tiny_vlm.build_model`.
+        seed: seed of the weights and of the order of the problems.
+        carelessness: of the training responses (`diagrams.Problem.careless_response`); 0 makes them correct.
+        stop_at: greedy accuracy on the dev split at which the cool-down begins.
+        cooldown: number of steps of the cool-down, in which the learning rate falls to 0.
+        learning_rate: learning rate of AdamW, after a linear warm-up over `warmup` steps.
+        batch_size: problems per step.
+        check_below: training loss in nats per token. Below it, the accuracy is measured every `check_every` steps.
+        max_steps: the number of steps after which the training gives up.
     """
 
     hidden_size: int
@@ -86,17 +90,19 @@ RECIPES = {
 class Problems:
     """Problems as tensors.
 
-    Every prompt starts with the same tokens up to the end of the image, and every image has the same size; the batches
+    Every prompt starts with the same tokens up to the end of the image, and every image has the same size. The batches
     below rely on both.
     """
 
-    def __init__(self, problems: Sequence[diagrams.Problem], processor, carelessness: float = 0.0) -> None:
+    def __init__(
+        self, problems: Sequence[diagrams.Problem], processor: Qwen2_5_VLProcessor, carelessness: float = 0.0
+    ) -> None:
         """Tokenize the problems and draw their boards.
 
         Args:
             problems: the problems.
-            processor: its tokenizer and its normalisation are used.
-            carelessness: of the responses; 0 makes them gold.
+            processor: provides the tokenizer and the normalisation.
+            carelessness: of the responses; 0 makes them correct.
         """
         self.tokenizer = processor.tokenizer
         self.image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -104,7 +110,7 @@ class Problems:
         self._pixels = torch.from_numpy(np.stack([problem.pixels() for problem in problems]))
         self._mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
         self._std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
-        # The template is rendered once and not for every problem, which would take seconds.
+        # Render the template only once. Rendering it for every problem would take seconds.
         messages = [{"role": "user", "content": "{}"}]
         template = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         image = f"<|vision_start|>{'<|image_pad|>' * (_GRID // _MERGE) ** 2}<|vision_end|>"
@@ -118,9 +124,10 @@ class Problems:
         return len(self.answers)
 
     def images(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """What the processor would return for the boards, some fifty times faster.
+        """Return what the processor would return for n boards, about fifty times faster.
 
-        Returns ``pixel_values``, shape (36 * n, 1176), float32, and ``image_grid_thw``, shape (n, 3).
+        Returns:
+            ``pixel_values``, shape (36 * n, 1176), float32, and ``image_grid_thw``, shape (n, 3).
         """
         count = len(indices)
         pixels = (self._pixels[list(indices)].permute(0, 3, 1, 2) / 255 - self._mean) / self._std
@@ -135,29 +142,33 @@ class Problems:
 
 
 def response_logits(
-    model, problems: Problems, indices: Sequence[int], responses: Sequence[Sequence[int]]
+    model: Qwen2_5_VLForConditionalGeneration,
+    problems: Problems,
+    indices: Sequence[int],
+    responses: Sequence[Sequence[int]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the model over prompts and responses, and compute logits for the response tokens only.
 
     Args:
         model: the Qwen2.5-VL.
-        problems: where the prompts and images come from.
+        problems: the source of the prompts and images.
         indices: n indices into `problems`.
-        responses: n token lists; the response to each.
+        responses: n token lists, one response for each index.
 
-    Returns logits, shape (number of response tokens, vocabulary), and their targets, shape (number of response tokens);
-    the tokens of the first response come first.
+    Returns:
+        The logits, shape (number of response tokens, vocabulary), and their targets, shape (number of response tokens).
+        The tokens of the first response come first.
     """
     prompts = [problems.prompts[index] for index in indices]
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    # Padding on the right needs no mask: no token sees what comes after it.
+    # Padding on the right needs no mask, because a token does not attend to later ones.
     input_ids = torch.full((len(rows), max(map(len, rows))), problems.tokenizer.pad_token_id)
     is_response = torch.zeros_like(input_ids, dtype=torch.bool)
     for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         input_ids[index, : len(row)] = torch.tensor(row)
         is_response[index, len(prompt) : len(row)] = True
     images = problems.images(indices)
-    # The image stands at the same place in every row, so the positions of one row are those of all.
+    # The image has the same place in every row, so all rows share the positions of the first one.
     position_ids, _ = model.model.get_rope_index(
         input_ids[:1], (input_ids[:1] == problems.image_token).int(), images["image_grid_thw"][:1]
     )
@@ -168,8 +179,10 @@ def response_logits(
 
 
 @torch.no_grad()
-def greedy_accuracy(model, problems: Problems, *, max_new_tokens: int = 24, batch_size: int = 256) -> float:
-    """Return the share of problems that the model solves when it always takes the likeliest token."""
+def greedy_accuracy(
+    model: Qwen2_5_VLForConditionalGeneration, problems: Problems, *, max_new_tokens: int = 24, batch_size: int = 256
+) -> float:
+    """Return the fraction of the problems that the model solves with greedy decoding."""
     model.eval()
     tokenizer = problems.tokenizer
     score = 0.0
@@ -191,18 +204,22 @@ def greedy_accuracy(model, problems: Problems, *, max_new_tokens: int = 24, batc
     return score / len(problems)
 
 
-def train(recipe: Recipe, name: str, train_set: Problems, dev_set: Problems):
-    """Train one model on the responses of a training set until it is as good as its recipe asks for.
+def train(
+    recipe: Recipe, name: str, train_set: Problems, dev_set: Problems
+) -> tuple[Qwen2_5_VLForConditionalGeneration, dict[str, Any]]:
+    """Train one model on the responses of a training set until it reaches the accuracy of its recipe.
 
     Args:
         recipe: what to build and when to stop.
-        name: shown in the progress bar.
-        train_set, dev_set: what it learns from, and what it is stopped by.
+        name: a key of `RECIPES`, shown in the progress bar.
+        train_set: the problems to learn from.
+        dev_set: the problems on which the accuracy decides when to stop.
 
-    Returns the model and a dict with its number of steps and its accuracy on `dev_set`.
+    Returns:
+        The model, and a dict with its number of steps and its accuracy on `dev_set`.
 
     Raises:
-        RuntimeError: if the accuracy is not reached within the recipe's `max_steps`.
+        RuntimeError: the accuracy is not reached within the recipe's `max_steps`.
     """
     model = tiny_vlm.build_model(
         train_set.tokenizer,
@@ -244,7 +261,7 @@ def train(recipe: Recipe, name: str, train_set: Problems, dev_set: Problems):
                     last_step = step + recipe.cooldown
         else:
             raise RuntimeError(
-                f"the {name} reached a dev accuracy of {accuracy:.3f} in {recipe.max_steps} steps and not "
+                f"the {name} reached a dev accuracy of {accuracy:.3f} in {recipe.max_steps} steps instead of "
                 f"{recipe.stop_at}: try another seed in examples/quickstart/pretrain.py"
             )
     model.eval()
@@ -252,7 +269,7 @@ def train(recipe: Recipe, name: str, train_set: Problems, dev_set: Problems):
 
 
 def fingerprint() -> str:
-    """Return a digest of what the two models depend on: the code of the task and the versions of the libraries."""
+    """Return a digest of everything that determines the two models: the task's code and the libraries' versions."""
     digest = hashlib.sha256()
     for module in (diagrams, reward, tiny_vlm):
         digest.update(Path(module.__file__).read_bytes())
@@ -261,15 +278,15 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _make(name: str, out: Path) -> dict:
-    """Train one of the two models, save it under its name and return its entry of ``pretrain.json``."""
-    # One thread: the two models train side by side, and threads of one model that wait for each other are very slow
-    # where something else uses the same cores.
+def _make(name: str, out: Path) -> dict[str, Any]:
+    """Train one of the two models, save it under its name, and return its entry in ``pretrain.json``."""
+    # The two models train side by side. With more than one thread, the threads of a model would wait for each other,
+    # which is very slow while something else uses the same cores.
     torch.set_num_threads(1)
     began = time.perf_counter()
     recipe = RECIPES[name]
     processor = tiny_vlm.build_processor(tiny_vlm.build_tokenizer())
-    # Another seed than the one of the distillation's prompts.
+    # The distillation's prompts have another seed.
     problems = diagrams.make_problems("train", _TRAIN_PROBLEMS, seed=1)
     dev_set = Problems(diagrams.make_problems("dev", _DEV_PROBLEMS), processor)
     test_set = Problems(diagrams.make_problems("test", _TEST_PROBLEMS), processor)
@@ -288,19 +305,21 @@ def _make(name: str, out: Path) -> dict:
     }
 
 
-def pretrain(out: Path, *, side_by_side: bool = True) -> dict:
-    """Train teacher and student into a folder, or find them there.
+def pretrain(out: Path, *, side_by_side: bool = True) -> dict[str, Any]:
+    """Train teacher and student into a folder, or reuse those that are there.
 
     Args:
-        out: the folder; what it held under the names of the two models is replaced.
-        side_by_side: train in a process for each, which two cores do in half the time. The weights are the same.
+        out: the folder. Older models of the same names in it are replaced.
+        side_by_side: train each model in its own process, which takes half the time on two cores. The weights are the
+            same either way.
 
-    Returns the content of ``pretrain.json``: ``teacher`` and ``student``, each with ``accuracy`` (greedy, on the test
-    split), ``dev_accuracy``, ``steps``, ``seconds``, ``parameters`` and ``recipe``; ``seconds`` for everything;
-    ``fingerprint``.
+    Returns:
+        The content of ``pretrain.json``: ``teacher`` and ``student``, each with ``accuracy`` (greedy, on the test
+        split), ``dev_accuracy``, ``steps``, ``seconds``, ``parameters`` and ``recipe``; the total ``seconds``; and
+        ``fingerprint``.
 
     Raises:
-        RuntimeError: if the teacher is worse than 0.90 on the test split or the student is outside 0.30 to 0.65.
+        RuntimeError: the teacher is below 0.90 on the test split, or the student is outside 0.30 to 0.65.
     """
     result_path = out / RESULT
     if result_path.exists():
@@ -335,7 +354,7 @@ def pretrain(out: Path, *, side_by_side: bool = True) -> dict:
 
 
 def main() -> None:
-    """Command line of the module: train, or find what was trained, and print the accuracies."""
+    """Run the command line: train, or reuse what was trained before, and print the accuracies."""
     parser = argparse.ArgumentParser(description="Train the quickstart's teacher and student.")
     parser.add_argument("--out", type=Path, required=True, help="folder for teacher, student and pretrain.json")
     result = pretrain(parser.parse_args().out)

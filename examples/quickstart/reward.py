@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The checker of the quickstart's answers, in the form of verl's ``custom_reward_function``."""
+r"""Grade the quickstart's answers, as verl's ``custom_reward_function``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import re
 _BOXED = re.compile(r"\\boxed\{\s*([^{}]*?)\s*\}")
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> float:
-    r"""Return 1.0 where the last ``\boxed{...}`` of the response holds the right answer, else 0.0.
+def compute_score(
+    data_source: str, solution_str: object, ground_truth: object, extra_info: dict | None = None, **kwargs: object
+) -> float:
+    r"""Return 1.0 if the last ``\boxed{...}`` of the response holds the correct answer, else 0.0. Never raise.
 
     Args:
         data_source: name of the data set; not used.
-        solution_str: the decoded response. Anything that is no text counts as a wrong answer.
-        ground_truth: the right answer, compared as text.
+        solution_str: the decoded response. Anything but text counts as a wrong answer.
+        ground_truth: the correct answer, compared as text.
         extra_info, kwargs: accepted because verl passes them; not used.
-
-    Raises nothing, whatever the model has written.
     """
     if not isinstance(solution_str, str):
         return 0.0

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart from end to end: problems, a teacher and a student, GNDPO through verl, and what came of it.
+"""Run the quickstart: draw problems, train a teacher and a student, distil with GNDPO through verl, and summarise.
 
     python -m examples.quickstart.run [--out DIR] [HYDRA_OVERRIDE ...]
 
-It changes nothing of what a user would run: the training is `examples/run_qwen2_5vl_gndpo.sh` with PROFILE=cpu.
+The training is the one that a user runs: `examples/run_qwen2_5vl_gndpo.sh` with PROFILE=cpu.
 """
 
 import argparse
@@ -34,18 +34,20 @@ console = Console()
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The complete lines of verl's file logger, each {"step": int, "data": {name: number}}; [] while there is no
-    file."""
+    """Return the complete lines of verl's file logger, each {"step": int, "data": {name: number}}.
+
+    Return [] while the file does not exist.
+    """
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def train(out: Path, models: Path, overrides: list[str]) -> None:
-    """Run the example script, its output in `out/train.log`, showing the steps as they finish.
+    """Run the example script, write its output to `out/train.log`, and show the steps as they finish.
 
     Raises:
-        SystemExit: the run failed; the end of its log has been printed.
+        SystemExit: the run failed. The end of its log has been printed.
     """
     metrics, log = out / "metrics.jsonl", out / "train.log"
     metrics.unlink(missing_ok=True)
@@ -83,7 +85,7 @@ def train(out: Path, models: Path, overrides: list[str]) -> None:
             process.wait()
     if process.returncode != 0:
         console.print("\n".join(log.read_text(errors="replace").splitlines()[-40:]), markup=False, highlight=False)
-        sys.exit(f"the training failed (exit code {process.returncode}); its whole output is in {log}")
+        sys.exit(f"the training failed (exit code {process.returncode}); its complete output is in {log}")
 
 
 def _show_progress(process: subprocess.Popen, metrics: Path, total: int) -> None:
@@ -103,16 +105,21 @@ def _show_progress(process: subprocess.Popen, metrics: Path, total: int) -> None
 
 
 def summarise(lines: list[dict], teacher_accuracy: float, seconds: float) -> dict:
-    """What a run came to, from verl's own log.
+    """Return the contents of `summary.json`, computed from verl's own log.
+
+    Args:
+        lines: as `read_metrics` returns them.
+        teacher_accuracy: of the teacher with greedy decoding, on the problems of the validation.
+        seconds: duration of the whole quickstart.
 
     Raises:
-        ValueError: the log has no validation before or after the training, or no step.
+        ValueError: the log has fewer than two validations, or no training step.
     """
     accuracies = [(line["step"], line["data"][ACCURACY]) for line in lines if ACCURACY in line["data"]]
     steps = [line for line in lines if CORRELATION in line["data"]]
     if len(accuracies) < 2 or not steps:
         raise ValueError(
-            f"the log has {len(accuracies)} validations and {len(steps)} training steps; too few to compare"
+            f"the log has {len(accuracies)} validations and {len(steps)} training steps; a comparison needs 2 and 1"
         )
     before, after = accuracies[0][1], accuracies[-1][1]
     return {
@@ -136,7 +143,7 @@ def _version(package: str) -> str | None:
 
 
 def plot(lines: list[dict], summary: dict, path: Path) -> None:
-    """One picture: held-out accuracy, the log-ratio of student and teacher, the gradient norm; all by step."""
+    """Draw held-out accuracy, log-ratio of teacher and student, and gradient norm over the steps, into one picture."""
     steps = [line for line in lines if CORRELATION in line["data"]]
     x = [line["step"] for line in steps]
 
@@ -164,7 +171,7 @@ def plot(lines: list[dict], summary: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="folder of everything it makes")
+    parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="folder for all results")
     args, overrides = parser.parse_known_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -175,7 +182,7 @@ def main() -> None:
     trained = pretrain.pretrain(out / "models")
     console.rule("2/3  GNDPO: verl's trainer, vLLM rollouts, our teacher worker")
     train(out, out / "models", overrides)
-    console.rule("3/3  What came of it")
+    console.rule("3/3  Results")
     lines = read_metrics(out / "metrics.jsonl")
     summary = summarise(lines, trained["teacher"]["accuracy"], time.monotonic() - start)
     plot(lines, summary, out / "quickstart.png")

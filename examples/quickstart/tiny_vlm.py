@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a tiny Qwen2.5-VL with its tokenizer and processor, without a download.
+"""Build a tiny Qwen2.5-VL with its tokenizer and processor, without a download.
 
     python -m examples.quickstart.tiny_vlm --out DIR
 
-The folder is an ordinary checkpoint of the class ``Qwen2_5_VLForConditionalGeneration``: transformers, vLLM and verl
-load it by its path, offline. Only the sizes differ from a released one.
+The folder is an ordinary checkpoint of the class ``Qwen2_5_VLForConditionalGeneration``. transformers, vLLM and verl
+load it by its path, offline. It differs from a released checkpoint only in its sizes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -20,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from examples.quickstart import diagrams
 from verl_gndpo.platforms import torchvision_ops
 
-# Before the Qwen-VL processors are imported: they import torchvision.
+# This has to run before the Qwen-VL processors are imported, because they import torchvision.
 torchvision_ops.install()
 
 from transformers import (  # noqa: E402
@@ -35,7 +36,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor  # noqa: E402
 
 HEAD_DIM = 32
-"""Of both attentions, in the text and in the vision half: the smallest that vLLM has CPU kernels for."""
+"""Size of an attention head in the text and the vision model: the smallest with CPU kernels in vLLM."""
 
 _END_OF_TEXT, _END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 _OTHER_SPECIAL = (
@@ -80,19 +81,19 @@ _CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(texts: Iterable[str] | None = None, *, vocab: int = 448) -> Qwen2Tokenizer:
-    """Train a byte-level BPE tokenizer of Qwen's form, which encodes any text.
+    """Train a byte-level BPE tokenizer in Qwen's format, which can encode any text.
 
     Args:
-        texts: what its words are learned from; the quickstart's questions and answers if None.
-        vocab: at most so many tokens besides the 14 special ones. 256 of them are the single bytes.
+        texts: the training texts; None stands for the quickstart's questions and answers.
+        vocab: maximum number of tokens besides the 14 special ones. 256 of them are the single bytes.
 
     Raises:
-        ValueError: if `vocab` has no room for the bytes.
+        ValueError: `vocab` is too small for the bytes.
     """
     if vocab < 256:
-        raise ValueError(f"vocab={vocab} has no room for the 256 bytes; without them some text can't be encoded")
+        raise ValueError(f"vocab={vocab} is below 256; without a token for each byte some text can't be encoded")
     bpe = Tokenizer(models.BPE())
-    # As in Qwen2Tokenizer, or merges are learned that its splitting of the text never lets happen.
+    # The same steps as in Qwen2Tokenizer. Otherwise the trainer learns merges that its splitting never allows.
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -125,7 +126,7 @@ def build_tokenizer(texts: Iterable[str] | None = None, *, vocab: int = 448) -> 
 
 
 def build_processor(tokenizer: Qwen2Tokenizer, *, max_pixels: int = 28 * 28 * 64) -> Qwen2_5_VLProcessor:
-    """Join a tokenizer and Qwen's image processor; images above `max_pixels` are reduced to it."""
+    """Combine a tokenizer with Qwen's image processor, which reduces images to at most `max_pixels`."""
     size = {"shortest_edge": 28 * 28 * 4, "longest_edge": max_pixels}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=dict(size)),
@@ -145,22 +146,22 @@ def build_model(
     vision_layers: int = 2,
     initializer_range: float = 0.2,
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Build a Qwen2.5-VL with random float32 weights for a tokenizer; torch's global random state is left as it was.
+    """Build a Qwen2.5-VL with random float32 weights for a tokenizer. Keep torch's global random state.
 
     Args:
-        tokenizer: sets the vocabulary, which is padded to a multiple of 64 as released models pad theirs.
-        seed: of the weights.
-        hidden_size, vision_hidden_size: multiples of 32, the size of a head.
-        layers, vision_layers: depth of the text and of the vision half.
-        initializer_range: standard deviation of the weights. 0.2 gives a model whose next-token distribution is far
-            from uniform, as the tests of log-probs need it; training wants about 0.05.
+        tokenizer: determines the vocabulary, which is padded to a multiple of 64, as in released models.
+        seed: seed of the weights.
+        hidden_size, vision_hidden_size: widths; multiples of 32, the size of a head.
+        layers, vision_layers: numbers of layers of the text and the vision model.
+        initializer_range: standard deviation of the weights. With 0.2 the next-token distribution is far from uniform,
+            as tests of log-probs need it. Training needs about 0.05.
 
     Raises:
-        ValueError: if a size is no multiple of 32.
+        ValueError: a width is not a multiple of 32.
     """
     for name, size in (("hidden_size", hidden_size), ("vision_hidden_size", vision_hidden_size)):
         if size % HEAD_DIM:
-            raise ValueError(f"{name}={size} is no multiple of {HEAD_DIM}, the size of an attention head")
+            raise ValueError(f"{name}={size} is not a multiple of {HEAD_DIM}, the size of an attention head")
     token_id = tokenizer.convert_tokens_to_ids
     ends = {
         "bos_token_id": token_id(_END_OF_TEXT),
@@ -218,16 +219,20 @@ def build_model(
     return model
 
 
-def build_tiny_vlm(path: str | Path, *, seed: int, vocab: int = 448, **sizes) -> Path:
+def build_tiny_vlm(path: str | Path, *, seed: int, vocab: int = 448, **sizes: Any) -> Path:
     """Write a tiny Qwen2.5-VL with random weights, its tokenizer and its processor into a folder.
 
     Args:
-        path: the folder; made if missing.
-        seed: of the weights.
-        vocab: of `build_tokenizer`.
-        sizes: of `build_model`: hidden_size, layers, vision_hidden_size, vision_layers, initializer_range.
+        path: the folder, which is created if it is missing.
+        seed: seed of the weights.
+        vocab: as for `build_tokenizer`.
+        sizes: as for `build_model`: hidden_size, layers, vision_hidden_size, vision_layers, initializer_range.
 
-    Returns the folder. Raises ValueError as those two functions do.
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: as in `build_tokenizer` and `build_model`.
     """
     path = Path(path)
     tokenizer = build_tokenizer(vocab=vocab)
@@ -237,7 +242,7 @@ def build_tiny_vlm(path: str | Path, *, seed: int, vocab: int = 448, **sizes) ->
 
 
 def main() -> None:
-    """Command line of the module: write one model with random weights."""
+    """Run the command line: write one model with random weights."""
     parser = argparse.ArgumentParser(description="Build a tiny Qwen2.5-VL with random weights.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)

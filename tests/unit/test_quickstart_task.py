@@ -159,7 +159,7 @@ def test_tokenizer_without_room_for_the_bytes_is_refused():
 
 
 def test_model_sizes_that_vllm_cannot_serve_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="hidden_size=100 is no multiple of 32"):
+    with pytest.raises(ValueError, match="hidden_size=100 is not a multiple of 32"):
         tiny_vlm.build_model(tokenizer, seed=0, hidden_size=100)
 
 
