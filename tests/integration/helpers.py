@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows as verl's agent loop makes them, what plain Hugging Face says of them, and one rank in this process."""
+"""Make rows as verl's agent loop does, score them with plain Hugging Face, and start workers in this process."""
 
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,9 +18,15 @@ from verl.utils.tensordict_utils import nested_tensor_from_tensor_list
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
+from verl_gndpo.config import TeacherConfig, TeacherModelConfig
+from verl_gndpo.teacher.worker import TeacherWorker
+
+ATTENTION = {"attn_implementation": "sdpa"}
+"""An attention that runs on the CPU, for `override_config`."""
+
 
 def load(path, **options) -> torch.nn.Module:
-    """A checkpoint in transformers' own class, in float32, with eager attention."""
+    """Load a checkpoint into transformers' own class, in float32, with eager attention."""
     from transformers import AutoConfig
 
     model_class = get_hf_auto_model_class(AutoConfig.from_pretrained(path))
@@ -27,16 +34,17 @@ def load(path, **options) -> torch.nn.Module:
 
 
 def make_rows(path, images_per_prompt: list[int], response_lengths: list[list[int]]) -> list[dict]:
-    """Responses to prompts with images of different sizes, in mixed order.
+    """Make responses to prompts with images of different sizes, in mixed order.
 
     Args:
-        path: a checkpoint with its processor, or with its tokenizer alone.
-        images_per_prompt: of each prompt.
-        response_lengths: of each prompt's responses.
+        path: a checkpoint with its processor, or with only its tokenizer.
+        images_per_prompt: number of images of each prompt.
+        response_lengths: for each prompt, the lengths of its responses in tokens.
 
     Returns:
-        Rows {ids, positions, inputs, response}: (length,), (length,) or (4, length) as verl's agent loop makes them of
-        Hugging Face's own, the model's further inputs, (response length,).
+        Rows {ids, positions, inputs, response}. `ids` has shape (length,). `positions` has shape (length,) or, for
+        models with rotary positions of their own, (4, length), as verl's agent loop computes it. `inputs` are the
+        model's further inputs. `response` has shape (response length,).
     """
     from transformers import AutoProcessor
 
@@ -57,10 +65,10 @@ def make_rows(path, images_per_prompt: list[int], response_lengths: list[list[in
         prompt = inputs.pop("input_ids")[0]
         inputs = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
         for length in lengths:
-            # Ordinary text tokens: the special ones stand at the end of the vocabulary.
+            # Ordinary text tokens, because the special ones are at the end of the vocabulary.
             response = torch.from_numpy(rng.integers(0, 200, length))
             ids = torch.cat([prompt, response])
-            # Each row brings a copy of the images, as verl's rows do.
+            # Each row has its own copy of the images, as in verl.
             copies = {name: value.clone() for name, value in inputs.items()}
             rows.append(
                 {"ids": ids, "positions": positions(model, ids, inputs), "inputs": copies, "response": response}
@@ -69,12 +77,12 @@ def make_rows(path, images_per_prompt: list[int], response_lengths: list[list[in
 
 
 def _kinds(model, ids: torch.Tensor) -> torch.Tensor:
-    """Of each token whether it stands for an image, as the Qwen-VL models of transformers 5 want to be told."""
+    """Return 1 for image placeholders and 0 for text, as the Qwen-VL models of transformers 5 require."""
     return (ids == model.config.image_token_id).int()
 
 
 def positions(model, ids: torch.Tensor, inputs: dict) -> torch.Tensor:
-    """Of one sequence: (4, length) of plain and rotary positions where the model has its own kind, else (length,)."""
+    """Return one sequence's positions: plain and rotary ones (4, length) if the model has its own, else (length,)."""
     plain = torch.arange(len(ids))
     if not hasattr(model.base_model, "get_rope_index"):
         return plain
@@ -88,8 +96,11 @@ def positions(model, ids: torch.Tensor, inputs: dict) -> torch.Tensor:
 def hugging_face_log_probs(
     path, rows: list[dict], temperature: float, without_placeholders: bool = False
 ) -> list[torch.Tensor]:
-    """Log-probs of the response tokens in float64: each row alone, without positions given, with all its logits; or
-    with those of the images' and videos' placeholders left out, as verl's inference servers do."""
+    """Return each row's log-probs of its response tokens, in float64, from a forward pass of that row alone.
+
+    The model computes its own positions. `without_placeholders` excludes the placeholders of images and videos from the
+    distribution, as verl's inference servers do.
+    """
     whole = hugging_face_distributions(path, rows, temperature, without_placeholders)
     return [x.gather(-1, row["ids"][-len(x) :, None])[:, 0] for x, row in zip(whole, rows, strict=True)]
 
@@ -97,7 +108,7 @@ def hugging_face_log_probs(
 def hugging_face_distributions(
     path, rows: list[dict], temperature: float, without_placeholders: bool = False
 ) -> list[torch.Tensor]:
-    """The same of all ids at each response token, (response length, vocabulary)."""
+    """Return the same for all ids: per row, log-probs of shape (response length, vocabulary)."""
     model = load(path)
     log_probs = []
     for row in rows:
@@ -114,7 +125,7 @@ def hugging_face_distributions(
 
 
 def start_actor(path, packed: bool, max_tokens: int = 4096) -> TrainingWorker:
-    """verl's own FSDP engine, as the actor that computes `old_log_probs`."""
+    """Start verl's own FSDP engine, as the actor that computes `old_log_probs`."""
     worker = TrainingWorker(
         TrainingWorkerConfig(
             model_type="language_model",
@@ -123,7 +134,7 @@ def start_actor(path, packed: bool, max_tokens: int = 4096) -> TrainingWorker:
                 load_tokenizer=False,
                 use_remove_padding=packed,
                 enable_gradient_checkpointing=False,
-                override_config={"attn_implementation": "sdpa"},
+                override_config=ATTENTION,
             ),
             engine_config=FSDPEngineConfig(
                 strategy="fsdp2",
@@ -141,12 +152,25 @@ def start_actor(path, packed: bool, max_tokens: int = 4096) -> TrainingWorker:
     return worker
 
 
-def nested(tensors) -> torch.Tensor:
+def teacher_config(path, **settings) -> TeacherConfig:
+    """Return the settings of a teacher that runs on the CPU; `settings` are those of `TeacherConfig`."""
+    model = TeacherModelConfig(path=str(path), override_config=ATTENTION)
+    return TeacherConfig(**{"model": model, "max_token_len_per_gpu": 4096} | settings)
+
+
+def start_teacher(config: TeacherConfig) -> TeacherWorker:
+    """Start a teacher worker on this process's rank."""
+    worker = TeacherWorker(config)
+    worker.reset()
+    return worker
+
+
+def nested(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.nested.as_nested_tensor(list(tensors), layout=torch.jagged)
 
 
 def as_batch(rows: list[dict]) -> TensorDict:
-    """Rows as verl hands them to a worker."""
+    """Return rows as the batch that verl passes to a worker."""
     places = [row["positions"] for row in rows]
     fields = {
         "input_ids": nested(row["ids"] for row in rows),
@@ -171,8 +195,7 @@ def assert_equal_to(expected: list[torch.Tensor], scored: TensorDict) -> None:
 
 @contextmanager
 def stock_transformers():
-    """Undoes at its end what verl replaces in transformers' classes in a worker's process, which here is that of all
-    tests."""
+    """Restore transformers' classes at the end, because verl changes them in the process that all tests share."""
     from transformers.integrations import flash_attention
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: F401
     from transformers.models.qwen2_vl import modeling_qwen2_vl  # noqa: F401
@@ -195,16 +218,24 @@ def stock_transformers():
                     setattr(model_class, name, value)
 
 
-@contextmanager
-def one_rank():
-    """This process as the only rank of a gloo group, as Ray would set it up; transformers' classes are left as they
-    were."""
+def free_port() -> int:
+    """Return a port of this machine that no process listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    before = dict(os.environ)
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return s.getsockname()[1]
+
+
+def set_rank(rank: int, ranks: int, port: int) -> None:
+    """Set the environment variables that Ray would set for one rank of a gloo group."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "RAY_LOCAL_WORLD_SIZE": "1"}
+
+
+@contextmanager
+def one_rank():
+    """Make this process the only rank of a gloo group, as Ray would. Restore transformers' classes at the end."""
+    before = dict(os.environ)
+    set_rank(0, 1, free_port())
     try:
         with stock_transformers():
             yield

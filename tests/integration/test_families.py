@@ -12,10 +12,10 @@ from tests.integration.helpers import (
     make_rows,
     one_rank,
     start_actor,
+    start_teacher,
+    teacher_config,
 )
 from tests.tiny_models import FAMILIES, build_tiny
-from verl_gndpo.config import TeacherConfig, TeacherModelConfig
-from verl_gndpo.teacher.worker import TeacherWorker
 
 TEMPERATURE = 0.7
 RESPONSE_LENGTHS = [[5, 2, 11], [9], [1, 1], [12], [3, 6, 8]]
@@ -26,8 +26,6 @@ FIRST_LAYERS_OF_TOWERS = {
     "qwen3_vl": "model.visual.patch_embed",
     "internvl": "model.vision_tower.embeddings",
 }
-ATTENTION = {"attn_implementation": "sdpa"}
-MAX_TOKENS = 4096
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -55,24 +53,12 @@ def expected(path, rows):
     return hugging_face_log_probs(path, rows, TEMPERATURE)
 
 
-def start_teacher(path) -> TeacherWorker:
-    worker = TeacherWorker(
-        TeacherConfig(
-            model=TeacherModelConfig(path=str(path), override_config=ATTENTION),
-            temperature=TEMPERATURE,
-            max_token_len_per_gpu=MAX_TOKENS,
-        )
-    )
-    worker.reset()
-    return worker
-
-
 @pytest.fixture(scope="module")
 def scored(family, path, rows):
     """The teacher's log-probs of all rows together and of each row alone, and what its vision tower has been given."""
     seen = []
     with one_rank():
-        worker = start_teacher(path)
+        worker = start_teacher(teacher_config(path, temperature=TEMPERATURE))
         if family not in TEXT_ONLY:
             (model,) = worker.models.values()
             first = model.engine.module.get_submodule(FIRST_LAYERS_OF_TOWERS[family])
@@ -108,7 +94,7 @@ def test_a_student_without_images_counts_positions_on_one_axis(path, rows, expec
     text = [row for row in rows if not row["inputs"]]
     plain = [row | {"positions": torch.arange(len(row["ids"]))} for row in text]
     with one_rank():
-        scored = start_teacher(path).compute_teacher_log_prob(as_batch(plain))
+        scored = start_teacher(teacher_config(path, temperature=TEMPERATURE)).compute_teacher_log_prob(as_batch(plain))
     assert_equal_to([scores for row, scores in zip(rows, expected, strict=True) if not row["inputs"]], scored)
 
 

@@ -2,8 +2,6 @@
 """algorithm.gndpo.baseline=kl: verl's actor returns its most likely tokens, and the teacher worker compares; on one
 gloo rank in this process, against the whole distributions of plain Hugging Face models."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tensordict.tensorclass import NonTensorStack
@@ -12,6 +10,7 @@ from verl.utils import tensordict_utils as tu
 # Changes verl's engines in this process, for batches that ask for it.
 import verl_gndpo.verl_patches.student_top_k  # noqa: F401
 from tests.integration.helpers import (
+    ATTENTION,
     as_batch,
     assert_equal_to,
     hugging_face_distributions,
@@ -19,15 +18,15 @@ from tests.integration.helpers import (
     make_rows,
     one_rank,
     start_actor,
+    start_teacher,
+    teacher_config,
 )
 from tests.tiny_models import build_tiny
-from verl_gndpo.config import NamedTeacherConfig, TeacherConfig, TeacherModelConfig
+from verl_gndpo.config import NamedTeacherConfig, TeacherConfig
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
-from verl_gndpo.teacher.worker import TeacherWorker
 
 TEMPERATURE, TEACHER_TEMPERATURE = 0.7, 0.9
 LENGTHS = [[5, 2, 11], [9], [1, 1], [12], [3, 6, 8]]
-ATTENTION = {"attn_implementation": "sdpa"}
 
 
 class Pair:
@@ -60,17 +59,6 @@ def pair(request, tmp_path_factory):
     return Pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def start_teacher(path, **settings) -> TeacherWorker:
-    base = TeacherConfig(
-        model=TeacherModelConfig(path=str(path), override_config=ATTENTION),
-        temperature=TEACHER_TEMPERATURE,
-        max_token_len_per_gpu=4096,
-    )
-    worker = TeacherWorker(replace(base, **settings))
-    worker.reset()
-    return worker
-
-
 def test_the_divergence_is_that_of_the_whole_distributions(pair):
     """Exact with the whole vocabulary; below it and close with few tokens, closer with more."""
     # verl's own attention for packed Qwen2.5-VL is flash-attention's, which needs a GPU.
@@ -78,7 +66,7 @@ def test_the_divergence_is_that_of_the_whole_distributions(pair):
     exact = torch.cat(pair.kl)
     assert exact.min() > 0.1, "two random models differ everywhere"
     with one_rank():
-        worker = start_teacher(pair.teacher)
+        worker = start_teacher(teacher_config(pair.teacher, temperature=TEACHER_TEMPERATURE))
         for packed in packings:
             actor = start_actor(pair.student, packed, max_tokens=100)
             # More than there are.
@@ -96,7 +84,8 @@ def test_the_divergence_is_that_of_the_whole_distributions(pair):
             below = values
         assert ((exact - below) / exact).max() < 0.05
 
-        small = start_teacher(pair.teacher, logits_chunk_tokens=3, max_token_len_per_gpu=80)
+        settings = {"temperature": TEACHER_TEMPERATURE, "logits_chunk_tokens": 3, "max_token_len_per_gpu": 80}
+        small = start_teacher(teacher_config(pair.teacher, **settings))
         again = small.compute_teacher_log_prob(pair.student_pass(actor, 200))["teacher_kl"].values()
         torch.testing.assert_close(again.double(), below, atol=1e-4, rtol=0)
 
@@ -110,7 +99,8 @@ def test_several_teachers_have_the_mean_of_their_divergences(pair):
     with one_rank():
         batch = pair.student_pass(start_actor(pair.student, packed=False), pair.vocabulary)
         batch["data_source"] = NonTensorStack(*["any"] * len(pair.rows))
-        worker = start_teacher(None, model=TeacherModelConfig(), models=models, temperature=TEMPERATURE)
+        config = TeacherConfig(models=models, temperature=TEMPERATURE, max_token_len_per_gpu=4096)
+        worker = start_teacher(config)
         scored = worker.compute_teacher_log_prob(batch)["teacher_kl"].values().double()
     student, other = (hugging_face_distributions(p, pair.rows, TEMPERATURE) for p in (pair.student, pair.teacher))
     expected = torch.cat([(p.exp() * (p - q)).sum(-1) / 4 for p, q in zip(student, other, strict=True)])

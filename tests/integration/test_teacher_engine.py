@@ -8,10 +8,8 @@ The ranks are processes that live as long as this module's tests: importing verl
 import contextlib
 import io
 import multiprocessing
-import os
 import pickle
 import re
-import socket
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ from tensordict.tensorclass import NonTensorStack
 
 from tests.integration import helpers
 from tests.tiny_models import build_tiny
-from verl_gndpo.config import TeacherConfig, TeacherFSDPConfig, TeacherModelConfig
+from verl_gndpo.config import TeacherFSDPConfig
 from verl_gndpo.kl import IDS, LOG_PROBS, top_log_probs
 
 RANKS = 4
@@ -33,8 +31,7 @@ FAMILIES = ["qwen2_5_vl", "qwen3_vl", "internvl", "qwen3"]
 
 def serve(rank, ranks, port, pipe):
     """What runs in a rank: commands by name, until there are no more."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "RAY_LOCAL_WORLD_SIZE": "1"}
+    helpers.set_rank(rank, ranks, port)
     torch.set_num_threads(1)
     rank = Rank()
     while True:
@@ -51,16 +48,8 @@ class Rank:
 
     def start(self, path, settings):
         """Load a teacher in place of the last one."""
-        from verl_gndpo.teacher.worker import TeacherWorker
-
-        self.worker = TeacherWorker(
-            TeacherConfig(
-                model=TeacherModelConfig(path=str(path), override_config={"attn_implementation": "sdpa"}),
-                temperature=TEMPERATURE,
-                **{"max_token_len_per_gpu": 150} | settings,
-            )
-        )
-        self.worker.reset()
+        settings = {"temperature": TEMPERATURE, "max_token_len_per_gpu": 150} | settings
+        self.worker = helpers.start_teacher(helpers.teacher_config(path, **settings))
 
     @property
     def engine(self):
@@ -138,9 +127,7 @@ class Ranks:
     """All ranks, from the side of the tests."""
 
     def __init__(self, count=RANKS):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = helpers.free_port()
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
         for rank in range(count):

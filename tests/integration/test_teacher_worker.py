@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher worker, under Ray and FSDP2 with one and two gloo ranks, against a plain Hugging Face forward."""
 
-from dataclasses import replace
-
 import pytest
 import ray
 import torch
@@ -16,9 +14,10 @@ from tests.integration.helpers import (
     make_rows,
     nested,
     one_rank,
+    start_teacher,
+    teacher_config,
 )
 from verl_gndpo.blockwise import log_ratio_advantages
-from verl_gndpo.config import TeacherConfig, TeacherModelConfig
 from verl_gndpo.teacher.worker import TeacherWorker
 
 TEMPERATURE = 0.7
@@ -44,18 +43,14 @@ def expected(teacher_path, rows):
 
 @pytest.fixture(scope="module")
 def start(teacher_path):
-    """A function that starts a group of teacher workers: (ranks, settings) -> worker group."""
+    """Return a function that starts a group of teacher workers: (ranks, settings) -> worker group."""
     ray.init(num_cpus=32, num_gpus=3, include_dashboard=False, object_store_memory=200_000_000)
-    base = TeacherConfig(
-        model=TeacherModelConfig(path=str(teacher_path), override_config={"attn_implementation": "sdpa"}),
-        temperature=TEMPERATURE,
-        max_token_len_per_gpu=4096,
-    )
 
     def start_group(ranks, **settings):
+        config = teacher_config(teacher_path, temperature=TEMPERATURE, **settings)
         group = RayWorkerGroup(
             resource_pool=RayResourcePool([ranks], use_gpu=True, max_colocate_count=4),
-            ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(TeacherWorker), config=replace(base, **settings)),
+            ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(TeacherWorker), config=config),
             device_name="cpu",
         )
         group.reset()
@@ -98,16 +93,8 @@ def test_two_ranks_small_micro_batches_equal_one_rank_and_hugging_face(start, ro
 def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, rows, expected):
     """In this process, on one rank: what is inside the worker, and what runs."""
     with one_rank():
-        worker = TeacherWorker(
-            TeacherConfig(
-                model=TeacherModelConfig(path=str(teacher_path), override_config={"attn_implementation": "sdpa"}),
-                temperature=TEMPERATURE,
-                max_token_len_per_gpu=4096,
-                # It is a forward pass of its own.
-                self_check=False,
-            )
-        )
-        worker.reset()
+        # The self-check would be one more forward pass.
+        worker = start_teacher(teacher_config(teacher_path, temperature=TEMPERATURE, self_check=False))
         engine = next(iter(worker.models.values())).engine
         assert engine.optimizer is None and engine.lr_scheduler is None
         assert not any(p.requires_grad for p in engine.module.parameters())

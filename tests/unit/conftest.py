@@ -4,18 +4,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transfer_queue
-from hydra import compose, initialize_config_module
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
+from tests.helpers import verl_config
 from verl_gndpo.config import TeacherConfig, TeacherModelConfig, read_signal_config
 from verl_gndpo.teacher.routing import Routing
-
-
-def verl_config(*overrides):
-    """verl's own `ppo_trainer` config with overrides, as `python -m verl.trainer.main_ppo` would compose it."""
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=["actor_rollout_ref.rollout.name=vllm", *overrides])
 
 
 @pytest.fixture
