@@ -1,23 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's rival, verl's vLLM teacher server, really starts and scores the same tokens as the full forward."""
+"""The benchmark scripts run as a user runs them and write the figures they promise, at sizes that take seconds."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "teacher_scoring.py"
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def test_the_server_scores_what_the_full_forward_scores(tmp_path):
-    out = tmp_path / "figures.json"
-    command = [sys.executable, str(BENCHMARK), "--json", str(out), "--shapes", "small", "--methods", "verl_server"]
-    done = subprocess.run([*command, "--rounds", "1"], capture_output=True, text=True, timeout=500)
+def run(name: str, out: Path, *arguments: str) -> dict:
+    """Run one benchmark script and return its figures."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", str(out), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = json.loads(out.read_text())["rows"]
+    return json.loads(out.read_text())
+
+
+def assert_ratios(rival: dict, row: dict, name: str) -> None:
+    """Check the ratios to a rival against the figures that they are ratios of: speed-up and memory."""
+    assert row[f"speedup_vs_{name}"] == pytest.approx(rival["seconds"] / row["seconds"])
+    assert row[f"memory_vs_{name}"] == pytest.approx(row["peak_gb"] / rival["peak_gb"])
+
+
+def test_estimator(tmp_path):
+    arguments = ("--rows", "32", "--length", "64", "--rounds", "2", "--threads", "1")
+    figures = run("estimator", tmp_path / "new" / "estimator.json", *arguments)
+    assert figures["max_abs_diff"] < 1e-5
+    for result in figures["results"]:
+        assert set(result["seconds"]) == {"released", "ours", "ours_with_metrics", "verl_grpo"}
+        seconds = result["seconds"]
+        assert result["speedup_vs_released"] == pytest.approx(seconds["released"] / seconds["ours"])
+        assert result["with_metrics_vs_released"] == pytest.approx(seconds["ours_with_metrics"] / seconds["released"])
+
+
+def test_teacher_scoring(tmp_path):
+    arguments = ("--shapes", "small", "--rounds", "1", "--threads", "1", "--methods", "ours")
+    rows = run("teacher_scoring", tmp_path / "teacher.json", *arguments)["rows"]
+    assert [row["method"] for row in rows] == ["full_logits", "ours"]
+    for row in rows:
+        assert row["shape"] and row["seconds"] > 0 and row["processor_s"] > 0 and row["peak_gb"] > 0
+        assert row["max_abs_diff"] < 1e-4
+        assert "speedup_vs_verl_server" not in row
+    assert_ratios(*rows, "full_logits")
+
+
+def test_data_prep(tmp_path):
+    arguments = ("--rows", "200", "--growth", "--num_proc", "1", "--rounds", "1")
+    results = run("data_prep", tmp_path / "data_prep.json", *arguments)["results"]
+    assert [(row["method"], row["rows"]) for row in results] == [("verl_recipe", 200), ("ours", 200)]
+    for row in results:
+        assert row["seconds"] > 0 and row["peak_gb"] >= row["peak_anonymous_gb"] > 0
+    assert_ratios(*results, "recipe")
+
+
+def test_verls_server_scores_what_the_full_forward_scores(tmp_path):
+    """The benchmark's rival is verl's own vLLM teacher server: it has to start, and to score the same tokens."""
+    arguments = ("--shapes", "small", "--methods", "verl_server", "--rounds", "1")
+    rows = run("teacher_scoring", tmp_path / "server.json", *arguments)["rows"]
     assert [row["method"] for row in rows] == ["full_logits", "verl_server"]
     for row in rows:
         assert row["seconds"] > 0 and row["peak_gb"] > 0
-        assert row["speedup_vs_verl_server"] > 0 and row["memory_vs_verl_server"] > 0
+    assert_ratios(rows[1], rows[0], "verl_server")
     # Two tokens of 4096 are masked by verl; the log-probs of neighbouring positions are a hundred times as far apart.
     assert rows[1]["max_abs_diff"] < 2e-3
