@@ -84,8 +84,8 @@ def report(
 
     Exit code 0: the page is written. 1: a run can't be read, or the page can't be written.
     """
+    from verl_gndpo.report.logs import ReportError
     from verl_gndpo.report.page import write_report
-    from verl_gndpo.report.read import ReportError
 
     try:
         page, arms = write_report(runs, out, teacher_accuracy or [])

@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 
 from verl_gndpo import cli
 from verl_gndpo.observe.worst_tokens import FILE_NAME as WORST_TOKENS
-from verl_gndpo.report import draw, figures, page, table, timeline
+from verl_gndpo.report import drawing, page, plots, table
+from verl_gndpo.report.logs import WANTED, Arm, ReportError, Run, read_arms, read_run
 from verl_gndpo.report.picture import Picture
-from verl_gndpo.report.read import WANTED, Arm, ReportError, Run, read_arms, read_run
+from verl_gndpo.report.timing import seconds_by_stage
 
 ACCURACY = "val-core/geo/acc/mean@1"
 GRADIENT = "actor/grad_norm"
@@ -46,7 +47,7 @@ def by_group(name):
 
 # All of the plugin's that are drawn, and what is drawn beside them.
 DRAWN = [
-    *(name for p in figures.PLOTS for m in p.metrics for pattern in m.names for name in by_group(pattern)),
+    *(name for p in plots.PLOTS for m in p.metrics for pattern in m.names for name in by_group(pattern)),
     *(f"gndpo/log_ratio/{name}" for name in ("mean", *LEVELS)),
     *(f"gndpo/warning/{kind}" for kind in KINDS),
 ]
@@ -111,12 +112,12 @@ def undrawn(monkeypatch):
 @pytest.fixture
 def unpainted(monkeypatch):
     """Figures are made, but not turned into pixels."""
-    monkeypatch.setattr(draw, "png", lambda figure: b"PNG of " + figure.get_suptitle().encode())
+    monkeypatch.setattr(drawing, "png", lambda figure: b"PNG of " + figure.get_suptitle().encode())
 
 
 def plot(name, arms):
     """The figure of a plot (None where it is left out) and what is said of it."""
-    (found,) = (p for p in figures.PLOTS if p.name == name)
+    (found,) = (p for p in plots.PLOTS if p.name == name)
     picture = Picture(found)
     return found.draw(picture, arms, table.Teacher(None, {})), picture
 
@@ -506,9 +507,9 @@ def test_all_that_the_plugin_logs_is_drawn_or_left_out_on_purpose():
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_a_line_is_the_median_and_its_band_the_range(seeds):
-    _, (axes,) = draw.figure(1)
+    _, (axes,) = drawing.figure(1)
     runs = [pd.Series([1.0, 2.0 + i, math.nan, 4.0], [0, 1, 2, 3]) for i in range(seeds)]
-    line = draw.line(axes, runs, draw.style(0))
+    line = drawing.line(axes, runs, drawing.style(0))
     np.testing.assert_array_equal(line.get_xydata(), [[0, 1], [1, 2 + (seeds - 1) / 2], [2, math.nan], [3, 4]])
     assert len(axes.collections) == (seeds > 1)
     if seeds > 1:
@@ -519,14 +520,14 @@ def test_a_line_is_the_median_and_its_band_the_range(seeds):
 def test_a_long_line_keeps_extremes_and_gaps():
     values = pd.Series(np.sin(np.arange(10_000)))
     values[1234], values[7000], values[4000:4030] = 50.0, -50.0, math.nan
-    drawn = draw.thin(values)
-    assert len(drawn) <= 3 * draw.BINS
+    drawn = drawing.thin(values)
+    assert len(drawn) <= 3 * drawing.BINS
     assert drawn[1234] == 50 and drawn[7000] == -50 and drawn.loc[3990:4040].isna().any()
     assert drawn.index.is_monotonic_increasing and drawn.dropna().equals(values[drawn.dropna().index])
-    smooth = draw.smooth(values)
+    smooth = drawing.smooth(values)
     assert smooth[4000:4030].isna().all() and smooth.abs().max() < 1
     short = values[:50]
-    assert draw.smooth(short) is short and draw.thin(short) is short
+    assert drawing.smooth(short) is short and drawing.thin(short) is short
 
 
 def test_the_marks_of_the_gradient_are_over_all_steps_and_runs():
@@ -537,7 +538,7 @@ def test_the_marks_of_the_gradient_are_over_all_steps_and_runs():
     figure, _ = plot("grad_norm", [arm(long, {GRADIENT: gradients[0]}), arm("b", {GRADIENT: gradients[1]})])
     # The label doesn't push the figures out of the legend.
     assert legend(figure)[0] == f"{long}: median 50.5, p95 95, max 100 at step 100"
-    assert draw.is_wide(figure)
+    assert drawing.is_wide(figure)
 
 
 def test_metrics_of_one_unit_share_axes_for_one_arm_only():
@@ -687,7 +688,7 @@ def test_groups_of_several_arms_are_rows_early_and_late():
         if line.get_marker() == "o":
             ((x, y),) = line.get_xydata().round(6).tolist()
             dots[line.get_markerfacecolor()].append((x, y))
-    a, b = (draw.style(i)["color"] for i in range(2))
+    a, b = (drawing.style(i)["color"] for i in range(2))
     low, high = round(1 / 3 - 0.5, 6), round(2 / 3 - 0.5, 6)
     assert dots == {
         # Of steps 1 to 5, each is a fifth; the median over 1 and 3 times the value.
@@ -702,14 +703,16 @@ def test_groups_of_several_arms_are_rows_early_and_late():
 
 def test_more_groups_than_colours_are_rows_also_for_one_arm():
     run = {
-        f"gndpo/teacher/t{i}/{name}": {1: 0.1, 2: 0.2} for i in range(len(draw.COLOURS) + 1) for name in ("k1", "sigma")
+        f"gndpo/teacher/t{i}/{name}": {1: 0.1, 2: 0.2}
+        for i in range(len(drawing.COLOURS) + 1)
+        for name in ("k1", "sigma")
     }
     figure, _ = plot("teachers", [arm("a", run)])
-    assert len(figure.axes[0].get_yticklabels()) == len(draw.COLOURS) + 1
+    assert len(figure.axes[0].get_yticklabels()) == len(drawing.COLOURS) + 1
     assert legend(figure) == ["first fifth of a run’s steps", "last fifth"]
     del run["gndpo/teacher/t0/k1"], run["gndpo/teacher/t0/sigma"]
     figure, _ = plot("teachers", [arm("a", run)])
-    assert legend(figure) == [f"t{i}" for i in range(1, len(draw.COLOURS) + 1)]
+    assert legend(figure) == [f"t{i}" for i in range(1, len(drawing.COLOURS) + 1)]
 
 
 def bars(axes):
@@ -762,7 +765,7 @@ def test_shares_begin_at_0_and_none_is_at_the_edge(name, metric):
 
 def test_stages_and_the_rest_add_up_to_the_step():
     timing = {"gen": {1: 2.0, 2: 4.0}, "adv": {1: 0.5}, "testing": {1: 9.0}, "step": {1: 3.0, 2: 3.0}}
-    seconds = timeline.seconds_by_stage(arm("a", {f"timing_s/{name}": values for name, values in timing.items()}))
+    seconds = seconds_by_stage(arm("a", {f"timing_s/{name}": values for name, values in timing.items()}))
     assert seconds.loc[1].to_dict() == {"adv": 0.5, "gen": 2.0, "testing": 9.0, "other": 0.5}
     assert seconds.loc[2, "other"] == 0
 
@@ -770,16 +773,16 @@ def test_stages_and_the_rest_add_up_to_the_step():
 def test_what_is_timed_within_a_stage_is_taken_out_of_it():
     timing = {"gen": 2.0, "adv": 0.5, "gndpo_diagnostics": 0.2, "teacher_ahead": 1.5, "step": 3.0}
     run = {f"timing_s/{name}": {1: value} for name, value in timing.items()}
-    seconds = timeline.seconds_by_stage(arm("a", run)).loc[1]
+    seconds = seconds_by_stage(arm("a", run)).loc[1]
     # The teacher's head start is beside the rollout, not behind it.
     assert seconds.to_dict() == pytest.approx({"gen": 2.0, "adv": 0.3, "gndpo_diagnostics": 0.2, "other": 0.5})
     # With baseline=kl the teacher is asked within verl's timer of the student's pass: together more than the step.
     run |= {"timing_s/old_log_prob": {1: 0.4}, "timing_s/teacher_log_prob": {1: 0.3}, "timing_s/step": {1: 2.95}}
-    seconds = timeline.seconds_by_stage(arm("a", run)).loc[1]
+    seconds = seconds_by_stage(arm("a", run)).loc[1]
     assert seconds["old_log_prob"] == pytest.approx(0.1) and seconds["teacher_log_prob"] == pytest.approx(0.3)
     assert seconds.sum() == pytest.approx(2.95)
     run["timing_s/step"] = {1: 3.5}
-    assert timeline.seconds_by_stage(arm("a", run)).loc[1, "old_log_prob"] == pytest.approx(0.4)
+    assert seconds_by_stage(arm("a", run)).loc[1, "old_log_prob"] == pytest.approx(0.4)
 
 
 def test_the_diagnostics_are_shown_however_short_they_are():
@@ -809,7 +812,7 @@ def test_what_a_run_lacks_is_left_out_and_said(tmp_path, report, log, unpainted)
     assert report(f"arm={tmp_path / 'full'}", f"arm={bare}").exit_code == 0
     assert "Not in the log of arm (1 of 2 runs): gndpo/gain." in Page(tmp_path / "out/index.html").text
     # PNGs that the last report doesn't have are gone.
-    assert len(list((tmp_path / "out").glob("*.png"))) == len(figures.PLOTS)
+    assert len(list((tmp_path / "out").glob("*.png"))) == len(plots.PLOTS)
     assert report(bare).exit_code == 0
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == names
 
@@ -832,7 +835,7 @@ def test_no_value_is_too_odd_to_draw(log, values):
         several, _ = plot(name, [one, Arm("again", one.runs)])
         assert (several is None) == (figure is None)
         if figure is not None:
-            assert draw.png(figure).startswith(b"\x89PNG")
+            assert drawing.png(figure).startswith(b"\x89PNG")
 
 
 # ---- the page ----
@@ -848,7 +851,7 @@ def test_the_page_is_whole_by_itself(tmp_path, report):
     assert len(notes) == len(KINDS)
     shown = Page(tmp_path / "out/index.html")
     assert "script" not in shown.tags and "link" not in shown.tags and shown.loads == []
-    assert len(shown.sources) == len(figures.PLOTS)
+    assert len(shown.sources) == len(plots.PLOTS)
     pngs = {path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
     for source in shown.sources:
         png = base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)
@@ -868,8 +871,8 @@ def test_text_from_outside_is_escaped_and_drawn_as_it_is(tmp_path, report, log):
     shown = Page(tmp_path / "out/index.html")
     assert "<script>alert(1)</script>" in shown.text and "a&b<i>" in shown.text and "onerror" in shown.text
     assert "<script" not in html and "<i>" not in html and "<img src=x" not in html
-    assert draw.one_line("_hidden\n label", 60) == " _hidden label"
-    assert len(draw.one_line("x" * 500, 60)) < 65
+    assert drawing.one_line("_hidden\n label", 60) == " _hidden label"
+    assert len(drawing.one_line("x" * 500, 60)) < 65
 
 
 def test_each_file_is_written_whole_or_not_at_all(tmp_path, report, monkeypatch, unpainted):

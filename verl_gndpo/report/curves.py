@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from verl_gndpo.report import draw
+from verl_gndpo.report import drawing
+from verl_gndpo.report.logs import Arm
 from verl_gndpo.report.picture import Picture, is_finite, median, remark_missing, series
-from verl_gndpo.report.read import Arm
 from verl_gndpo.report.table import Teacher
 
 LOG_RATIO = "gndpo/log_ratio/"
@@ -67,14 +67,14 @@ def draw_curves(
     units = dict.fromkeys(curve.unit for curve in curves)
     panels = [[c for c in curves if c.unit == unit] for unit in units] if single else [[curve] for curve in curves]
     # The marks of several arms make for long lines in the legend.
-    figure, grid = draw.figure(len(panels), wide=plot.marks and not single)
+    figure, grid = drawing.figure(len(panels), wide=plot.marks and not single)
     entries: dict[str, Artist] = {}
     for axes, panel in zip(grid, panels, strict=True):
         for curve in panel:
             for i, values in enumerate(curve.arms):
                 if values:
-                    style = draw.style(curves.index(curve) if single else i)
-                    line, label = draw.line(axes, values, style), curve.label if single else arms[i].label
+                    style = drawing.style(curves.index(curve) if single else i)
+                    line, label = drawing.line(axes, values, style), curve.label if single else arms[i].label
                     entries |= _mark(axes, line, label, values, single) if plot.marks else {label: line}
             for accuracy in (teachers or {}).get(curve.label, ()):
                 line = axes.axhline(accuracy, color="black", linestyle="--", linewidth=1)
@@ -83,12 +83,12 @@ def draw_curves(
             entries[f"limit {plot.limit}"] = axes.axhline(plot.limit, color="black", linestyle=":")
         axes.set_ylabel(panel[0].unit)
         if len(panels) > 1:
-            draw.title(axes, ", ".join(curve.label for curve in panel))
+            drawing.title(axes, ", ".join(curve.label for curve in panel))
         if plot.logarithmic:
-            draw.set_log_scale(axes, [values for curve in panel for runs in curve.arms for values in runs])
+            drawing.set_log_scale(axes, [values for curve in panel for runs in curve.arms for values in runs])
         if panel[0].unit.startswith("share") and axes.get_yscale() == "linear":
-            draw.set_shares(axes)
-    draw.legend(figure, entries if len(entries) > 1 else {})
+            drawing.set_shares(axes)
+    drawing.legend(figure, entries if len(entries) > 1 else {})
     return figure
 
 
@@ -103,7 +103,7 @@ def _mark(axes: Axes, line: Line2D, label: str, runs: list[pd.Series], single: b
         f"p95 {p95:.3g}": axes.axhline(p95, linestyle=":", **look),
         f"max {largest:.3g} at step {step}": axes.plot(step, largest, "v", clip_on=False, zorder=5, **look)[0],
     }
-    return {label: line} | marks if single else {f"{draw.one_line(label, 60)}: {', '.join(marks)}": line}
+    return {label: line} | marks if single else {f"{drawing.one_line(label, 60)}: {', '.join(marks)}": line}
 
 
 def draw_log_ratio(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | None:
@@ -126,31 +126,31 @@ def draw_log_ratio(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | No
     drawn = [i for i, found in enumerate(medians) if any(shape <= found.keys() for shape in shapes)]
     if not drawn:
         return None
-    figure, grid = draw.figure(len(drawn))
+    figure, grid = drawing.figure(len(drawn))
     # The narrower, the darker.
     alphas = [0.15 * (n + 1) for n in range(len(bands))]
     for axes, i in zip(grid, drawn, strict=True):
-        found, colour = medians[i], draw.style(i)["color"]
+        found, colour = medians[i], drawing.style(i)["color"]
         for (low, high), alpha in zip(bands.values(), alphas, strict=True):
             if low in found and high in found:
-                draw.band(axes, *map(draw.smooth, found[low].align(found[high])), colour, alpha)
-        for name, dashes in zip(lines.values(), draw.DASHES, strict=False):
+                drawing.band(axes, *map(drawing.smooth, found[low].align(found[high])), colour, alpha)
+        for name, dashes in zip(lines.values(), drawing.DASHES, strict=False):
             if name in found:
-                draw.line(axes, [found[name]], {"color": colour, "linestyle": dashes})
+                drawing.line(axes, [found[name]], {"color": colour, "linestyle": dashes})
         axes.axhline(0, color="black", linewidth=0.8)
         if len(drawn) > 1:
-            draw.title(axes, arms[i].label)
+            drawing.title(axes, arms[i].label)
         axes.set_ylabel("log π_T − log π_old [nats]")
-    draw.share_limits(grid)
-    colour = draw.style(drawn[0])["color"] if len(drawn) == 1 else draw.DARK
+    drawing.share_limits(grid)
+    colour = drawing.style(drawn[0])["color"] if len(drawn) == 1 else drawing.DARK
     entries = {
         label: Line2D([], [], color=colour, linestyle=dashes)
-        for (label, name), dashes in zip(lines.items(), draw.DASHES, strict=False)
+        for (label, name), dashes in zip(lines.items(), drawing.DASHES, strict=False)
         if name in picture.metrics
     }
     entries |= {
         label: Patch(facecolor=(colour, alpha), edgecolor=(colour, 0.4))
         for label, alpha in zip(bands, alphas, strict=True)
     }
-    draw.legend(figure, entries)
+    drawing.legend(figure, entries)
     return figure

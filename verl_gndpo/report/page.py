@@ -8,10 +8,10 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from verl_gndpo.report.draw import LONG, SMOOTHING
-from verl_gndpo.report.figures import PLOTS, draw_plots
+from verl_gndpo.report.drawing import LONG, SMOOTHING
+from verl_gndpo.report.logs import ReportError, read_arms
 from verl_gndpo.report.picture import Picture
-from verl_gndpo.report.read import ReportError, read_arms
+from verl_gndpo.report.plots import PLOTS, draw_plots
 from verl_gndpo.report.table import ACCURACY_COLUMNS, RUN_COLUMNS, read_teacher, summarise
 
 # Tells a summary.json of ours from the quickstart's, which lies beside a log.

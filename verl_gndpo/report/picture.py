@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
-from verl_gndpo.report.read import Arm
+from verl_gndpo.report.logs import Arm
 from verl_gndpo.report.table import Teacher
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from verl_gndpo.report.read import Arm, ReportError, Run
+from verl_gndpo.report.logs import Arm, ReportError, Run
 
 # By key: heading and meaning.
 ACCURACY_COLUMNS = {

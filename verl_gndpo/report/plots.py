@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plots of a report: what each shows, and of which metrics."""
 
-from verl_gndpo.report import draw
-from verl_gndpo.report.breakdown import draw_groups, draw_positions
+from verl_gndpo.report import drawing
 from verl_gndpo.report.curves import draw_accuracy, draw_log_ratio, draw_metrics
+from verl_gndpo.report.groups import draw_groups, draw_positions
+from verl_gndpo.report.logs import Arm
 from verl_gndpo.report.picture import Metric, Picture, Plot
-from verl_gndpo.report.read import Arm
 from verl_gndpo.report.table import Teacher
-from verl_gndpo.report.timeline import draw_timing, draw_warnings
+from verl_gndpo.report.timing import draw_timing, draw_warnings
 
 # As docs/metrics.md.
 CORRELATION_LIMIT = 0.99
@@ -227,7 +227,7 @@ def _draw_plot(plot: Plot, arms: list[Arm], teacher: Teacher) -> Picture:
     picture = Picture(plot)
     figure = plot.draw(picture, arms, teacher)
     if figure is not None:
-        draw.headline(figure, plot.title)
-        picture.png = draw.png(figure)
-        picture.wide = draw.is_wide(figure)
+        drawing.headline(figure, plot.title)
+        picture.png = drawing.png(figure)
+        picture.wide = drawing.is_wide(figure)
     return picture

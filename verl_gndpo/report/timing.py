@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from verl_gndpo.report import draw
+from verl_gndpo.report import drawing
+from verl_gndpo.report.logs import WARNING, Arm, warned
 from verl_gndpo.report.picture import Picture, any_finite, is_finite, median, remark_missing, series
-from verl_gndpo.report.read import WARNING, Arm, warned
 from verl_gndpo.report.table import Teacher
 
 TIMING = "timing_s/"
@@ -33,11 +33,11 @@ def draw_timing(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | None:
     tables = [seconds_by_stage(arm) for arm in arms]
     means = pd.concat([table.mean() for table in tables], axis=1).fillna(0).T
     stages = means.mean().drop("other", errors="ignore").sort_values(ascending=False).index
-    shown = [*sorted(stages, key=lambda stage: stage != DIAGNOSTICS)[: len(draw.COLOURS)], "other"]
+    shown = [*sorted(stages, key=lambda stage: stage != DIAGNOSTICS)[: len(drawing.COLOURS)], "other"]
     shown.sort(key=[*stages, "other"].index)
-    colours = dict(zip(shown, (*draw.COLOURS[: len(shown) - 1], draw.GREY), strict=True))
+    colours = dict(zip(shown, (*drawing.COLOURS[: len(shown) - 1], drawing.GREY), strict=True))
     single = len(arms) == 1
-    figure, (axes,) = draw.figure(1, height=2.9 if single else max(2.9, 1 + 0.35 * len(arms)))
+    figure, (axes,) = drawing.figure(1, height=2.9 if single else max(2.9, 1 + 0.35 * len(arms)))
     if single:
         _stack(axes, _fold(tables[0], shown), colours)
     else:
@@ -45,11 +45,11 @@ def draw_timing(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | None:
         for stage, seconds in _fold(means, shown).items():
             axes.barh(range(len(arms)), seconds, left=left, color=colours[stage], height=0.6)
             left += seconds.to_numpy()
-        draw.set_rows(axes, [arm.label for arm in arms])
-        draw.set_values_across(axes, "mean time of a step [s]")
+        drawing.set_rows(axes, [arm.label for arm in arms])
+        drawing.set_values_across(axes, "mean time of a step [s]")
     used = {stage for table in tables for stage in _fold(table, shown).any().loc[lambda any_time: any_time].index}
     totals = _fold(means, shown).iloc[0] if single else {}
-    draw.legend(
+    drawing.legend(
         figure,
         {
             f"{stage} {totals[stage]:.3g} s" if single else stage: Patch(color=colour)
@@ -127,7 +127,7 @@ def draw_warnings(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | Non
     if not raised:
         return None
     runs = [(i, run) for i, arm in enumerate(arms) for run in arm.runs]
-    figure, (axes,) = draw.figure(1, height=max(2.4, 1 + len(raised) * max(0.3, 0.11 * len(runs))))
+    figure, (axes,) = drawing.figure(1, height=max(2.4, 1 + len(raised) * max(0.3, 0.11 * len(runs))))
     entries = {}
     for row, kind in enumerate(raised):
         for lane, (i, run) in enumerate(runs):
@@ -135,14 +135,14 @@ def draw_warnings(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | Non
             if is_finite(values):
                 y = row + 0.8 * ((lane + 0.5) / len(runs) - 0.5)
                 judged = values.dropna().index
-                colour = draw.style(i)["color"]
+                colour = drawing.style(i)["color"]
                 axes.plot([judged[0], judged[-1]], [y, y], color=colour, alpha=0.5, linewidth=0.8, zorder=1)
                 bars = _intervals(warned(values), judged[-1] - judged[0] + 1)
                 height = min(0.6 / len(runs), 0.4)
                 axes.broken_barh(bars, (y - height / 2, height), color=colour, linewidth=1)
                 entries[arms[i].label] = Patch(color=colour)
-    draw.set_rows(axes, [kind.removeprefix(WARNING) for kind in raised])
-    draw.legend(figure, entries if len(arms) > 1 else {})
+    drawing.set_rows(axes, [kind.removeprefix(WARNING) for kind in raised])
+    drawing.legend(figure, entries if len(arms) > 1 else {})
     return figure
 
 

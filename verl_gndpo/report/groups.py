@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from verl_gndpo.report import draw
+from verl_gndpo.report import drawing
+from verl_gndpo.report.logs import Arm, Run
 from verl_gndpo.report.picture import Metric, Picture, any_finite, is_finite, median, remark_missing, series
-from verl_gndpo.report.read import Arm, Run
 from verl_gndpo.report.table import Teacher
 
 # In so many parts of as many steps a run is cut.
@@ -29,18 +29,18 @@ def draw_groups(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | None:
     labels = sorted({group for _, groups in found for group in groups})
     if not labels:
         return None
-    if len(arms) > 1 or len(labels) > len(draw.COLOURS):
+    if len(arms) > 1 or len(labels) > len(drawing.COLOURS):
         return _draw_rows(found, labels, arms)
-    figure, grid = draw.figure(len(found))
+    figure, grid = drawing.figure(len(found))
     entries: dict[str, Artist] = {}
     for axes, (metric, groups) in zip(grid, found, strict=True):
         for group, name in groups.items():
-            entries[group] = draw.line(axes, series(arms[0], name), draw.style(labels.index(group)))
+            entries[group] = drawing.line(axes, series(arms[0], name), drawing.style(labels.index(group)))
         axes.set_ylabel(metric.unit)
-        draw.title(axes, metric.label)
+        drawing.title(axes, metric.label)
         if metric.unit.startswith("share"):
-            draw.set_shares(axes)
-    draw.legend(figure, {label: entries[label] for label in labels})
+            drawing.set_shares(axes)
+    drawing.legend(figure, {label: entries[label] for label in labels})
     return figure
 
 
@@ -49,7 +49,7 @@ def draw_positions(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | No
     found = _find_groups(picture, arms)
     if not found:
         return None
-    figure, grid = draw.figure(len(found))
+    figure, grid = drawing.figure(len(found))
     entries: dict[str, Artist] = {}
     runs = [run for arm in arms for run in arm.runs]
     for axes, (metric, groups) in zip(grid, found, strict=True):
@@ -57,11 +57,11 @@ def draw_positions(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | No
         axes.set_xlabel("position in the response [%]")
         axes.set_xlim(0, 100)
         axes.set_ylabel(metric.unit)
-        draw.title(axes, metric.label)
+        drawing.title(axes, metric.label)
     if len(runs) > 1:
         for label, dashes in ((EARLY, "--"), (LATE, "-")):
-            entries[label] = Line2D([], [], color=draw.DARK, linestyle=dashes)
-    draw.legend(figure, entries)
+            entries[label] = Line2D([], [], color=drawing.DARK, linestyle=dashes)
+    drawing.legend(figure, entries)
     return figure
 
 
@@ -72,7 +72,7 @@ def _draw_parts(axes: Axes, run: Run, groups: Groups) -> dict[str, Artist]:
     for part, values in _along(run, groups).items():
         steps = run.training_steps[parts == part]
         label = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
-        entries[label] = draw.line(axes, [values], {"color": SHADES[part], "linestyle": "-"})
+        entries[label] = drawing.line(axes, [values], {"color": SHADES[part], "linestyle": "-"})
     return entries
 
 
@@ -82,11 +82,11 @@ def _draw_early_late(axes: Axes, arms: list[Arm], groups: Groups) -> dict[str, A
     for i, arm in enumerate(arms):
         tables = [_along(run, groups) for run in arm.runs]
         early, late = ([table[part] for table in tables if part in table] for part in (0, PARTS - 1))
-        colour = draw.style(i)["color"]
+        colour = drawing.style(i)["color"]
         if early:
-            draw.line(axes, [median(early)], {"color": colour, "linestyle": "--"})
+            drawing.line(axes, [median(early)], {"color": colour, "linestyle": "--"})
         if late:
-            draw.line(axes, late, {"color": colour, "linestyle": "-"})
+            drawing.line(axes, late, {"color": colour, "linestyle": "-"})
         if early or late:
             entries[arm.label] = Line2D([], [], color=colour)
     return entries
@@ -94,11 +94,11 @@ def _draw_early_late(axes: Axes, arms: list[Arm], groups: Groups) -> dict[str, A
 
 def _draw_rows(found: list[tuple[Metric, Groups]], labels: list[str], arms: list[Arm]) -> Figure:
     """A row a group; in it for each arm the median over runs (filled: late, hollow: early) and their range."""
-    figure, grid = draw.figure(len(found), height=max(2.9, 0.9 + 0.19 * len(labels) * (len(arms) + 1)))
+    figure, grid = drawing.figure(len(found), height=max(2.9, 0.9 + 0.19 * len(labels) * (len(arms) + 1)))
     entries: dict[str, Artist] = {}
     for axes, (metric, groups) in zip(grid, found, strict=True):
         for i, arm in enumerate(arms):
-            look = {"color": draw.style(i)["color"], "markersize": 6, "clip_on": False}
+            look = {"color": drawing.style(i)["color"], "markersize": 6, "clip_on": False}
             for group, name in groups.items():
                 y = labels.index(group) + (i + 1) / (len(arms) + 1) - 0.5
                 means = [_means(run, run.metrics[name]) for run in arm.runs if is_finite(run.metrics.get(name))]
@@ -111,19 +111,19 @@ def _draw_rows(found: list[tuple[Metric, Groups]], labels: list[str], arms: list
                 if early or late:
                     entries[arm.label] = Line2D([], [], marker="o", linestyle="", **look)
         _label_rows(axes, labels)
-        draw.set_values_across(axes, metric.unit)
-        draw.title(axes, metric.label)
+        drawing.set_values_across(axes, metric.unit)
+        drawing.title(axes, metric.label)
     entries = entries if len(arms) > 1 else {}
-    for label, face in ((EARLY, "none"), (LATE, draw.DARK)):
-        entries[label] = Line2D([], [], color=draw.DARK, marker="o", markersize=6, linestyle="", mfc=face)
-    draw.legend(figure, entries)
+    for label, face in ((EARLY, "none"), (LATE, drawing.DARK)):
+        entries[label] = Line2D([], [], color=drawing.DARK, marker="o", markersize=6, linestyle="", mfc=face)
+    drawing.legend(figure, entries)
     return figure
 
 
 def _label_rows(axes: Axes, labels: list[str]) -> None:
-    draw.set_rows(axes, labels)
+    drawing.set_rows(axes, labels)
     for y in range(1, len(labels)):
-        axes.axhline(y - 0.5, color=draw.GREY, linewidth=0.8)
+        axes.axhline(y - 0.5, color=drawing.GREY, linewidth=0.8)
     if not axes.get_subplotspec().is_first_col():
         axes.tick_params(labelleft=False)
 
