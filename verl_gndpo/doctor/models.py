@@ -13,7 +13,7 @@ def check_models(config: Any) -> list[Check]:
     from verl.utils.fs import copy_to_local
 
     from verl_gndpo.doctor.compatibility import ModelFiles, ModelNotFound, is_remote, read_model_files
-    from verl_gndpo.teacher.attention import check_sequence_parallel
+    from verl_gndpo.teacher.sequence_parallel import check_sequence_parallel
 
     checks: list[Check] = []
 

@@ -85,7 +85,7 @@ class TeacherClient:
             self._running = None
         new = [(key, tag) for key, tag in zip(keys, tags, strict=True) if key not in self._sent]
         if len({prompt_of(key) for key, _ in new}) >= self._ranks:
-            self._send(*map(list, zip(*new, strict=True)), partition)
+            self._send([key for key, _ in new], [tag for _, tag in new], partition)
 
     def forget(self, prompts: set[str]) -> None:
         """Rows of these prompts are about to be thrown away, and the workers must not be reading them then."""

@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a row of a batch can be scored by the teacher, and errors that name the row which can't.
+"""Checks that the teacher can score each row of a batch, with errors that name the row.
 
-The ids, positions and images are the student's. Here each row is looked at before any of it reaches the model: an id
-that the teacher has no embedding for, an image placeholder without an image, or a placeholder that the policy sampled
-would otherwise surface as an index error on the device, or as an image in another one's place.
+Ids, positions and images are the student's. Each row is checked before any of it reaches the model. Otherwise an id
+without an embedding, an image placeholder without an image, or a placeholder that the policy sampled would surface as
+an index error on the device, or as an image in another one's place.
 """
 
-import math
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-# What verl's agent loop says of a row, beside its tensors: the prompt's id, which of its responses, which row of the
-# data set. Any of them may be missing.
+from verl_gndpo.families import family_of
+
 NAMES = {"uid": "prompt", "session_id": "response", "index": "sample"}
+"""Fields of verl's agent loop that name a row, and what each is called in messages: the prompt's id, the number of the
+response to it, and the row of the data set. Any of them may be missing."""
 
 
 def name_of(data: TensorDict, row: int) -> str:
-    """A row for people: "row 3 (prompt 9f0c, response 2, sample 17)", or "row 3" of a batch without such fields.
+    """Return a row's name for messages: "row 3 (prompt 9f0c, response 2, sample 17)", or "row 3" without such fields.
 
     Args:
-        data: the rows of one rank; `uid`, `session_id` and `index` are tensors or objects, one a row or one for all.
+        data: the rows of one rank. `uid`, `session_id` and `index` are tensors or objects, one per row or one for all.
     """
     known = []
     for key, meaning in NAMES.items():
@@ -35,8 +36,8 @@ def name_of(data: TensorDict, row: int) -> str:
     return f"row {row} ({', '.join(known)})" if known else f"row {row}"
 
 
-def image_inputs(data: TensorDict) -> list[dict]:
-    """What each row of a batch brings of images, by the names of the model's inputs; empty without any."""
+def image_inputs(data: TensorDict) -> list[dict[str, Any]]:
+    """Return each row's images, by the names of the model's inputs; an empty dict for a row without images."""
     rows = data.get("multi_modal_inputs", [{}] * len(data))
     return [getattr(inputs, "data", inputs) or {} for inputs in rows]
 
@@ -45,13 +46,13 @@ def check_rows(data: TensorDict, hf_config: Any) -> None:
     """Refuse a batch with a row that the teacher can't score.
 
     Args:
-        data: nested `input_ids` (batch, length), `response_mask` (batch, response length), and perhaps
+        data: nested `input_ids` (batch, length), `response_mask` (batch, response length), and optionally
             `multi_modal_inputs`.
         hf_config: the teacher's.
 
     Raises:
-        ValueError: a response without a prompt, ids outside of the vocabulary, or other numbers of image tokens and
-            image features; names the row and both numbers.
+        ValueError: a response has no prompt, ids lie outside the vocabulary, or the numbers of image tokens and image
+            features differ; names the row and both numbers.
     """
     check_lengths(data)
     check_token_ids(data, hf_config.get_text_config().vocab_size)
@@ -59,7 +60,7 @@ def check_rows(data: TensorDict, hf_config: Any) -> None:
 
 
 def check_lengths(data: TensorDict) -> None:
-    """Compare the lengths of each row's ids and response.
+    """Check that each row's response follows a prompt.
 
     Raises:
         ValueError: nothing stands before the response that could predict its first token.
@@ -71,10 +72,10 @@ def check_lengths(data: TensorDict) -> None:
 
 
 def check_positions(data: TensorDict) -> None:
-    """Compare the numbers of each row's ids and positions, once verl has repacked these (`infer_batch`).
+    """Check that each row has as many positions as ids. verl must have repacked the positions before (`infer_batch`).
 
     Raises:
-        ValueError: they differ; names the row and both numbers.
+        ValueError: the numbers differ; names the row and both numbers.
     """
     for row, (ids, positions) in enumerate(zip(data["input_ids"].unbind(), data["position_ids"].unbind(), strict=True)):
         if positions.shape[-1] != len(ids):
@@ -82,10 +83,10 @@ def check_positions(data: TensorDict) -> None:
 
 
 def check_token_ids(data: TensorDict, vocab_size: int) -> None:
-    """Look for ids that the teacher has no embedding and no logit for.
+    """Check that the teacher has an embedding and a logit for each id.
 
     Raises:
-        ValueError: there is one; names the row, the position, the id and the size of the vocabulary.
+        ValueError: it has none for some id; names the row, the position, the id and the size of the vocabulary.
     """
     ids = data["input_ids"]
     wrong = (ids.values() < 0) | (ids.values() >= vocab_size)
@@ -103,91 +104,71 @@ def check_token_ids(data: TensorDict, vocab_size: int) -> None:
     )
 
 
-def placeholder_ids(hf_config: Any) -> dict[str, int]:
-    """The ids at which a model puts features of images and videos, by "image" and "video"."""
-    ids = {kind: getattr(hf_config, f"{kind}_token_id", None) for kind in ("image", "video")}
-    return {kind: token_id for kind, token_id in ids.items() if token_id is not None}
-
-
-def _sampled(ids: torch.Tensor, mask: torch.Tensor, hf_config: Any) -> torch.Tensor:
-    """(length,), where a row has a placeholder that the policy sampled: in the response, with mask 1.
-
-    A multi-turn rollout's tool images stand in the response, too; their placeholders have mask 0.
-    """
-    sampled = torch.zeros_like(ids, dtype=torch.bool)
-    for token_id in placeholder_ids(hf_config).values():
-        sampled |= ids == token_id
-    sampled[: len(ids) - len(mask)] = False
-    sampled[len(ids) - len(mask) :] &= mask.to(ids.device) != 0
-    return sampled
-
-
 def sampled_placeholders(data: TensorDict, hf_config: Any) -> list[torch.Tensor]:
-    """Of each row (length,), where the policy sampled a placeholder, which stands for no image."""
-    rows = zip(data["input_ids"].unbind(), data["response_mask"].unbind(), strict=True)
-    return [_sampled(ids, mask, hf_config) for ids, mask in rows]
+    """Mark the image placeholders that the policy sampled, which stand for no image: those in the response with mask 1.
 
+    The images that tools return in a multi-turn rollout stand in the response, too; their placeholders have mask 0.
 
-def holds_images_in_response(data: TensorDict, hf_config: Any) -> list[bool]:
-    """Of each row, whether images stand in its response: a tool's, in a rollout of several turns."""
+    Returns:
+        (length,) bool per row.
+    """
+    placeholders = family_of(hf_config).placeholder_ids(hf_config).values()
     result = []
     for ids, mask in zip(data["input_ids"].unbind(), data["response_mask"].unbind(), strict=True):
-        response = ids[len(ids) - len(mask) :][mask.to(ids.device) == 0]
-        result.append(any(bool((response == token_id).any()) for token_id in placeholder_ids(hf_config).values()))
+        sampled = torch.zeros_like(ids, dtype=torch.bool)
+        for token_id in placeholders:
+            sampled |= ids == token_id
+        sampled[: len(ids) - len(mask)] = False
+        sampled[len(ids) - len(mask) :] &= mask.to(ids.device) != 0
+        result.append(sampled)
     return result
 
 
-def feature_counts(inputs: dict, hf_config: Any) -> dict[str, int]:
-    """How many rows of features a row's images and videos become, by "image" and "video", where the config says it.
-
-    Qwen2-VL to Qwen3-VL cut an image into a grid of patches and merge them in squares; InternVL makes a fixed number of
-    features of each tile, and its videos are images.
-    """
-    merge = getattr(getattr(hf_config, "vision_config", None), "spatial_merge_size", None)
-    counts = {}
-    for kind in placeholder_ids(hf_config):
-        grid = inputs.get(f"{kind}_grid_thw")
-        if merge is not None:
-            # verl and the processors write one row (frames, height, width) an image.
-            counts[kind] = 0 if grid is None else sum(math.prod(image) // merge**2 for image in _rows(grid))
-        elif kind == "image" and getattr(hf_config, "image_seq_length", None) is not None:
-            tiles = inputs.get("pixel_values")
-            counts[kind] = 0 if tiles is None else len(tiles) * hf_config.image_seq_length
-    return counts
-
-
-def _rows(grid: Any) -> list[list[int]]:
-    return torch.as_tensor(grid).tolist()
+def rows_with_images_in_response(data: TensorDict, hf_config: Any) -> set[int]:
+    """Return the rows whose responses hold images, which tools return in a multi-turn rollout."""
+    placeholders = family_of(hf_config).placeholder_ids(hf_config).values()
+    rows = set()
+    for row, (ids, mask) in enumerate(zip(data["input_ids"].unbind(), data["response_mask"].unbind(), strict=True)):
+        response = ids[len(ids) - len(mask) :][mask.to(ids.device) == 0]
+        if any(bool((response == token_id).any()) for token_id in placeholders):
+            rows.add(row)
+    return rows
 
 
 def check_image_tokens(data: TensorDict, hf_config: Any) -> None:
-    """Compare each row's placeholders of images and videos with the features of those that come with it.
+    """Compare each row's placeholders of images and videos with the features of the images and videos in it.
 
     Placeholders that the policy sampled are not counted.
 
     Raises:
-        ValueError: they differ; names the row and both numbers.
+        ValueError: the numbers differ; names the row and both numbers.
     """
-    placeholders = placeholder_ids(hf_config)
+    family = family_of(hf_config)
+    placeholders = family.placeholder_ids(hf_config)
+    if not placeholders:
+        return
     sampled = sampled_placeholders(data, hf_config)
     for row, (ids, inputs) in enumerate(zip(data["input_ids"].unbind(), image_inputs(data), strict=True)):
-        for kind, features in feature_counts(inputs, hf_config).items():
-            tokens = int(((ids == placeholders[kind]) & ~sampled[row]).sum())
+        for medium, features in family.count_features(inputs, hf_config).items():
+            if medium not in placeholders:
+                continue
+            tokens = int(((ids == placeholders[medium]) & ~sampled[row]).sum())
             if tokens != features:
                 raise ValueError(
-                    f"{name_of(data, row)}: {tokens} {kind} tokens in its ids but {kind}s for {features}; the prompt's "
-                    f"<{kind}> placeholders and its {kind}s differ, or the processor cut them otherwise for this model"
+                    f"{name_of(data, row)}: {tokens} {medium} tokens in its ids but {medium}s for {features}; the "
+                    f"prompt's <{medium}> placeholders and its {medium}s differ, or the processor cut them otherwise "
+                    "for this model"
                 )
 
 
 def check_log_probs(data: TensorDict, log_probs: list[torch.Tensor]) -> None:
-    """Look at what the teacher returned: a finite number for each response token.
+    """Check that the teacher has returned a finite number for each response token.
 
     Args:
-        log_probs: of each row, (response length,), nats.
+        log_probs: (response length,) per row, nats.
 
     Raises:
-        ValueError: another number of them than of response tokens, or one that is not finite; names the row.
+        ValueError: the numbers of log-probs and response tokens differ, or a log-prob is not finite; names the row.
     """
     lengths = data["response_mask"].offsets().diff().tolist()
     if len(log_probs) != len(lengths):
@@ -204,6 +185,6 @@ def check_log_probs(data: TensorDict, log_probs: list[torch.Tensor]) -> None:
             token = int(ids[len(ids) - len(scores) + wrong[0]])
             raise ValueError(
                 f"{name_of(data, row)}: the teacher's log-prob of token {wrong[0]} of the response (id {token}) is "
-                f"{scores[wrong[0]].item()}, and {len(wrong)} of {len(scores)} are not finite; a teacher in float16 "
+                f"{scores[wrong[0]].item()}, and {len(wrong)} of {len(scores)} are not finite. A teacher in float16 "
                 "overflows where bfloat16 does not, and weights that were not all loaded do so in any dtype"
             )

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packing of sequences that share prompts: which rows have one prompt, which micro-batch each goes to, and its layout.
+
+The tokens of a micro-batch stand in one row without padding: a prompt, its responses one after the other, the next
+prompt, and so on. Each token keeps the position that it has in its own sequence. `Layout` says where everything stands;
+`attention` attends by it. Nothing here depends on who runs the model, or why.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """A prompt and responses to it, which continue from one pass over the prompt. Lengths are in tokens."""
+
+    rows: tuple[int, ...]
+    """Numbers of the sequences in their batch."""
+
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that the language model runs for this group."""
+        return self.prompt + sum(self.responses)
+
+
+def group_by_prompt(
+    input_ids: Sequence[torch.Tensor],
+    position_ids: Sequence[torch.Tensor],
+    response_lengths: Sequence[int],
+    images: Sequence[dict[str, Any]],
+    alone: Collection[int] = (),
+) -> list[PromptGroup]:
+    """Group the rows whose prompts have equal ids, positions and images.
+
+    Args:
+        input_ids: (length,) per row, prompt and response.
+        position_ids: (length,) or (axes, length) per row.
+        response_lengths: one per row.
+        images: the model's further inputs per row, by name; empty without images.
+        alone: rows that must not share their prompt: those with images in their responses, because a group brings its
+            images once, as its prompt does.
+
+    Returns:
+        The groups in the order of their first rows.
+    """
+    members: list[list[int]] = []
+    by_prompt: dict[tuple, list[int]] = {}
+    for row, (ids, positions, response) in enumerate(zip(input_ids, position_ids, response_lengths, strict=True)):
+        prompt = len(ids) - response
+        key: tuple = (ids[:prompt].cpu().numpy().tobytes(), positions[..., :prompt].cpu().numpy().tobytes())
+        if row in alone:
+            key += (row,)
+        # Two prompts of the same words may still ask about different pictures.
+        candidates = by_prompt.setdefault(key, [])
+        group = next((group for group in candidates if _equal(images[members[group][0]], images[row])), None)
+        if group is None:
+            group = len(members)
+            members.append([])
+            candidates.append(group)
+        members[group].append(row)
+    return [
+        PromptGroup(
+            tuple(rows), len(input_ids[rows[0]]) - response_lengths[rows[0]], tuple(response_lengths[r] for r in rows)
+        )
+        for rows in members
+    ]
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        for name, value in one.items()
+    )
+
+
+def pack(groups: Iterable[PromptGroup], max_tokens: int) -> list[list[PromptGroup]]:
+    """Pack groups into micro-batches of at most `max_tokens` tokens: the largest first, each where it still fits.
+
+    A group that is larger than that is split, and each part runs the prompt again. A single sequence may exceed
+    `max_tokens`.
+    """
+    parts = [part for group in groups for part in _split(group, max_tokens)]
+    batches: list[list[PromptGroup]] = []
+    free: list[int] = []
+    for part in sorted(parts, key=lambda part: -part.tokens):
+        place = next((i for i, room in enumerate(free) if room >= part.tokens), None)
+        if place is None:
+            place = len(batches)
+            batches.append([])
+            free.append(max_tokens)
+        batches[place].append(part)
+        free[place] -= part.tokens
+    return batches
+
+
+def _split(group: PromptGroup, max_tokens: int) -> list[PromptGroup]:
+    parts: list[list[int]] = []
+    room = 0
+    for member, response in enumerate(group.responses):
+        if not parts or response > room:
+            parts.append([])
+            room = max_tokens - group.prompt
+        parts[-1].append(member)
+        room -= response
+    return [
+        PromptGroup(tuple(group.rows[m] for m in part), group.prompt, tuple(group.responses[m] for m in part))
+        for part in parts
+    ]
+
+
+def concatenate(groups: Iterable[PromptGroup], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Lay values of whole sequences out as a micro-batch.
+
+    Args:
+        values: (..., length) per row of the batch; rows of a group have equal values in their prompts.
+
+    Returns:
+        (..., tokens of the micro-batch).
+    """
+    parts = []
+    for group in groups:
+        parts.append(values[group.rows[0]][..., : group.prompt])
+        parts += [values[row][..., group.prompt :] for row in group.rows]
+    return torch.cat(parts, -1)
+
+
+@dataclass(frozen=True)
+class GroupPlaces:
+    """Where the tokens of a group stand in the row of a micro-batch."""
+
+    prompt: slice
+    """The prompt; of a group with a single response, prompt and response: they are one causal sequence."""
+
+    responses: torch.Tensor | None
+    """(responses, longest response), the places of each response's tokens, padded at the ends with the place of the
+    first one; None for a single response."""
+
+    valid: torch.Tensor | None
+    """(response tokens,), indices into the flattened `responses` that are no padding; None for a single response."""
+
+
+class Layout:
+    """Where in the row of a micro-batch each prompt and each response stands.
+
+    Args:
+        groups: in their order in the row.
+        device: of the row.
+        process_group: ranks that share the row, each with an equal part of it, padded at the row's end; None for one
+            rank alone.
+    """
+
+    def __init__(
+        self, groups: Sequence[PromptGroup], device: torch.device | int | str, process_group: ProcessGroup | None = None
+    ):
+        self.prompt_groups = tuple(groups)
+        self.device = device
+        self.process_group = process_group
+        self.tokens = sum(group.tokens for group in groups)
+        """The length of the row without its padding."""
+        ranks, rank = (1, 0) if process_group is None else (process_group.size(), process_group.rank())
+        length = -(-self.tokens // ranks)
+        self.part = slice(rank * length, (rank + 1) * length)
+        """The tokens of the padded row that this rank runs through the decoder."""
+        self.places: list[GroupPlaces] = []
+        """One per group."""
+        predicting = []
+        start = 0
+        for group in groups:
+            end = start + group.prompt
+            lengths = torch.tensor(group.responses, device=device)
+            starts = end + lengths.cumsum(0) - lengths
+            within = torch.arange(int(lengths.max()), device=device)
+            valid = within < lengths.unsqueeze(1)
+            places = torch.where(valid, starts.unsqueeze(1) + within, end)
+            # The prompt's last token predicts the first of each response, and each token but the last the next one.
+            before = torch.cat([torch.full_like(places[:, :1], end - 1), places[:, :-1]], 1)
+            predicting.append(before[valid])
+            stop = start + group.tokens
+            self.places.append(
+                GroupPlaces(slice(start, stop), None, None)
+                if len(lengths) == 1
+                # Looked up once, not in every layer, because the host has to wait for an accelerator to answer.
+                else GroupPlaces(slice(start, end), places, valid.flatten().nonzero().squeeze(1))
+            )
+            start = stop
+        self.predicting = torch.cat(predicting)
+        """(response tokens,), the place whose output predicts each response token, response by response."""
+
+    def predicted_here(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which response tokens this rank's part predicts, (tokens,), and the places in the part that do."""
+        here = (self.predicting >= self.part.start) & (self.predicting < self.part.stop)
+        tokens = here.nonzero().squeeze(1)
+        return tokens, self.predicting[tokens] - self.part.start
