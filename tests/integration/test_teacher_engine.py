@@ -101,12 +101,11 @@ class Rank:
 
     def spoil(self, what):
         """Break this project's attention, and no other, or the places from which responses are predicted."""
-        from verl_gndpo.teacher import attention as shared_prompt
-        from verl_gndpo.teacher import engine
+        from verl_gndpo.teacher import attention, engine
 
-        self.intact = shared_prompt._causal, engine.Layout
+        self.intact = attention._causal, engine.Layout
         if what == "scaling":
-            shared_prompt._causal = lambda q, k, v, scaling, window: self.intact[0](q * 1.5, k, v, scaling, window)
+            attention._causal = lambda q, k, v, scaling, window: self.intact[0](q * 1.5, k, v, scaling, window)
         else:
 
             class Shifted(engine.Layout):
@@ -117,10 +116,9 @@ class Rank:
             engine.Layout = Shifted
 
     def repair(self):
-        from verl_gndpo.teacher import attention as shared_prompt
-        from verl_gndpo.teacher import engine
+        from verl_gndpo.teacher import attention, engine
 
-        shared_prompt._causal, engine.Layout = self.intact
+        attention._causal, engine.Layout = self.intact
 
 
 class Ranks:
@@ -469,5 +467,5 @@ def test_a_row_that_cannot_be_scored_is_named_before_anything_runs(family, ranks
 
 
 def test_heads_that_cannot_be_dealt_out_are_refused(family, ranks):
-    with pytest.raises(RuntimeError, match=r"parallel_size=3 does not fit a teacher with 4 attention heads and 1 of"):
+    with pytest.raises(RuntimeError, match=r"parallel_size=3 does not fit a model with 4 attention heads and 1 of"):
         ranks("start", family("qwen2_5_vl").path, {"ulysses_sequence_parallel_size": 3})

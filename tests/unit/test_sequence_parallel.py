@@ -71,7 +71,7 @@ def test_inputs_that_cannot_be_cut_into_parts_are_refused():
     attention = SharedPromptAttention(model)
     tokens = torch.arange(5)[None]
     layout = Layout(groups_of([(3, [2])]), CPU, RanksOfRow(2, 0))
-    with attention.attending(layout), pytest.raises(NotImplementedError, match="Qwen2Model is given cache_position"):
+    with pytest.raises(NotImplementedError, match="Qwen2Model is given cache_position"), attention.attending(layout):
         model(input_ids=tokens, position_ids=tokens, use_cache=False, cache_position=tokens[0])
-    with attention.attending(layout), pytest.raises(NotImplementedError, match="input 0 without a name"):
+    with pytest.raises(NotImplementedError, match="input 0 without a name"), attention.attending(layout):
         model.model(tokens)

@@ -16,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import constants as hub
 
+from verl_gndpo.families import family_of
 from verl_gndpo.platforms import torchvision_ops
 
 # Importing an image processor imports torchvision.
@@ -23,15 +24,6 @@ torchvision_ops.install()
 
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer  # noqa: E402
 
-# Ids in a multimodal model's config, by which the model finds its images.
-TOKEN_ID_KEYS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "image_token_index",
-    "video_token_index",
-)
 # What the vision half's config says of its input. `image_size` is there where images have one size.
 VISION_KEYS = ("patch_size", "spatial_merge_size", "temporal_patch_size", "image_size", "in_channels")
 # What of an image processor decides the patches, the values in them and their number. A worker gets the student's
@@ -82,7 +74,12 @@ class ModelFiles:
 
     @property
     def is_multimodal(self) -> bool:
-        return getattr(self.config, "vision_config", None) is not None
+        return self.vision is not None
+
+    @property
+    def vision(self) -> Any | None:
+        """The part of the config that describes the vision tower; None for a text-only model."""
+        return family_of(self.config).vision_config_of(self.config)
 
     @property
     def vocab_size(self) -> int:
@@ -164,7 +161,7 @@ def read_model_files(
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
         image_processor = None
-        if getattr(config, "vision_config", None) is not None:
+        if family_of(config).vision_config_of(config) is not None:
             part = "image processor"
             image_processor = AutoImageProcessor.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
     # transformers raises whatever a malformed file leads to: KeyError, TypeError, json's and the hub's own errors.
@@ -292,7 +289,8 @@ def _compare_special_tokens(student: ModelFiles, teacher: ModelFiles) -> Iterato
             # before the prompt is in the student's ids.
             yield Difference("special tokens", f"{role}: student {a}, teacher {b}", role == "eos")
     if student.is_multimodal and teacher.is_multimodal:
-        for key in TOKEN_ID_KEYS:
+        families = [family_of(model.config) for model in (student, teacher)]
+        for key in dict.fromkeys(key for family in families for key in family.id_attributes):
             a, b = (getattr(model.config, key, None) for model in (student, teacher))
             if a != b:
                 yield Difference("special tokens", f"config.{key}: student {a}, teacher {b}", True)
@@ -317,9 +315,10 @@ def _compare_images(student: ModelFiles, teacher: ModelFiles) -> Iterator[Differ
             False,
         )
     for key in VISION_KEYS:
-        a, b = (getattr(model.config.vision_config, key, None) for model in (student, teacher))
+        a, b = (getattr(model.vision, key, None) for model in (student, teacher))
         if a != b:
-            yield Difference("images", f"config.vision_config.{key}: student {a}, teacher {b}", True)
+            where = f"config.{family_of(student.config).vision_config}.{key}"
+            yield Difference("images", f"{where}: student {a}, teacher {b}", True)
     for key in IMAGE_KEYS:
         a, b = (_plain(getattr(model.image_processor, key, None)) for model in (student, teacher))
         if a != b:

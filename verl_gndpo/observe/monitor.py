@@ -12,8 +12,10 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.fs import copy_to_local
 from verl.utils.model import get_generation_config
+from verl.utils.tokenizer import get_processor_token_id
 
 from verl_gndpo.config import GNDPOConfig
+from verl_gndpo.families import MEDIA
 from verl_gndpo.observe.limits import SignalWarnings
 from verl_gndpo.observe.metrics import (
     Tokens,
@@ -51,9 +53,7 @@ class SignalMonitor:
             tokenizer.batch_decode([[i] for i in range(len(tokenizer))]),
             special=tokenizer.all_special_ids,
             eos=_eos_ids(config.actor_rollout_ref.model, tokenizer),
-            placeholders=[
-                i for kind in ("image", "video") if (i := getattr(processor, f"{kind}_token_id", None)) is not None
-            ],
+            placeholders=[i for medium in MEDIA if (i := get_processor_token_id(processor, medium)) is not None],
         )
         self._warnings = SignalWarnings(settings.warn)
         path = locate(settings.worst_tokens.path, config.trainer.default_local_dir)
