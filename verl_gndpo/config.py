@@ -19,6 +19,8 @@ from verl_gndpo.presets import PRESETS
 from verl_gndpo.setting import Setting, of, setting
 
 EVERY_SAMPLE = "*"
+TRAINER_MODES = ("sync", "colocate_async", "separate_async")
+"""Values of `trainer.v1.trainer_mode`: the trainers of verl that this project extends."""
 # Keys of `teacher` that only `backend=worker` reads.
 WORKER_SETTINGS = (
     *("dtype", "max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size"),

@@ -26,7 +26,7 @@ from verl.workers.utils.padding import response_to_nested
 from verl_gndpo.advantage import SignalState
 from verl_gndpo.checkpoint import load_state, save_state
 from verl_gndpo.config import GNDPOConfig, read_signal_config, read_teacher_config, uses_gndpo
-from verl_gndpo.doctor.run import require
+from verl_gndpo.doctor.run import raise_on_errors
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.observe.monitor import SignalMonitor
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating
@@ -55,7 +55,7 @@ class GNDPOTrainerMixin:
     def __init__(self, config):
         self.uses_gndpo = uses_gndpo(config)
         if self.uses_gndpo:
-            require(config)
+            raise_on_errors(config)
             self.teacher_config = read_teacher_config(config)
             if self.teacher_config.backend == "server":
                 use_servers(config, self.teacher_config)

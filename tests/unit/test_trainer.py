@@ -127,7 +127,7 @@ class Stock:
 @pytest.fixture
 def make_trainer(tmp_path, monkeypatch):
     """A function that makes a trainer as a run does: (overrides) -> trainer."""
-    monkeypatch.setattr(trainer_module, "require", lambda config: None)
+    monkeypatch.setattr(trainer_module, "raise_on_errors", lambda config: None)
     made = type("Trainer", (GNDPOTrainerMixin, Stock), {})
     return lambda *overrides: made(
         verl_config(f"trainer.default_local_dir={tmp_path}", "+teacher.model.path=T", *overrides)

@@ -17,15 +17,15 @@ class Check:
     remedy: str = ""
 
 
-class PreflightError(ValueError):
+class DoctorError(ValueError):
     """A run can't start; the message lists every reason with what to do about it."""
 
 
-def _said(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _get(config: Any, key: str, default: Any = None) -> Any:
+def select(config: Any, key: str, default: Any = None) -> Any:
     if config is None:
         return default
     value = OmegaConf.select(config, key)

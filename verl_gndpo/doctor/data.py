@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from verl_gndpo.config import EVERY_SAMPLE, ConfigError, read_teacher_config
 from verl_gndpo.conversion.sets import validation_only
 from verl_gndpo.data_facts import FactsError, read_facts
-from verl_gndpo.doctor.check import Check, _get
+from verl_gndpo.doctor.check import Check, select
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES
 
 # verl's placeholder of each kind of medium, and the config key under `data` that names its column.
@@ -32,7 +32,7 @@ def check_routing(config: Any) -> list[Check]:
     from verl_gndpo.teacher.routing import Routing
 
     routing = Routing(teacher)
-    if routing.column is None or _get(config, "data.custom_cls.path"):
+    if routing.column is None or select(config, "data.custom_cls.path"):
         return []
     found, lacking, unread = _values_of_column(config, routing.column)
     if lacking:
@@ -91,7 +91,7 @@ def check_data(config: Any) -> list[Check]:
     Reads of a parquet file only the prompts and, of the images, the smallest of their columns: never the image bytes.
     """
     data = config.data
-    if _get(data, "custom_cls.path"):
+    if select(data, "custom_cls.path"):
         return [Check("data", "ok", f"not looked at: data.custom_cls.path={data.custom_cls.path} reads it")]
     checks = []
     train_rows: int | None = 0
@@ -123,11 +123,11 @@ def check_rewards(config: Any) -> list[Check]:
     trained on that must not be."""
     trained_on = _data_sources(config, "train_files")
     checks = _check_training_allowed(config, {source for source, _ in trained_on})
-    function = _get(config, "reward.custom_reward_function") or {}
+    function = select(config, "reward.custom_reward_function") or {}
     path, name = function.get("path"), function.get("name") or "compute_score"
-    manager = _get(config, "reward.reward_manager.name", "naive")
+    manager = select(config, "reward.reward_manager.name", "naive")
     ours = path == "pkg://verl_gndpo.rewards"
-    if (path is not None and not ours) or manager != "naive" or _get(config, "reward.reward_model.enable"):
+    if (path is not None and not ours) or manager != "naive" or select(config, "reward.reward_model.enable"):
         return checks
     if ours and name != "compute_score":
         detail = f"verl_gndpo.rewards has no function {name}"
@@ -183,7 +183,7 @@ def _check_training_allowed(config: Any, sources: set[str]) -> list[Check]:
 def _data_sources(config: Any, key: str) -> set[tuple[str, str]]:
     """Data sources of the local parquet files of `data.<key>`, each with how its rows say answers are graded."""
     found = set()
-    column = _get(config, "data.reward_fn_key", "data_source")
+    column = select(config, "data.reward_fn_key", "data_source")
     for file in _files(config, key):
         # A file that can't be read is what `check_data` tells of.
         with contextlib.suppress(pa.ArrowException, OSError), pq.ParquetFile(Path(file).expanduser()) as parquet:

@@ -11,9 +11,8 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from verl_gndpo import SUPPORTED_VERL
-from verl_gndpo.config import uses_gndpo
-from verl_gndpo.doctor.check import Check, _get, _said
-from verl_gndpo.doctor.settings import TRAINER_MODES
+from verl_gndpo.config import TRAINER_MODES, uses_gndpo
+from verl_gndpo.doctor.check import Check, describe_error, select
 from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.presets import PRESETS
 
@@ -27,7 +26,7 @@ def check_verl() -> list[Check]:
         import verl
     # Any of verl's own imports may fail in any way; what the user needs is the reason.
     except Exception as error:
-        return [Check("verl", "error", f"verl can't be imported: {_said(error)}", remedy)]
+        return [Check("verl", "error", f"verl can't be imported: {describe_error(error)}", remedy)]
     # Two sources, because a checkout on the path hides the installed one.
     versions = {verl.__version__}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -45,18 +44,23 @@ def check_plugin() -> list[Check]:
         return [Check("plugin", "error", f"verl has not loaded verl-gndpo: {reason}", remedy)]
     try:
         from verl.trainer.ppo import core_algos, v1
-
-        from verl_gndpo.trainer import GNDPOTrainerMixin
     # As above; vLLM, Ray and TransferQueue are imported here too.
     except Exception as error:
-        return [Check("plugin", "error", f"verl's trainer can't be imported: {_said(error)}", "repair that import")]
+        return [
+            Check("plugin", "error", f"verl's trainer can't be imported: {describe_error(error)}", "repair that import")
+        ]
     trainers = v1.trainer_base.TRAINER_REGISTRY
     missing = [name for name in PRESETS if name not in core_algos.ADV_ESTIMATOR_REGISTRY]
-    missing += [name for name in TRAINER_MODES if not issubclass(trainers[name], GNDPOTrainerMixin)]
+    missing += [name for name in TRAINER_MODES if not _runs_gndpo_step(trainers.get(name))]
     if missing:
         remedy = "look for another plugin or VERL_USE_EXTERNAL_MODULES that registers the same names"
         return [Check("plugin", "error", f"not in verl's registries, or replaced there: {', '.join(missing)}", remedy)]
     return [Check("plugin", "ok", f"estimators {', '.join(PRESETS)}; trainers {', '.join(TRAINER_MODES)}")]
+
+
+def _runs_gndpo_step(trainer: type | None) -> bool:
+    """Return whether a trainer of verl's registry is ours, by the attribute that `GNDPOTrainerMixin` has."""
+    return getattr(trainer, "runs_gndpo_step", False)
 
 
 def _why_not_loaded() -> tuple[str, str]:
@@ -70,7 +74,7 @@ def _why_not_loaded() -> tuple[str, str]:
         importlib.import_module("verl_gndpo.plugin")
     # The exception that verl has swallowed.
     except Exception as error:
-        return f"importing verl_gndpo.plugin fails: {_said(error)}", "repair that import"
+        return f"importing verl_gndpo.plugin fails: {describe_error(error)}", "repair that import"
     return "its entry point failed when verl was imported, and works now", "run this again"
 
 
@@ -94,7 +98,7 @@ def check_versions(config: Any = None) -> list[Check]:
         elif not requirement.specifier.contains(version, prereleases=True):
             detail = f"{requirement.name} {version} is outside of {requirement.specifier}"
             checks.append(Check("versions", "warning", detail, f"pip install '{requirement}'"))
-    engine = _get(config, "actor_rollout_ref.rollout.name")
+    engine = select(config, "actor_rollout_ref.rollout.name")
     if config is not None and engine is None:
         detail = "actor_rollout_ref.rollout.name is not set"
         checks.append(Check("rollout", "error", detail, "actor_rollout_ref.rollout.name=vllm"))
@@ -120,11 +124,11 @@ def check_accelerator(config: Any = None) -> list[Check]:
         platform = get_platform()
     except ValueError as error:
         return [Check("accelerator", "error", str(error), "unset VERL_PLATFORM or give it one of these names")]
-    per_node, nodes = _get(config, "trainer.n_gpus_per_node"), _get(config, "trainer.nnodes", 1)
+    per_node, nodes = select(config, "trainer.n_gpus_per_node"), select(config, "trainer.nnodes", 1)
     wanted = None if per_node is None else f"trainer.n_gpus_per_node={per_node} on trainer.nnodes={nodes}"
-    apart = _get(config, "teacher.n_gpus_per_node", 0) if wanted and uses_gndpo(config) else 0
+    apart = select(config, "teacher.n_gpus_per_node", 0) if wanted and uses_gndpo(config) else 0
     if apart:
-        apart *= _get(config, "teacher.nnodes", 1)
+        apart *= select(config, "teacher.nnodes", 1)
         wanted += f" and {apart} for the teacher"
     if ray.is_initialized() and wanted:
         kind = platform.ray_resource_name()
@@ -149,12 +153,12 @@ def _check_cpu_run(config: Any) -> list[Check]:
     checks = [Check("accelerator", "ok", "none: verl runs on the CPU")]
     if config is None:
         return checks
-    if _get(config, "trainer.device") != "cpu":
+    if select(config, "trainer.device") != "cpu":
         checks.append(
             Check("accelerator", "error", f"trainer.device={config.trainer.device} without one", "trainer.device=cpu")
         )
     rollout = config.actor_rollout_ref.rollout
-    on_vllm = _get(rollout, "name") == "vllm"
+    on_vllm = select(rollout, "name") == "vllm"
     if on_vllm and rollout.load_format == "dummy":
         detail = (
             "actor_rollout_ref.rollout.load_format=dummy gives vLLM random buffers that no weight sync corrects on "
@@ -182,8 +186,8 @@ def _check_cpu_run(config: Any) -> list[Check]:
         )
     number = config.trainer.n_gpus_per_node * config.trainer.nnodes
     if uses_gndpo(config):
-        number += _get(config, "teacher.n_gpus_per_node", 0) * _get(config, "teacher.nnodes", 1)
-    if _get(config, "ray_kwargs.ray_init.num_gpus", 0) < number:
+        number += select(config, "teacher.n_gpus_per_node", 0) * select(config, "teacher.nnodes", 1)
+    if select(config, "ray_kwargs.ray_init.num_gpus", 0) < number:
         detail = f"Ray counts fewer than {number} GPUs on this machine, and verl places each worker on one"
         remedy = f"+ray_kwargs.ray_init.num_gpus={number}, a logical count, unless the run joins a Ray cluster"
         checks.append(Check("accelerator", "warning", detail, remedy))

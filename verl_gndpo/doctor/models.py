@@ -5,7 +5,7 @@ import os
 import warnings
 from typing import Any
 
-from verl_gndpo.doctor.check import Check, _get
+from verl_gndpo.doctor.check import Check, select
 
 
 def check_models(config: Any) -> list[Check]:
@@ -41,26 +41,26 @@ def check_models(config: Any) -> list[Check]:
     )
     if student is not None and student.is_multimodal:
         checks += _check_processor(model)
-        frozen = _get(config, "actor_rollout_ref.actor.freeze_vision_tower")
+        frozen = select(config, "actor_rollout_ref.actor.freeze_vision_tower")
         if model.get("lora_rank") and not (model.get("exclude_modules") or frozen):
             detail = "LoRA adapters in the vision tower are trained, but vLLM leaves them out of its rollouts"
             remedy = "actor_rollout_ref.actor.freeze_vision_tower=True, or actor_rollout_ref.model.exclude_modules"
             checks.append(Check("student", "warning", detail, remedy))
     # A missing path is check_settings' to report; a wrong one is of interest whatever else is wrong with the section.
-    sections = {"teacher.model": _get(config, "teacher.model")}
-    sections |= {f"teacher.models.{name}": model for name, model in (_get(config, "teacher.models") or {}).items()}
+    sections = {"teacher.model": select(config, "teacher.model")}
+    sections |= {f"teacher.models.{name}": model for name, model in (select(config, "teacher.models") or {}).items()}
     seen = set()
     for section, model in sections.items():
-        path = _get(model, "path")
+        path = select(model, "path")
         if not path or path in seen:
             continue
         seen.add(path)
-        teacher = read("teacher", f"{section}.path", path, bool(_get(model, "trust_remote_code")))
+        teacher = read("teacher", f"{section}.path", path, bool(select(model, "trust_remote_code")))
         if student is not None and teacher is not None:
             checks += _compare_models(student, teacher)
         if teacher is not None:
             try:
-                check_sequence_parallel(teacher.config, _get(config, "teacher.ulysses_sequence_parallel_size", 1))
+                check_sequence_parallel(teacher.config, select(config, "teacher.ulysses_sequence_parallel_size", 1))
             except ValueError as error:
                 remedy = "another teacher.ulysses_sequence_parallel_size"
                 checks.append(Check("teacher", "error", f"{path}: {error}", remedy))

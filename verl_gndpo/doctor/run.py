@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from verl_gndpo.config import uses_gndpo
-from verl_gndpo.doctor.check import Check, PreflightError
+from verl_gndpo.doctor.check import Check, DoctorError
 from verl_gndpo.doctor.data import check_data, check_rewards, check_routing
 from verl_gndpo.doctor.environment import check_accelerator, check_plugin, check_verl, check_versions
 from verl_gndpo.doctor.models import check_models
@@ -40,11 +40,11 @@ def run_checks(config: Any = None) -> list[Check]:
     return [*checks, *check_data(config), *check_rewards(config)]
 
 
-def require(config: Any) -> None:
+def raise_on_errors(config: Any) -> None:
     """Let a run start, or say everything that keeps it from starting. Warnings are logged.
 
     Raises:
-        PreflightError: any check of `run_checks` found an error.
+        DoctorError: any check of `run_checks` found an error.
     """
     checks = run_checks(config)
     for check in checks:
@@ -53,4 +53,4 @@ def require(config: Any) -> None:
     errors = [check for check in checks if check.status == "error"]
     if errors:
         lines = [f"  {c.name}: {c.detail}{f' -> {c.remedy}' if c.remedy else ''}" for c in errors]
-        raise PreflightError("\n".join([f"verl-gndpo: {len(errors)} error(s), nothing was started", *lines]))
+        raise DoctorError("\n".join([f"verl-gndpo: {len(errors)} error(s), nothing was started", *lines]))

@@ -9,13 +9,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from verl_gndpo.config import ConfigError, TeacherConfig, WorstTokens, read_signal_config, read_teacher_config
-from verl_gndpo.doctor.check import Check, _get, _said
+from verl_gndpo.config import (
+    TRAINER_MODES,
+    ConfigError,
+    TeacherConfig,
+    WorstTokens,
+    read_signal_config,
+    read_teacher_config,
+)
+from verl_gndpo.doctor.check import Check, describe_error, select
 from verl_gndpo.observe.worst_tokens import why_not_writable
 from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.presets import PRESETS
-
-TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 
 
 def check_estimator(config: Any) -> list[Check]:
@@ -26,15 +31,15 @@ def check_estimator(config: Any) -> list[Check]:
     name = getattr(name, "value", name)
     if name in PRESETS:
         return [Check("estimator", "ok", f"algorithm.adv_estimator={name}")]
-    select = f"algorithm.adv_estimator={next(iter(PRESETS))} selects it"
+    remedy = f"algorithm.adv_estimator={next(iter(PRESETS))} selects it"
     if name not in ADV_ESTIMATOR_REGISTRY:
         near = difflib.get_close_matches(name, ADV_ESTIMATOR_REGISTRY, n=1)
         hint = f"did you mean {near[0]}?" if near else f"verl has {', '.join(sorted(ADV_ESTIMATOR_REGISTRY))}"
         return [Check("estimator", "error", f"algorithm.adv_estimator={name} is unknown to verl", hint)]
     detail = f"algorithm.adv_estimator={name}: GNDPO is not selected, verl runs as it is"
-    if _get(config, "teacher") is not None:
-        return [Check("estimator", "warning", f"{detail}, and the section teacher has no effect", select)]
-    return [Check("estimator", "ok", detail, select)]
+    if select(config, "teacher") is not None:
+        return [Check("estimator", "warning", f"{detail}, and the section teacher has no effect", remedy)]
+    return [Check("estimator", "ok", detail, remedy)]
 
 
 def check_verl_settings(config: Any) -> list[Check]:
@@ -48,7 +53,7 @@ def check_verl_settings(config: Any) -> list[Check]:
             validate_config(config, need_reference_policy(config), need_critic(config))
     # It builds verl's dataclasses, each of which raises what it likes; AssertionError and Hydra's own among them.
     except Exception as error:
-        return [Check("settings", "error", f"verl refuses this config: {_said(error)}")]
+        return [Check("settings", "error", f"verl refuses this config: {describe_error(error)}")]
     return [Check("settings", "ok", "verl's own validation passes")]
 
 
@@ -80,7 +85,7 @@ def check_settings(config: Any) -> list[Check]:
         errors += _check_kl(config, teacher)
     if signal is not None and signal.task_reward.coef:
         errors += _check_task_reward(signal.task_reward.estimator)
-    if _get(config, "gndpo") is not None:
+    if select(config, "gndpo") is not None:
         error("there is a section gndpo at the top level, which nothing reads", "move its keys to algorithm.gndpo")
     if not config.trainer.use_v1:
         error("trainer.use_v1=False: verl's old trainer doesn't ask a teacher", "trainer.use_v1=True")
@@ -90,10 +95,10 @@ def check_settings(config: Any) -> list[Check]:
     if config.algorithm.use_kl_in_reward:
         detail = "algorithm.use_kl_in_reward=True: the teacher's log-ratio replaces the reward and a penalty in it"
         error(detail, "algorithm.use_kl_in_reward=False; actor_rollout_ref.actor.use_kl_loss=True adds a KL loss")
-    if _get(config, "distillation.enabled"):
+    if select(config, "distillation.enabled"):
         detail = "distillation.enabled=True: verl's own distillation would be added to this one"
         error(detail, "distillation.enabled=False, or one of verl's estimators")
-    if _get(config, "critic.enable"):
+    if select(config, "critic.enable"):
         error("critic.enable=True: this estimator has no use for a critic", "critic.enable=False or null")
 
     actor = config.actor_rollout_ref.actor
@@ -101,7 +106,7 @@ def check_settings(config: Any) -> list[Check]:
         if actor.strategy not in ("fsdp", "fsdp2"):
             detail = f"actor_rollout_ref.actor.freeze_vision_tower=True has no effect with strategy={actor.strategy}"
             error(detail, "actor_rollout_ref.actor.strategy=fsdp2")
-        elif actor.strategy == "fsdp" and not _get(actor, "fsdp_config.use_orig_params"):
+        elif actor.strategy == "fsdp" and not select(actor, "fsdp_config.use_orig_params"):
             error(
                 "actor_rollout_ref.actor.freeze_vision_tower=True: strategy=fsdp flattens frozen and trained weights "
                 "together unless fsdp_config.use_orig_params=True",
@@ -109,7 +114,7 @@ def check_settings(config: Any) -> list[Check]:
             )
     if errors:
         return errors
-    loss_mode, loss_agg_mode = _get(actor, "policy_loss.loss_mode"), actor.loss_agg_mode
+    loss_mode, loss_agg_mode = select(actor, "policy_loss.loss_mode"), actor.loss_agg_mode
     note = "" if loss_mode == "gspo" else "; the published loss is gspo"
     if loss_mode == "gspo" and loss_agg_mode != "seq-mean-token-mean":
         note = "; the published aggregation is seq-mean-token-mean"
@@ -136,7 +141,7 @@ def _check_teacher_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
         return [Check("settings", "error", detail, remedy)]
     rows = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
     mode = config.trainer.v1.trainer_mode
-    rows //= _get(config, f"trainer.v1.{mode}.parameter_sync_step", 1)
+    rows //= select(config, f"trainer.v1.{mode}.parameter_sync_step", 1)
     if rows < ranks:
         detail = f"the teacher has {ranks} ranks, and a batch {rows} rows (data.train_batch_size times rollout.n)"
         return [Check("settings", "error", detail, "give it fewer GPUs, or a larger batch")]
@@ -163,13 +168,13 @@ def _check_kl(config: Any, teacher: TeacherConfig | None) -> list[Check]:
         found.append((detail, "actor_rollout_ref.actor.strategy=fsdp2"))
     else:
         for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"):
-            if _get(actor, key, 1) > 1:
-                detail = f"actor_rollout_ref.actor.{key}={_get(actor, key)} spreads a row's logits over ranks"
+            if select(actor, key, 1) > 1:
+                detail = f"actor_rollout_ref.actor.{key}={select(actor, key)} spreads a row's logits over ranks"
                 found.append((detail, f"actor_rollout_ref.actor.{key}=1"))
     if model.get("use_fused_kernels"):
         detail = "actor_rollout_ref.model.use_fused_kernels=True never has the student's logits"
         found.append((detail, "actor_rollout_ref.model.use_fused_kernels=False"))
-    if _get(config, "algorithm.rollout_correction.bypass_mode"):
+    if select(config, "algorithm.rollout_correction.bypass_mode"):
         detail = "algorithm.rollout_correction.bypass_mode=True leaves out the student's pass over the batch"
         found.append((detail, "algorithm.rollout_correction.bypass_mode=False"))
     return [

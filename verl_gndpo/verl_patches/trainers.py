@@ -3,9 +3,8 @@
 
 from types import ModuleType
 
+from verl_gndpo.config import TRAINER_MODES
 from verl_gndpo.verl_patches.patch import patches
-
-TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 
 
 @patches("trainers")

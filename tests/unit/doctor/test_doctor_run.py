@@ -6,14 +6,14 @@ import logging
 import pytest
 from verl.trainer.ppo import v1
 
-from verl_gndpo.doctor.check import PreflightError
-from verl_gndpo.doctor.run import require, run_checks
+from verl_gndpo.doctor.check import DoctorError
+from verl_gndpo.doctor.run import raise_on_errors, run_checks
 
 
 def test_a_good_run_passes(make_config, on_cpu):
     config = make_config()
     assert {check.status for check in run_checks(config)} == {"ok"}
-    require(config)
+    raise_on_errors(config)
 
 
 def test_without_a_config_only_the_environment_is_checked():
@@ -24,8 +24,8 @@ def test_all_errors_come_in_one_message(make_config, on_cpu, tmp_path):
     config = make_config(
         "algorithm.gndpo.limt=1", "trainer.use_v1=False", f"data.val_files={tmp_path}/no.parquet", teacher="/no/where"
     )
-    with pytest.raises(PreflightError) as error:
-        require(config)
+    with pytest.raises(DoctorError) as error:
+        raise_on_errors(config)
     lines = str(error.value).splitlines()
     assert lines[0] == "verl-gndpo: 4 error(s), nothing was started"
     assert len(lines) == 5
@@ -36,12 +36,10 @@ def test_all_errors_come_in_one_message(make_config, on_cpu, tmp_path):
 def test_warnings_are_logged_and_don_t_stop_a_run(make_config, on_cpu, teacher, caplog):
     (teacher / "chat_template.jinja").write_text("{{ messages }}")
     with caplog.at_level(logging.WARNING):
-        require(make_config(teacher=teacher))
+        raise_on_errors(make_config(teacher=teacher))
     assert "the chat templates differ" in caplog.text
 
 
 def test_the_trainer_asks_before_it_builds_anything(make_config, on_cpu):
-    with pytest.raises(
-        PreflightError, match=r"teacher folder /no/where does not exist -> correct teacher\.model\.path"
-    ):
+    with pytest.raises(DoctorError, match=r"teacher folder /no/where does not exist -> correct teacher\.model\.path"):
         v1.get_trainer_cls("sync")(make_config(teacher="/no/where"))
