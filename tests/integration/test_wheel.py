@@ -1,42 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """A wheel, built as for a release and installed into an empty environment, holds and runs the converters."""
 
-import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
-from io import BytesIO
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
+from tests.data_files import ROOT, geo3k_row, run, run_here, write_rows
 from verl_gndpo.conversion import sets
 
-ROOT = Path(__file__).resolve().parents[2]
 POOL_ROWS = 260  # enough for worker processes, which import the converter by its name
-
-
-def run(command: list[object], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
-    return subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
-    rows = []
-    for number in range(POOL_ROWS):
-        buffer = BytesIO()
-        Image.new("RGB", (40, 30), (number % 256, 9, 9)).save(buffer, "PNG")
-        images = [{"bytes": buffer.getvalue(), "path": None}]
-        rows.append({"images": images, "problem": f"<image>Find side {number}.", "answer": str(number)})
     path = tmp_path_factory.mktemp("source") / "train.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
+    return write_rows(path, [geo3k_row(number) for number in range(POOL_ROWS)])
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +91,7 @@ def test_a_wheel_runs_the_converters(installed, source, tmp_path):
     converted = run([*command, "geo3k", *arguments, tmp_path / "wheel"], tmp_path)
     assert converted.returncode == 0, converted.stderr
     script = [sys.executable, ROOT / "data_prep" / "geo3k.py", *arguments, tmp_path / "script"]
-    assert run(script, tmp_path, PYTHONPATH=str(ROOT)).returncode == 0
+    assert run_here(script, tmp_path).returncode == 0
     files = [tmp_path / folder / "train.parquet" for folder in ("wheel", "script")]
     assert pq.read_metadata(files[0]).num_rows == POOL_ROWS
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -2,42 +2,25 @@
 """`verl-gndpo data`: the converters' own code, command lines and exit codes."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from io import BytesIO
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
+from tests.data_files import ROOT, geo3k_row, run, run_here, write_rows
 from verl_gndpo.cli import app
 from verl_gndpo.conversion import sets
 
-ROOT = Path(__file__).resolve().parents[2]
 SLOW = {"torch", "verl", "ray", "transformers", "datasets", "vllm"}
 POOL_ROWS = 260  # enough for worker processes, which import the converter by its name
 
 
-def run(command: list[object], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
-    return subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
-    rows = []
-    for number in range(POOL_ROWS):
-        buffer = BytesIO()
-        Image.new("RGB", (40, 30), (number % 256, 9, 9)).save(buffer, "PNG")
-        images = [{"bytes": buffer.getvalue(), "path": None}]
-        rows.append({"images": images, "problem": f"<image>Find side {number}.", "answer": str(number)})
     path = tmp_path_factory.mktemp("source") / "train.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
+    return write_rows(path, [geo3k_row(number) for number in range(POOL_ROWS)])
 
 
 def test_a_clone_on_the_path_runs_its_own_converters(source, tmp_path):
@@ -67,7 +50,7 @@ for arguments in (["--help"], [], ["list"], ["geo3k", "--help"], ["mix", "--help
         assert ended.code == 0, arguments
 print({SLOW} & set(sys.modules), file=sys.stderr)
 """
-    shown = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(ROOT))
+    shown = run_here([sys.executable, "-c", code], tmp_path)
     assert (shown.returncode, shown.stderr) == (0, "set()\n")
 
 
@@ -90,7 +73,7 @@ def test_help_names_every_command_with_its_first_line(arguments, capsys):
 @pytest.mark.parametrize("name", [*sets.converters(), "mix"])
 def test_options_are_those_of_the_script(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # so that no hub id is wrapped
-    script = run([sys.executable, f"data_prep/{name}.py", "--help"], ROOT, PYTHONPATH=str(ROOT))
+    script = run_here([sys.executable, f"data_prep/{name}.py", "--help"])
     assert script.returncode == 0 and called([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: verl-gndpo data {name} ")

@@ -3,21 +3,18 @@
 
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
 import zipfile
-from io import BytesIO
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
-from PIL import Image
 
 from data_prep import mix
+from tests.data_files import ROOT, picture, run_here, write_rows
 from verl_gndpo import conversion
 from verl_gndpo.conversion import SourceError
 from verl_gndpo.conversion.report import UNLICENSED, Report
@@ -27,7 +24,6 @@ from verl_gndpo.doctor.data import check_rewards
 from verl_gndpo.rewards import compute_score
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE
 
-ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data"
 SETS = (
     "clevr_count",
@@ -49,14 +45,8 @@ def recipe(name: str) -> conversion.Recipe:
     return importlib.import_module(f"data_prep.{name}").RECIPE
 
 
-def png(number: int = 0) -> bytes:
-    buffer = BytesIO()
-    Image.new("RGB", (40, 30), (number % 256, 120, 200)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def image(number: int = 0) -> dict:
-    return {"bytes": png(number), "path": None}
+    return {"bytes": picture(number), "path": None}
 
 
 # A row of each set in its published form. For sets without a real sample here, the rows follow the sets' cards.
@@ -151,13 +141,11 @@ ROWS = {
 
 
 def source_file(name: str, folder: Path, rows: list[dict]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{recipe(name).default_split}.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    path = write_rows(folder / f"{recipe(name).default_split}.parquet", rows)
     if name == "virl39k":
         with zipfile.ZipFile(folder / "images.zip", "w") as archive:
             for number, letter in enumerate("abc"):
-                archive.writestr(f"images/{letter}.png", png(number))
+                archive.writestr(f"images/{letter}.png", picture(number))
     return path
 
 
@@ -300,7 +288,7 @@ def test_virl39k_takes_its_images_from_the_zip_archive(tmp_path):
             ROWS["virl39k"] | {"qid": "q-5", "answer": "\\boxed{\\left\\{\\eqalign{x}\\right."},
         ],
     )
-    assert [[entry["bytes"] for entry in row["images"]] for row in rows] == [[png(1), png(2)]] * 2
+    assert [[entry["bytes"] for entry in row["images"]] for row in rows] == [[picture(1), picture(2)]] * 2
     assert rows[1]["extra_info"]["question"] == "<image>Is it like <image>?"
     assert report.repaired_by.rows == {"answer unwrapped": 2, "placeholder added": 1}
     assert report.dropped_by.first_ids == {
@@ -572,16 +560,13 @@ def test_real_samples_lose_no_row(name, tmp_path):
 # docs/extending/data_set.md
 
 
-def run_my_set(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
+def run_my_set(folder: Path, code: str) -> subprocess.CompletedProcess:
     """Run the page's converter, or a changed one, as a plain script on a source of two rows."""
-    folder.mkdir(exist_ok=True)
     (folder / "my_set.py").write_text(code)
     row = {"uid": "u1", "text": "Which?", "solution": "$B$", "figure": image(), "options": ["one", "two"], "level": "a"}
-    pq.write_table(pa.Table.from_pylist([row, row | {"level": "draft"}]), folder / "source.parquet")
+    write_rows(folder / "source.parquet", [row, row | {"level": "draft"}])
     command = [sys.executable, "my_set.py", "--local_dataset_path", "source.parquet", "--local_save_dir", "out"]
-    command += ["--max_dropped", "0.5", "--skip_verify"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return run_here([*command, "--max_dropped", "0.5", "--skip_verify"], folder)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep import geo3k
+from tests.data_files import ROOT, encoded, geo3k_row, picture, run_here, write_rows
 from verl_gndpo import conversion
 from verl_gndpo.conversion import ConversionError, SourceError
 from verl_gndpo.conversion import images as images_module
@@ -27,7 +27,6 @@ from verl_gndpo.conversion.prompt import STYLES
 from verl_gndpo.conversion.report import Report
 from verl_gndpo.conversion.verify import import_reader, verify
 
-ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "geometry3k"
 SOURCE_SCHEMA = pa.schema(
     [
@@ -38,30 +37,8 @@ SOURCE_SCHEMA = pa.schema(
 )
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def picture(number: int = 0, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> bytes:
-    image = Image.new("RGB", size, (number % 256, 120, 200))
-    image.putpixel((0, 0), (255, number % 256, 0))
-    return encoded(image.convert(mode))
-
-
-def good_row(number: int = 0) -> dict:
-    return {
-        "images": [{"bytes": picture(number), "path": None}],
-        "problem": f"<image>Find $x_{{{number}}}$.",
-        "answer": f"\\frac {{ {number} }} {{ 7 }}",
-    }
-
-
 def write_source(path: Path, rows: list[dict], schema: pa.Schema = SOURCE_SCHEMA) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
-    return path
+    return write_rows(path, rows, schema)
 
 
 def converted(path: Path) -> list[dict]:
@@ -98,13 +75,13 @@ SPLIT_SIZES = {"train": 3, "validation": 2, "test": 1}
 
 def split_rows(split: str) -> list[dict]:
     start = 10 * list(SPLIT_SIZES).index(split)
-    return [good_row(start + number) for number in range(SPLIT_SIZES[split])]
+    return [geo3k_row(start + number) for number in range(SPLIT_SIZES[split])]
 
 
 def make_parquet_folder(root: Path) -> Path:
     for split in SPLIT_SIZES:
         write_source(root / f"{split}.parquet", split_rows(split))
-    write_source(root / "training_notes.parquet", [good_row(99)])
+    write_source(root / "training_notes.parquet", [geo3k_row(99)])
     return root
 
 
@@ -191,7 +168,7 @@ def test_every_layout_gives_the_same_rows(make, tmp_path):
 
 
 def test_a_row_has_verls_schema(tmp_path):
-    convert(write_source(tmp_path / "test.parquet", [good_row(1), good_row(2)]), tmp_path / "out")
+    convert(write_source(tmp_path / "test.parquet", [geo3k_row(1), geo3k_row(2)]), tmp_path / "out")
     (_, row) = converted(tmp_path / "out" / "test.parquet")
     assert row == {
         "data_source": "hiyouga/geometry3k",
@@ -214,7 +191,7 @@ def test_a_row_has_verls_schema(tmp_path):
 
 
 def test_a_parquet_file_without_a_splits_name_is_train(tmp_path):
-    convert(write_source(tmp_path / "rows.parquet", [good_row()]), tmp_path / "out")
+    convert(write_source(tmp_path / "rows.parquet", [geo3k_row()]), tmp_path / "out")
     assert names(tmp_path / "out") == ["train.parquet"]
 
 
@@ -271,7 +248,7 @@ def test_ids_are_the_same_in_every_run_whatever_is_dropped(make, tmp_path):
 
 
 def test_intergps_without_annotated_text_uses_the_plain_one(tmp_path):
-    make_problem(tmp_path / "source" / "test" / "1", good_row(), annotat_text=None, problem_text="Find x.")
+    make_problem(tmp_path / "source" / "test" / "1", geo3k_row(), annotat_text=None, problem_text="Find x.")
     convert(tmp_path / "source", tmp_path / "out")
     assert converted(tmp_path / "out" / "test.parquet")[0]["extra_info"]["question"] == "<image>Find x."
 
@@ -299,7 +276,7 @@ def unknown_folder(root: Path) -> Path:
 
 
 def missing_shard(root: Path) -> Path:
-    write_source(root / "train-00001-of-00003.parquet", [good_row()])
+    write_source(root / "train-00001-of-00003.parquet", [geo3k_row()])
     return root
 
 
@@ -316,7 +293,7 @@ def broken_saved(root: Path) -> Path:
 def cut_parquet(root: Path) -> Path:
     """Opens, since the footer is whole, and breaks off in the middle."""
     path = root / "train.parquet"
-    rows = pa.Table.from_pylist([good_row(number) for number in range(64)], schema=SOURCE_SCHEMA)
+    rows = pa.Table.from_pylist([geo3k_row(number) for number in range(64)], schema=SOURCE_SCHEMA)
     pq.write_table(rows, path, row_group_size=16, compression="gzip")
     chunk = pq.ParquetFile(path).metadata.row_group(2).column(0)
     data = bytearray(path.read_bytes())
@@ -353,7 +330,7 @@ def test_an_unreadable_source_is_refused_in_one_line(make, says, tmp_path, capsy
 
 
 def test_the_source_is_not_overwritten(tmp_path):
-    source = write_source(tmp_path / "train.parquet", [good_row()])
+    source = write_source(tmp_path / "train.parquet", [geo3k_row()])
     before = source.read_bytes()
     with pytest.raises(ConversionError, match="is the source itself"):
         convert(tmp_path, tmp_path)
@@ -364,7 +341,7 @@ def test_the_source_is_not_overwritten(tmp_path):
 
 
 def with_image(data: bytes | None, path: str | None = None) -> dict:
-    return good_row() | {"images": [{"bytes": data, "path": path}]}
+    return geo3k_row() | {"images": [{"bytes": data, "path": path}]}
 
 
 def palette_with_bad_chunk() -> bytes:
@@ -374,23 +351,23 @@ def palette_with_bad_chunk() -> bytes:
 
 
 BROKEN = {
-    "no question": [good_row() | {"problem": text} for text in (None, "", "<image> \n")],
-    "no answer": [good_row() | {"answer": text} for text in (None, "", " \n\t")],
-    "no image": [good_row() | {"images": images, "problem": "Find x."} for images in (None, [])],
+    "no question": [geo3k_row() | {"problem": text} for text in (None, "", "<image> \n")],
+    "no answer": [geo3k_row() | {"answer": text} for text in (None, "", " \n\t")],
+    "no image": [geo3k_row() | {"images": images, "problem": "Find x."} for images in (None, [])],
     "placeholders and images differ in number": [
-        good_row() | {"problem": "<image> or <image>?"},
-        good_row() | {"problem": "<image1> or <image2>?", "images": good_row()["images"] * 3},
-        good_row() | {"problem": "Find <image1>", "images": []},
-        good_row() | {"images": []},
+        geo3k_row() | {"problem": "<image> or <image>?"},
+        geo3k_row() | {"problem": "<image1> or <image2>?", "images": geo3k_row()["images"] * 3},
+        geo3k_row() | {"problem": "Find <image1>", "images": []},
+        geo3k_row() | {"images": []},
     ],
-    "question holds a special token": [good_row() | {"problem": "<image>What is <|image_pad|>?"}],
-    "question has a video or audio placeholder": [good_row() | {"problem": "<image> <video>"}],
-    "image is empty": [with_image(None), with_image(b""), good_row() | {"images": [None]}],
+    "question holds a special token": [geo3k_row() | {"problem": "<image>What is <|image_pad|>?"}],
+    "question has a video or audio placeholder": [geo3k_row() | {"problem": "<image> <video>"}],
+    "image is empty": [with_image(None), with_image(b""), geo3k_row() | {"images": [None]}],
     "image file is missing": [with_image(None, "absent.png"), with_image(b"", ".")],
     "image path leads out of the source": [
         with_image(None, path) for path in ("../secret.png", "a/../../secret.png", "/etc/hostname", "C:\\secret.png")
     ],
-    "box of the answer is not closed": [good_row() | {"answer": "\\boxed{\\left\\{ 3 \\right."}],
+    "box of the answer is not closed": [geo3k_row() | {"answer": "\\boxed{\\left\\{ 3 \\right."}],
     "image does not decode": [
         with_image(b"no image at all"),
         with_image(picture(size=(400, 300))[:-200]),
@@ -405,7 +382,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("reason", "row"), [(reason, row) for reason, rows in BROKEN.items() for row in rows])
 def test_a_broken_row_is_dropped_and_named(reason, row, tmp_path, capsys):
-    source = write_source(tmp_path / "train.parquet", [good_row(1), row, good_row(2)])
+    source = write_source(tmp_path / "train.parquet", [geo3k_row(1), row, geo3k_row(2)])
     (report,) = convert(source, tmp_path / "out")
     assert (report.read, report.written, report.reasons) == (3, 2, {reason: 1})
     assert [row["extra_info"]["index"] for row in converted(tmp_path / "out" / "train.parquet")] == [0, 2]
@@ -425,14 +402,14 @@ def test_a_decompression_bomb_is_dropped(tmp_path, monkeypatch):
 
 def test_an_answer_that_is_no_text_is_dropped(tmp_path):
     schema = SOURCE_SCHEMA.set(2, pa.field("answer", pa.list_(pa.int64())))
-    source = write_source(tmp_path / "train.parquet", [good_row() | {"answer": [7]}], schema)
+    source = write_source(tmp_path / "train.parquet", [geo3k_row() | {"answer": [7]}], schema)
     with pytest.raises(ConversionError, match="all 1 rows dropped"):
         convert(source, tmp_path / "out")
     assert names(tmp_path / "out") == []
 
 
 def test_text_that_is_no_utf8_is_dropped(tmp_path):
-    rows = pa.Table.from_pylist([good_row(), good_row()], schema=SOURCE_SCHEMA)
+    rows = pa.Table.from_pylist([geo3k_row(), geo3k_row()], schema=SOURCE_SCHEMA)
     broken = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"\xff\xfe7")]
     )
@@ -458,8 +435,8 @@ def test_text_that_is_no_utf8_is_dropped(tmp_path):
     ],
 )
 def test_a_broken_intergps_record_is_dropped(reason, changes, tmp_path):
-    make_problem(tmp_path / "source" / "train" / "0", good_row())
-    make_problem(tmp_path / "source" / "train" / "1", good_row(), **changes)
+    make_problem(tmp_path / "source" / "train" / "0", geo3k_row())
+    make_problem(tmp_path / "source" / "train" / "1", geo3k_row(), **changes)
     (report,) = convert(tmp_path / "source", tmp_path / "out")
     assert (report.written, report.reasons) == (1, {reason: 1})
     assert report.dropped_by.first_ids == {reason: ["geometry3k-train-1"]}
@@ -477,8 +454,8 @@ def test_a_broken_intergps_record_is_dropped(reason, changes, tmp_path):
     ],
 )
 def test_a_broken_intergps_folder_is_dropped(reason, file, content, tmp_path):
-    make_problem(tmp_path / "source" / "train" / "0", good_row())
-    broken = make_problem(tmp_path / "source" / "train" / "1", good_row()) / file
+    make_problem(tmp_path / "source" / "train" / "0", geo3k_row())
+    broken = make_problem(tmp_path / "source" / "train" / "1", geo3k_row()) / file
     broken.unlink()
     if content is not None:
         broken.write_bytes(content)
@@ -487,9 +464,9 @@ def test_a_broken_intergps_folder_is_dropped(reason, file, content, tmp_path):
 
 
 def test_too_many_dropped_rows_write_nothing(tmp_path, capsys):
-    rows = [good_row(number) for number in range(9)] + [good_row() | {"answer": None}]
+    rows = [geo3k_row(number) for number in range(9)] + [geo3k_row() | {"answer": None}]
     source = write_source(tmp_path / "source" / "train.parquet", rows)
-    write_source(tmp_path / "source" / "test.parquet", [good_row()])
+    write_source(tmp_path / "source" / "test.parquet", [geo3k_row()])
     out = tmp_path / "out"
     arguments = ["--local_dataset_path", str(source.parent), "--local_save_dir", str(out), "--skip_verify"]
     assert main(arguments) == 1
@@ -503,14 +480,14 @@ def test_too_many_dropped_rows_write_nothing(tmp_path, capsys):
 
 def broken_or_good() -> st.SearchStrategy:
     broken = st.sampled_from([(reason, row) for reason, rows in BROKEN.items() for row in rows])
-    return st.one_of(st.integers(0, 255).map(lambda number: (None, good_row(number))), broken)
+    return st.one_of(st.integers(0, 255).map(lambda number: (None, geo3k_row(number))), broken)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(mix=st.lists(broken_or_good(), min_size=1, max_size=40))
 def test_whatever_the_mix_every_row_is_written_or_dropped(mix, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mix")
-    source = write_source(folder / "train.parquet", [good_row(), *(row for _, row in mix)])
+    source = write_source(folder / "train.parquet", [geo3k_row(), *(row for _, row in mix)])
     (report,) = convert(source, folder / "out")
     expected: dict[str, int] = {}
     for reason, _ in mix:
@@ -609,7 +586,7 @@ def test_a_split_that_fails_late_keeps_the_others_from_being_published(tmp_path)
 
 def test_reading_holds_a_small_part_of_the_file(tmp_path):
     noise = [{"bytes": os.urandom(30_000), "path": None}]
-    rows = pa.Table.from_pylist([good_row() | {"images": noise} for _ in range(320)], schema=SOURCE_SCHEMA)
+    rows = pa.Table.from_pylist([geo3k_row() | {"images": noise} for _ in range(320)], schema=SOURCE_SCHEMA)
     path = tmp_path / "train.parquet"
     # Dictionary pages would store the one picture once.
     pq.write_table(rows, path, row_group_size=16, use_dictionary=False)
@@ -623,7 +600,7 @@ def test_reading_holds_a_small_part_of_the_file(tmp_path):
 
 def test_row_groups_stay_small(tmp_path):
     """The writer holds one group of rows, whatever the size of the set."""
-    source = write_source(tmp_path / "train.parquet", [good_row(number) for number in range(150)])
+    source = write_source(tmp_path / "train.parquet", [geo3k_row(number) for number in range(150)])
     convert(source, tmp_path / "out")
     metadata = pq.ParquetFile(tmp_path / "out" / "train.parquet").metadata
     assert [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)] == [64, 64, 22]
@@ -652,7 +629,7 @@ def tiny_model(reader, tmp_path_factory) -> Path:
 
 def test_every_written_row_comes_back_from_verl_with_a_processor(tiny_model, reader, tmp_path, capsys):
     rows = [
-        good_row(),
+        geo3k_row(),
         with_image(picture(mode="RGBA")),
         with_image(picture(mode="P")),
         with_image(encoded(Image.new("RGB", (30, 20)), "JPEG")),
@@ -691,7 +668,7 @@ def test_every_written_row_comes_back_from_verl_with_a_processor(tiny_model, rea
 def test_verls_reward_accepts_an_answer_in_the_form_that_the_instruction_asks_for(reader):
     from verl.utils.reward_score import default_compute_score
 
-    answer = good_row(3)["answer"]
+    answer = geo3k_row(3)["answer"]
     response = f"<think>Seven parts, three taken.</think> \\boxed{{{answer}}}"
     assert default_compute_score(geo3k.RECIPE.hub_id, response, answer) == pytest.approx(1.0)
     assert default_compute_score(geo3k.RECIPE.hub_id, "<think></think> \\boxed{8}", answer) == pytest.approx(0.1)
@@ -700,7 +677,7 @@ def test_verls_reward_accepts_an_answer_in_the_form_that_the_instruction_asks_fo
 
 
 def test_verify_fails_when_a_row_does_not_come_back(reader, tmp_path):
-    (report,) = convert(write_source(tmp_path / "train.parquet", [good_row(1), good_row(2)]), tmp_path / "out")
+    (report,) = convert(write_source(tmp_path / "train.parquet", [geo3k_row(1), geo3k_row(2)]), tmp_path / "out")
     path, measure = tmp_path / "out" / "train.parquet", load_measure(None)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -730,14 +707,14 @@ def test_verify_fails_when_a_row_does_not_come_back(reader, tmp_path):
 @pytest.mark.parametrize(
     ("module", "check", "row"),
     [
-        (text_module, "FOREIGN_PLACEHOLDERS", good_row() | {"problem": "<image> <video>"}),
+        (text_module, "FOREIGN_PLACEHOLDERS", geo3k_row() | {"problem": "<image> <video>"}),
         # verl's prompt filter swallows what the image processor raises, and leaves the row out.
         (images_module, "RESIZE_FACTORS", with_image(picture(size=(41, 8199)))),
     ],
 )
 def test_what_a_missing_check_lets_through_is_caught_and_not_published(module, check, row, tmp_path, monkeypatch):
     monkeypatch.setattr(module, check, ())
-    source = write_source(tmp_path / "train.parquet", [good_row(1), row])
+    source = write_source(tmp_path / "train.parquet", [geo3k_row(1), row])
     with pytest.raises(ConversionError, match="geometry3k-train-1 does not come back"):
         convert(source, tmp_path / "out", skip_verify=False)
     assert names(tmp_path / "out") == []
@@ -745,7 +722,7 @@ def test_what_a_missing_check_lets_through_is_caught_and_not_published(module, c
 
 def test_without_verl_the_files_are_written_and_the_gap_is_stated(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "verl.utils.dataset.rl_dataset", None)
-    convert(write_source(tmp_path / "train.parquet", [good_row()]), tmp_path / "out", skip_verify=False)
+    convert(write_source(tmp_path / "train.parquet", [geo3k_row()]), tmp_path / "out", skip_verify=False)
     assert "verl cannot be imported here (ModuleNotFoundError" in (output := capsys.readouterr().out)
     assert "NOT read back through verl" in output
     assert names(tmp_path / "out") == ["train.parquet"]
@@ -775,24 +752,13 @@ def test_real_rows_keep_their_images_and_answers(reader, tmp_path):
 
 # The script
 
-
-def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "data_prep/geo3k.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+SCRIPT = [sys.executable, ROOT / "data_prep" / "geo3k.py"]
 
 
 def test_the_plain_script_converts_and_says_what_it_dropped(tmp_path):
-    source = write_source(tmp_path / "test.parquet", [good_row(1), good_row() | {"answer": ""}])
-    run = run_script(
-        "--local_dataset_path", str(source), "--local_save_dir", str(tmp_path / "out"), "--skip_verify",
-        "--max_dropped", "0.5",
-    )  # fmt: skip
+    source = write_source(tmp_path / "test.parquet", [geo3k_row(1), geo3k_row() | {"answer": ""}])
+    arguments = ["--local_dataset_path", source, "--local_save_dir", tmp_path / "out", "--skip_verify"]
+    run = run_here([*SCRIPT, *arguments, "--max_dropped", "0.5"])
     assert run.returncode == 0, run.stderr
     assert "1 x no answer: geometry3k-test-1" in run.stdout
     assert "test: converting" in run.stderr
@@ -800,7 +766,8 @@ def test_the_plain_script_converts_and_says_what_it_dropped(tmp_path):
 
 
 def test_the_plain_script_fails_in_one_line_without_the_hub(tmp_path):
-    run = run_script("--local_save_dir", str(tmp_path / "out"), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    command = [*SCRIPT, "--local_save_dir", tmp_path / "out"]
+    run = run_here(command, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
     assert run.returncode == 1
     (error,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert "hiyouga/geometry3k" in error and "--local_dataset_path" in error

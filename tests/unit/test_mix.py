@@ -2,7 +2,6 @@
 """data_prep/mix.py: the rows that it joins, those that it keeps out of training, and failures that change nothing."""
 
 import os
-import subprocess
 import sys
 from collections import Counter
 from fractions import Fraction
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep import mix
+from tests.data_files import ROOT, encoded, picture, run_here, write_rows
 from verl_gndpo.conversion import ConversionError, SourceError
 from verl_gndpo.conversion import write as write_module
 from verl_gndpo.conversion.lengths import load_measure
@@ -24,19 +24,7 @@ from verl_gndpo.conversion.row import SCHEMA
 from verl_gndpo.conversion.verify import import_reader
 from verl_gndpo.data_facts import FileFacts, SetFacts, read_facts
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 TEMPORARY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def picture(number: int = 0, **options) -> bytes:
-    return encoded(Image.new("RGB", (32, 28), (number % 256, number // 256, 77)), **options)
 
 
 def row(name: str, number: int, *, image: int | None = None, question: str | None = None, **info) -> dict:
@@ -64,10 +52,7 @@ def row(name: str, number: int, *, image: int | None = None, question: str | Non
 
 
 def write(path: Path, rows: list[dict], facts: FileFacts | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {**SCHEMA.metadata, **(facts.metadata() if facts else {})}
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata)), path)
-    return path
+    return write_rows(path, rows, SCHEMA.with_metadata({**SCHEMA.metadata, **(facts.metadata() if facts else {})}))
 
 
 def facts_of(name: str, **changes) -> SetFacts:
@@ -480,7 +465,7 @@ def test_a_folder_that_cannot_be_written_is_a_one_line_error(two, tmp_path, caps
 def test_it_runs_as_a_plain_script(two, tmp_path):
     script = [sys.executable, str(ROOT / "data_prep" / "mix.py"), "--train", *map(str, two)]
     more = ["--weights", "1", "0.5", "--rows", "12", "--local_save_dir", str(tmp_path / "out")]
-    result = subprocess.run([*script, *more], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
+    result = run_here([*script, *more], tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"wrote to {tmp_path / 'out'}"
     assert sets(tmp_path / "out" / "train.parquet") == {"a": 8, "b": 4}
@@ -565,8 +550,7 @@ def test_a_killed_run_leaves_the_older_file_and_the_next_one_clears_up(tmp_path)
     out.mkdir()
     (out / "train.parquet").write_bytes(b"older")
     arguments = ["--train", str(source), "--local_save_dir", str(out)]
-    command = [sys.executable, "-c", KILLED, *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True)
+    result = run_here([sys.executable, "-c", KILLED, *arguments])
     assert result.returncode == -9, result.stderr
     assert (out / "train.parquet").read_bytes() == b"older"
     assert len(files(out)) == 2  # what was half written lies in a hidden folder
