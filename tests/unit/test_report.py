@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verl-gndpo report`: what it reads, the figures of its table, what it draws and writes. Without verl."""
+"""Test `verl-gndpo report`: what it reads, the figures of its table, what it draws and writes. Needs no verl."""
 
 import base64
 import io
@@ -23,15 +23,15 @@ from typer.testing import CliRunner
 from verl_gndpo import cli
 from verl_gndpo.observe.worst_tokens import FILE_NAME as WORST_TOKENS
 from verl_gndpo.report import drawing, page, plots, table
+from verl_gndpo.report.drawing import Picture
 from verl_gndpo.report.logs import WANTED, Arm, ReportError, Run, read_arms, read_run
-from verl_gndpo.report.picture import Picture
 from verl_gndpo.report.timing import seconds_by_stage
 
 ACCURACY = "val-core/geo/acc/mean@1"
 GRADIENT = "actor/grad_norm"
 LEVELS = ("p01", "p05", "p50", "p95", "p99")
 KINDS = ("gain", "sign_flip_share", "truncated_share_rise", "correlation", "data_source_gradient_share")
-# What stands for the * of a metric that is logged by group.
+# The groups of a metric that is logged by group, in place of its *.
 GROUPS = {
     "position": [str(part) for part in range(10)],
     "token": ["eos", "digits", "format", "vision_adjacent", "other"],
@@ -41,11 +41,11 @@ GROUPS = {
 
 
 def by_group(name):
-    """A metric of a plot, for each group where it is logged by group."""
+    """Return the names of a plot's metric: one for each group if it is logged by group."""
     return [name.replace("*", group) for group in (GROUPS[name.split("/")[1]] if "*" in name else [""])]
 
 
-# All of the plugin's that are drawn, and what is drawn beside them.
+# All metrics that are drawn, the plugin's and verl's.
 DRAWN = [
     *(name for p in plots.PLOTS for m in p.metrics for pattern in m.names for name in by_group(pattern)),
     *(f"gndpo/log_ratio/{name}" for name in ("mean", *LEVELS)),
@@ -58,7 +58,7 @@ def lines(*entries):
 
 
 def training(step, generator, **more):
-    """What verl and the plugin log in a step, or nearly."""
+    """Return nearly what verl and the plugin log in a step."""
     values = dict(zip(DRAWN, (0.1 + 0.8 * generator.random(len(DRAWN))).round(6).tolist(), strict=True))
     stages = {"gen": 2.5, "adv": 0.1, "update_actor": 1.5, "teacher_log_prob": 0.5}
     return {
@@ -71,7 +71,7 @@ def training(step, generator, **more):
 
 
 def write_run(path, steps=20, every=5, seed=0, source="geo"):
-    """A whole run of `steps`, validated before and every so many; returns its entries."""
+    """Write a whole run that is validated before the first step and after `every` steps. Return its entries."""
     generator = np.random.default_rng(seed)
     accuracy = f"val-core/{source}/acc/mean@1"
     entries = [(0, {accuracy: 0.4})]
@@ -105,25 +105,25 @@ def log(tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Plots take most of the time, and many tests are of other things."""
+    """Draw no plots: they take most of the time, and many tests are of other things."""
     monkeypatch.setattr(page, "draw_plots", lambda arms, teacher: [])
 
 
 @pytest.fixture
 def unpainted(monkeypatch):
-    """Figures are made, but not turned into pixels."""
+    """Make figures but don't render them."""
     monkeypatch.setattr(drawing, "png", lambda figure: b"PNG of " + figure.get_suptitle().encode())
 
 
 def plot(name, arms):
-    """The figure of a plot (None where it is left out) and what is said of it."""
+    """Return the figure of a plot, None if it isn't drawn, and its picture."""
     (found,) = (p for p in plots.PLOTS if p.name == name)
     picture = Picture(found)
     return found.draw(picture, arms, table.Teacher(None, {})), picture
 
 
 def arm(label, *runs):
-    """From {metric: {step: value}} a run."""
+    """Make an arm from {metric: {step: value}} for each run."""
     return Arm(
         label, [Run(label, {name: pd.Series(values, dtype=float) for name, values in run.items()}) for run in runs]
     )
@@ -138,12 +138,12 @@ def points(line):
 
 
 def lines_of(axes):
-    """Points of each line with more than one, in the order drawn, without what is drawn across."""
+    """Return the points of each line, in the order drawn, without single points and lines across the axes."""
     return [points(line) for line in axes.lines if len(line.get_xdata()) > 1 and list(line.get_xdata()) != [0, 1]]
 
 
 class Page(HTMLParser):
-    """Text, images and what a page would load or run."""
+    """Read the text and the images of a page, and what it would load or run."""
 
     def __init__(self, path):
         super().__init__()
@@ -194,7 +194,7 @@ def test_any_truncation_reads_a_prefix_of_the_steps(tmp_path_factory, data, more
     path = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
     size = more.draw(st.integers(0, len(content)))
     path.write_bytes(content[:size])
-    # A line without its end is whole as soon as its last brace is there.
+    # A line is whole as soon as its last brace is there, without the line break.
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
     whole = sum(end - 1 <= size for end in ends)
     expected = {}
@@ -222,7 +222,7 @@ def test_no_junk_between_the_steps_changes_them(tmp_path_factory, junk):
     path.write_bytes(b"".join(a + b + b"\n" for a, b in zip(good, junk, strict=False)) + good[-1])
     run = read_run(path)
     assert run.metrics[GRADIENT].to_dict() == {i: i for i in range(1, len(junk) + 2)}
-    assert run.notes[0].startswith(f"{len(junk)} broken line(s) left out: line 2")
+    assert run.notes[0].startswith(f"{len(junk)} broken line(s) skipped: line 2")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_no_junk_between_the_steps_changes_them(tmp_path_factory, junk):
 def test_json_that_is_no_step_counts_as_broken(log, line):
     run = read_run(log(lines((1, {GRADIENT: 1})) + line + b"\n" + lines((2, {GRADIENT: 2}))))
     assert run.metrics[GRADIENT].to_dict() == {1: 1, 2: 2}
-    assert run.notes == ("1 broken line(s) left out: line 2",)
+    assert run.notes == ("1 broken line(s) skipped: line 2",)
 
 
 def test_values_that_are_no_numbers_or_too_large(log):
@@ -256,7 +256,7 @@ def test_after_a_resume_the_later_step_wins_and_a_validation_merges(log):
     assert run.metrics[ACCURACY].to_dict() == {0: 0.1, 2: 0.3}
     assert run.notes == (
         "2 step(s) logged more than once, as after a resume: the later values are shown",
-        "what follows step 3, up to step 4, is from before the last resume",
+        "steps after 3, up to 4, are from before the last resume",
     )
 
 
@@ -276,7 +276,7 @@ def test_accuracy_is_the_mean_over_most_samples_and_nothing_else(log):
     ("content", "words"),
     [
         *((content, "has no metrics") for content in (b"", b"\n\n", b"epoch 1\n", b'{"step": 1, "da')),
-        (lines((1, {"train/loss": 1})), "has 1 entries, but none of the metrics"),
+        (lines((1, {"train/loss": 1})), "has 1 entries, but no metric that a report uses"),
     ],
 )
 def test_a_log_without_metrics_says_which_and_what_to_do(report, log, content, words):
@@ -322,10 +322,10 @@ def test_a_run_that_goes_on_is_read_as_far_as_it_is(log):
     with path.open("ab") as file:
         run = read_run(path)
         assert run.metrics[GRADIENT].to_dict() == {1: 1}
-        assert run.notes == ("the last line is incomplete (the run is going on, or was killed) and is left out",)
+        assert run.notes == ("the last line is incomplete (the run is going on, or was killed) and is skipped",)
         file.write(step[1][30:-1])
         file.flush()
-        # Whole, though its end isn't written yet.
+        # The line is whole, though its line break isn't written yet.
         assert read_run(path).metrics[GRADIENT].to_dict() == {1: 1, 2: 2} and read_run(path).notes == ()
         file.write(step[1][-1:] + step[2])
     assert read_run(path).metrics[GRADIENT].to_dict() == {1: 1, 2: 2, 3: 3} and read_run(path).notes == ()
@@ -452,8 +452,8 @@ def test_where_the_teachers_accuracy_comes_from(tmp_path, report, undrawn, besid
         ("nan", "give a share"),
         ("most", "give a share"),
         ("geo=", "give a share"),
-        ("math=0.9", "no such data source in the runs -> one of: chart, geo"),
-        ("0.9", "of which data source? -> SOURCE=0.9, of: chart, geo"),
+        ("math=0.9", "no such data source in the runs -> give one of: chart, geo"),
+        ("0.9", "several data sources -> SOURCE=0.9, one of: chart, geo"),
     ],
 )
 def test_a_teachers_accuracy_that_can_t_be_meant(tmp_path, report, given_, words):
@@ -474,7 +474,7 @@ def test_every_metric_that_is_drawn_is_read():
         assert not WANTED.fullmatch(name)
 
 
-def test_all_that_the_plugin_logs_is_drawn_or_left_out_on_purpose():
+def test_every_metric_of_the_plugin_is_drawn_or_excluded_on_purpose():
     torch = pytest.importorskip("torch")
     from verl_gndpo.config import Warn, read_signal_config
     from verl_gndpo.observe import metrics as diagnostics
@@ -498,11 +498,11 @@ def test_all_that_the_plugin_logs_is_drawn_or_left_out_on_purpose():
     }
     logged |= SignalWarnings(Warn()).check(1, logged)[0]
     assert {name for name in DRAWN if name.startswith("gndpo/")} - logged.keys() == set()
-    left_out = re.compile(
+    not_drawn = re.compile(
         r"gndpo/(tokens|log_ratio/(std|min|max)|response/length_mean|data_source/.+/(sign_flip_share|tokens)"
         r"|teacher/.+/(?!k1$|sigma$).+)"
     )
-    assert [name for name in logged if (WANTED.fullmatch(name) is None) != bool(left_out.fullmatch(name))] == []
+    assert [name for name in logged if (WANTED.fullmatch(name) is None) != bool(not_drawn.fullmatch(name))] == []
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -536,7 +536,7 @@ def test_the_marks_of_the_gradient_are_over_all_steps_and_runs():
     assert legend(figure) == ["gradient norm", "median 51", "p95 96", "max 400 at step 50"]
     long = "a label of its settings, lr=1e-6 and more, as long as that"
     figure, _ = plot("grad_norm", [arm(long, {GRADIENT: gradients[0]}), arm("b", {GRADIENT: gradients[1]})])
-    # The label doesn't push the figures out of the legend.
+    # The long label doesn't push the figures out of the legend.
     assert legend(figure)[0] == f"{long}: median 50.5, p95 95, max 100 at step 100"
     assert drawing.is_wide(figure)
 
@@ -609,7 +609,7 @@ def test_half_a_band_is_not_drawn():
     figure, picture = plot("log_ratio", [arm("whole", whole), arm("half", half), arm("pair", pair)])
     assert [axes.get_title() for axes in figure.axes] == ["whole", "pair"]
     assert [len(axes.collections) for axes in figure.axes] == [2, 1]
-    # Comparable at a glance.
+    # The panels have the same range.
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
     assert "not in the log of half, pair: gndpo/log_ratio/p50, gndpo/log_ratio/p99" in picture.remarks
     figure, picture = plot("log_ratio", [arm("half", half)])
@@ -617,7 +617,7 @@ def test_half_a_band_is_not_drawn():
 
 
 def along(values):
-    """By step, what a run logs of each tenth: that value times 1 + the tenth; no response reaches the last."""
+    """Return what a run logs: at each step and for each tenth but the last, the value times 1 + the tenth."""
     return {
         f"gndpo/position/{part}/{name}": {step: sign * value * (1 + part) for step, value in values.items()}
         for name, sign in (("k1", 1), ("advantage_abs_mean", 2))
@@ -647,7 +647,7 @@ def test_positions_of_several_runs_early_and_late():
     (band,) = figure.axes[0].collections
     assert {tuple(x) for x in band.get_paths()[0].vertices.round(6)} >= {(5.0, 90.5), (5.0, 543.0)}
     assert set(points(other).values()) == set(range(1, 10))
-    # What has diverged is in the legend, too.
+    # The run that diverged is in the legend, too.
     assert legend(figure) == ["a", "b", "first fifth of a run’s steps", "last fifth"]
 
 
@@ -664,7 +664,7 @@ def test_groups_of_one_arm_are_lines():
         wanted = {group: tuple(run[f"gndpo/token/{group}/{metric}"].items()) for group in groups}
         assert drawn.keys() == set(wanted.values())
         for group in groups:
-            # A kind has one colour in all panels, also where another is missing.
+            # A group has one colour in all panels, also if a panel lacks another group.
             assert colours.setdefault(group, drawn[wanted[group]]) == drawn[wanted[group]]
     assert len(set(colours.values())) == len(GROUPS["token"])
 
@@ -691,7 +691,7 @@ def test_groups_of_several_arms_are_rows_early_and_late():
     a, b = (drawing.style(i)["color"] for i in range(2))
     low, high = round(1 / 3 - 0.5, 6), round(2 / 3 - 0.5, 6)
     assert dots == {
-        # Of steps 1 to 5, each is a fifth; the median over 1 and 3 times the value.
+        # Each of steps 1 to 5 is a fifth. The median is over 1 and 3 times the value.
         "none": [(2.0, low), (22.0, 1 + low), (55.0, 1 + high)],
         a: [(10.0, low), (30.0, 1 + low)],
         b: [(75.0, 1 + high)],
@@ -716,7 +716,7 @@ def test_more_groups_than_colours_are_rows_also_for_one_arm():
 
 
 def bars(axes):
-    """First and last step of each interval, by collection."""
+    """Return the first and the last step of each interval, by collection."""
     boxes = [[path.get_extents() for path in collection.get_paths()] for collection in axes.collections]
     return [[(box.x0 + 0.5, box.x1 - 0.5) for box in found] for found in boxes]
 
@@ -724,7 +724,7 @@ def bars(axes):
 def test_warnings_are_drawn_where_they_were_raised():
     steps = range(1, 21)
     raised = {
-        # Averaged over two updates, one in which it was raised counts.
+        # 0.5: raised in one of two updates.
         "gain": {step: 0.5 if step in (3, 4, 5, 9, 20) else 0.0 for step in steps},
         "correlation": {step: float(step == 2) for step in steps if step < 11},
         "sign_flip_share": dict.fromkeys(steps, 0.0),
@@ -770,13 +770,13 @@ def test_stages_and_the_rest_add_up_to_the_step():
     assert seconds.loc[2, "other"] == 0
 
 
-def test_what_is_timed_within_a_stage_is_taken_out_of_it():
+def test_a_stage_timed_within_another_is_subtracted_from_it():
     timing = {"gen": 2.0, "adv": 0.5, "gndpo_diagnostics": 0.2, "teacher_ahead": 1.5, "step": 3.0}
     run = {f"timing_s/{name}": {1: value} for name, value in timing.items()}
     seconds = seconds_by_stage(arm("a", run)).loc[1]
-    # The teacher's head start is beside the rollout, not behind it.
+    # The teacher's head start runs in parallel with the rollout.
     assert seconds.to_dict() == pytest.approx({"gen": 2.0, "adv": 0.3, "gndpo_diagnostics": 0.2, "other": 0.5})
-    # With baseline=kl the teacher is asked within verl's timer of the student's pass: together more than the step.
+    # With baseline=kl verl's timer of the student's pass includes the teacher's: together they exceed the step.
     run |= {"timing_s/old_log_prob": {1: 0.4}, "timing_s/teacher_log_prob": {1: 0.3}, "timing_s/step": {1: 2.95}}
     seconds = seconds_by_stage(arm("a", run)).loc[1]
     assert seconds["old_log_prob"] == pytest.approx(0.1) and seconds["teacher_log_prob"] == pytest.approx(0.3)
@@ -790,7 +790,7 @@ def test_the_diagnostics_are_shown_however_short_they_are():
     run = {f"timing_s/{name}": {1: value, 2: value} for name, value in stages.items()}
     figure, picture = plot("timing", [arm("a", run)])
     assert picture.metrics == ["timing_s/*"]
-    # Six of the stages and the diagnostics have a colour; "other" is the rest of them, and of the step.
+    # Six stages and the diagnostics have a colour; "other" is the other stages and the rest of the step.
     shown = [f"stage_{i} {9 - i} s" for i in range(6)]
     assert legend(figure) == [*shown, "gndpo_diagnostics 0.01 s", f"other {50 - sum(range(4, 10)) - 0.01:.3g} s"]
     figure, _ = plot("timing", [arm("a", run), arm("b", {"timing_s/gen": {1: 4.0, 2: 6.0}})])
@@ -798,7 +798,7 @@ def test_the_diagnostics_are_shown_however_short_they_are():
     assert sorted(widths.values()) == [0] * (len(widths) - 1) + [5.0]
 
 
-def test_what_a_run_lacks_is_left_out_and_said(tmp_path, report, log, unpainted):
+def test_plots_that_a_run_lacks_are_not_drawn_and_the_page_says_why(tmp_path, report, log, unpainted):
     write_run(tmp_path / "full/metrics.jsonl")
     bare = log(lines((1, {GRADIENT: 1.0, ACCURACY: 0.5}), (2, {GRADIENT: 2.0})), "bare/metrics.jsonl")
     assert report(bare).exit_code == 0
@@ -808,16 +808,16 @@ def test_what_a_run_lacks_is_left_out_and_said(tmp_path, report, log, unpainted)
     assert "Gain: no run logs gndpo/gain" in text and "Time per stage: no run logs timing_s/*" in text
     assert report(tmp_path / "full", bare).exit_code == 0
     text = Page(tmp_path / "out/index.html").text
-    assert "Not in the log of bare: gndpo/gain." in text and "Left out" not in text
+    assert "Not in the log of bare: gndpo/gain." in text and "Not drawn" not in text
     assert report(f"arm={tmp_path / 'full'}", f"arm={bare}").exit_code == 0
     assert "Not in the log of arm (1 of 2 runs): gndpo/gain." in Page(tmp_path / "out/index.html").text
-    # PNGs that the last report doesn't have are gone.
+    # The next report removes the PNGs that it doesn't have.
     assert len(list((tmp_path / "out").glob("*.png"))) == len(plots.PLOTS)
     assert report(bare).exit_code == 0
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == names
 
 
-# One for each way of drawing.
+# One plot for each way of drawing.
 WAYS = ("accuracy", "grad_norm", "warnings", "log_ratio", "positions", "teachers", "timing")
 
 
@@ -923,9 +923,9 @@ def test_what_was_skipped_is_printed_and_on_the_page(tmp_path, report, undrawn):
     assert result.exit_code == 0
     notes = [line for line in result.stdout.splitlines() if line.startswith("note")]
     assert notes[0].startswith(f"note    {path}: the last line is incomplete")
-    assert notes[1] == f"note    {path}: 1 broken line(s) left out: line 5"
+    assert notes[1] == f"note    {path}: 1 broken line(s) skipped: line 5"
     text = Page(tmp_path / "out/index.html").text
-    assert "the last line is incomplete" in text and "1 broken line(s) left out: line 5" in text
+    assert "the last line is incomplete" in text and "1 broken line(s) skipped: line 5" in text
     assert "steps 1 to 19" in text
 
 
@@ -933,7 +933,7 @@ def test_what_was_skipped_is_printed_and_on_the_page(tmp_path, report, undrawn):
 
 
 def write_long(path, steps, names=180):
-    """Steps of that many metrics, of which the report wants most: all of the plugin's, of two data sources."""
+    """Write steps with `names` metrics each. The report uses most of them."""
     data = training(1, np.random.default_rng(0))
     data |= {f"other/metric_{i}": 0.123456789 for i in range(names - len(data))}
     body = json.dumps(data).removeprefix("{")
@@ -952,7 +952,7 @@ def test_ten_thousand_steps(tmp_path, report, unpainted):
     assert result.exit_code == 0, result.output
     assert time.monotonic() - start < 60
     (arm,) = json.loads((tmp_path / "out/summary.json").read_text())["arms"]
-    # The table is of all values, not of those drawn: steps 8020 to 10,000.
+    # The table uses all values, not only those drawn: steps 8020 to 10,000.
     assert arm["steps"]["mean"] == 10_000
     assert arm["accuracy"]["geo"]["accuracy_late_mean"]["mean"] == pytest.approx(0.901)
 
@@ -975,7 +975,7 @@ def test_reading_is_linear_in_time_and_keeps_only_what_is_wanted(tmp_path):
     tracemalloc.stop()
     assert not any(name.startswith("other/") for name in run.metrics)
     values = sum(map(len, run.metrics.values()))
-    # A step and a value of 8 bytes each, while read and sorted three times over.
+    # A step and a value take 8 bytes each; there are three copies while they are read and sorted.
     assert 1000 * (len(DRAWN) - 1) < values and peak < 3 * 16 * values
 
 

@@ -1,6 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verl-gndpo report`: plots and a table from what verl's file logger wrote, without verl.
+"""Draw and compare runs from the logs of verl's file logger, for `verl-gndpo report`. Needs neither verl nor torch.
 
-read.py takes logs, table.py compares them, figures.py lists the plots; curves.py, breakdown.py and timeline.py draw
-them with drawing.py, picture.py holds what is drawn and said of it, page.py writes the page.
+The modules, in the order in which the data passes through them:
+
+    logs.py       read the logs
+    table.py      compute the figures of the table
+    plots.py      the list of plots
+    curves.py     draw metrics over steps
+    groups.py     draw metrics by group: token classes, positions, data sources, teachers
+    timing.py     draw how the time of a step divides into stages
+    drawing.py    what a plot is; how lines, bands and legends look
+    page.py       write the page, its PNGs and summary.json
+
+docs/report.md describes the report for its readers.
 """

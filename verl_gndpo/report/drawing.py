@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How lines, bands and legends look. Text from logs is drawn as it is, never as mathematics."""
+"""Define what a plot is, and how lines, bands and legends look.
+
+Text from logs is drawn as it is, never as mathematics.
+"""
 
 import io
 import math
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -11,37 +17,151 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from verl_gndpo.report.logs import Arm, is_finite
+from verl_gndpo.report.table import Teacher
+
 # Okabe and Ito's colours for all kinds of colour vision, without yellow, which is too light for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")
+Dashes = Literal["-", "--", "-.", ":"]
+DASHES: tuple[Dashes, ...] = ("-", "--", "-.", ":")
 GREY, DARK = "#BBBBBB", "#555555"
 
-# Inches, of which a plot takes all or half.
+# In inches. A plot is as wide as the page, or half as wide.
 PAGE_WIDTH = 10.8
 DPI = 120
 TICKS = (1, 2, 5, 10)
 
-# Up to so many values, each has a dot; above LONG, a running median over 1/SMOOTHING of them is drawn over the values.
+# Each value of a line with at most this many has a dot.
 DOTS = 40
+# A line with more values is drawn as a running median over 1/SMOOTHING of them, above the values.
 LONG = 100
 SMOOTHING = 20
-# A long line is drawn from the extremes of so many bins.
+# A longer line is drawn from the extremes of this many bins.
 BINS = 800
 
 
-def figure(panels: int, height: float = 2.9, wide: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with that many axes over steps, of up to three in a row; `height` of a row in inches.
+@dataclass(frozen=True)
+class Metric:
+    """A metric in a plot.
 
-    One panel takes half the width of the page, unless `wide`.
+    If there is one arm, metrics with the same unit share axes.
+
+    Attributes:
+        names: its possible names; the first that any run has is drawn. A * stands for each of several groups.
+        label, unit: its name in the plot, and the label of its axis.
+    """
+
+    names: tuple[str, ...]
+    label: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot of the report.
+
+    Attributes:
+        section: the heading of the page that it is under.
+        name: the name of its PNG, without ".png".
+        title: the text above it.
+        reading: a caption that says what to look for.
+        draw: makes the figure, and fills in the picture's metrics and remarks. Returns None if no run has its data.
+        metrics: the metrics that it shows.
+        logarithmic: use a logarithmic axis if some values are far from the others.
+        marks: mark the median, 95th percentile and maximum of each arm, and give their values in the legend.
+        limit: the value at which to draw a line across.
+    """
+
+    section: str
+    name: str
+    title: str
+    reading: str
+    draw: Callable[["Picture", list[Arm], Teacher], Figure | None]
+    metrics: tuple[Metric, ...] = ()
+    logarithmic: bool = False
+    marks: bool = False
+    limit: float | None = None
+
+
+@dataclass
+class Picture:
+    """A drawn plot, or the reasons why it isn't drawn.
+
+    Attributes:
+        plot: what is drawn.
+        png: None if the plot isn't drawn.
+        wide: True if it is as wide as the page.
+        metrics: names of the metrics that are drawn.
+        missing: names that aren't drawn, by reason.
+    """
+
+    plot: Plot
+    png: bytes | None = None
+    wide: bool = False
+    metrics: list[str] = field(default_factory=list)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+
+    def remark(self, reason: str, name: str) -> None:
+        """Say why something isn't drawn. Names with the same reason share a remark."""
+        self.missing.setdefault(reason, []).append(name)
+
+    def remark_missing(self, name: str, arms: list[Arm], found: list[list[pd.Series | None]]) -> bool:
+        """Say which arms, or how many runs of an arm, lack a metric; if any run has a finite value, count it as drawn.
+
+        Args:
+            name: the metric, or a pattern for several.
+            found: its values for each run of each arm; None if the run doesn't log it.
+
+        Returns:
+            True if any run has a finite value.
+        """
+        absent = [sum(x is None for x in runs) for runs in found]
+        useless = [sum(not is_finite(x) for x in runs) - count for runs, count in zip(found, absent, strict=True)]
+        if sum(absent) + sum(useless) == sum(map(len, found)):
+            self.remark("never finite:" if any(useless) else "no run logs", name)
+            return False
+        for reason, counts in (("not in the log of", absent), ("never finite in the log of", useless)):
+            lacking = [
+                arm.label + (f" ({count} of {len(arm.runs)} runs)" if count < len(arm.runs) else "")
+                for arm, count in zip(arms, counts, strict=True)
+                if count
+            ]
+            if lacking:
+                self.remark(f"{reason} {', '.join(lacking)}:", name)
+        self.metrics.append(name)
+        return True
+
+    @property
+    def remarks(self) -> list[str]:
+        """Return the reasons with their names, in words."""
+        return [f"{reason} {', '.join(names)}" for reason, names in self.missing.items()]
+
+
+class Style(TypedDict):
+    """How a line looks, as arguments of matplotlib."""
+
+    color: str
+    linestyle: Dashes
+
+
+def figure(panels: int, height: float = 2.9, wide: bool = False) -> tuple[Figure, list[Axes]]:
+    """Make a figure with axes over steps, up to three in a row.
+
+    Args:
+        panels: number of axes.
+        height: of a row of axes, in inches.
+        wide: make one panel as wide as the page. Otherwise it is half as wide.
     """
     columns = 2 if panels == 4 else min(panels, 3)
     rows = math.ceil(panels / columns)
     width = PAGE_WIDTH / (1 if wide or columns > 1 else 2)
-    made = Figure(figsize=(width, 0.7 + height * rows), dpi=DPI, layout="constrained")
-    made.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    made = Figure(figsize=(width, 0.7 + height * rows), dpi=DPI)
+    made.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     grid = list(made.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[panels:]:
         axes.remove()
@@ -55,22 +175,22 @@ def figure(panels: int, height: float = 2.9, wide: bool = False) -> tuple[Figure
 
 
 def is_wide(figure: Figure) -> bool:
-    """Whether it takes the whole width of the page, not half of it."""
+    """Return True if a figure is as wide as the page, not half as wide."""
     return figure.get_figwidth() == PAGE_WIDTH
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG."""
+    """Render a figure as a PNG."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # A label may be in a script that matplotlib's font lacks; the page has it as text.
+        # Labels may use a script that matplotlib's font lacks. The page has them as text.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
-def legend(figure: Figure, entries: dict[str, Artist]) -> None:
-    """Below the axes, where it covers no data. Nothing without entries."""
+def legend(figure: Figure, entries: Mapping[str, Artist]) -> None:
+    """Add a legend below the axes, where it covers no data. Add none without entries."""
     if not entries:
         return
     room = int(12.6 * figure.get_figwidth())
@@ -84,25 +204,33 @@ def legend(figure: Figure, entries: dict[str, Artist]) -> None:
 
 
 def headline(figure: Figure, text: str) -> None:
-    """On the left, as the legend, where a narrow screen shows it of a wide figure, too."""
+    """Add a headline on the left, where a narrow screen shows it for a wide figure, too."""
     figure.suptitle(text, x=0.015, ha="left", fontweight="bold")
 
 
 def title(axes: Axes, text: str) -> None:
-    """Of one panel."""
-    panel = axes.figure.get_figwidth() / axes.get_subplotspec().get_gridspec().ncols
-    axes.set_title(one_line(text, int(11 * panel)), fontsize=10, parse_math=False)
+    """Set the title of one panel."""
+    assert isinstance(axes.figure, Figure)
+    width = axes.figure.get_figwidth() / place(axes).get_gridspec().ncols
+    axes.set_title(one_line(text, int(11 * width)), fontsize=10, parse_math=False)
+
+
+def place(axes: Axes) -> SubplotSpec:
+    """Return the place of a panel in the figure's grid."""
+    found = axes.get_subplotspec()
+    assert found is not None
+    return found
 
 
 def set_rows(axes: Axes, labels: list[str]) -> None:
-    """A row a label from the top down, at 0, 1, ..., without lines across."""
+    """Make one row per label, from the top down at 0, 1, ..., without grid lines across."""
     axes.set_yticks(range(len(labels)), [one_line(label, 26) for label in labels], parse_math=False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(False, axis="y")
 
 
 def set_values_across(axes: Axes, label: str) -> None:
-    """Not steps; from 0 where none is below."""
+    """Make the horizontal axis one of values, not of steps. It starts at 0 if no value is negative."""
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=TICKS))
     if axes.dataLim.xmin >= 0:
@@ -110,30 +238,31 @@ def set_values_across(axes: Axes, label: str) -> None:
 
 
 def set_shares(axes: Axes) -> None:
-    """From 0, so that little looks like little."""
+    """Start the vertical axis at 0, so that a small share looks small."""
     axes.set_ylim(0, _beyond(axes.dataLim.ymax))
 
 
 def _beyond(greatest: float) -> float:
-    """The end of a range from 0 in which nothing is at the edge."""
+    """Return the end of an axis from 0 that keeps the greatest value off the edge."""
     return 1.05 * greatest if greatest > 0 else 1.0
 
 
 def one_line(text: str, limit: int) -> str:
-    """On one line, without the middle of what is too long. Matplotlib hides labels that start with an underscore."""
+    """Return a text on one line, with the middle cut out if it is longer than `limit` characters."""
     text = " ".join(text.split()).encode("utf-8", "replace").decode()
     if len(text) > limit:
         text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+    # Matplotlib hides labels that start with an underscore.
     return " " * text.startswith("_") + text
 
 
-def style(index: int) -> dict[str, str]:
-    """Colour, then dashes."""
+def style(index: int) -> Style:
+    """Return the style of the line with this index. All colours are used before dashes repeat them."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
 
 
-def line(axes: Axes, runs: list[pd.Series], style: dict[str, str]) -> Line2D:
-    """The median over runs; for several, with a band from the least to the greatest. Gaps where values are NaN."""
+def line(axes: Axes, runs: list[pd.Series], style: Style) -> Line2D:
+    """Draw the median over runs, and a band from the least to the greatest if there are several. NaN makes a gap."""
     table = pd.concat(runs, axis=1).sort_index()
     middle = table.median(axis=1)
     if len(runs) > 1:
@@ -149,7 +278,7 @@ def line(axes: Axes, runs: list[pd.Series], style: dict[str, str]) -> Line2D:
 
 
 def band(axes: Axes, low: pd.Series, high: pd.Series, colour: str, alpha: float = 0.2) -> Artist:
-    """The area between two lines over the same steps."""
+    """Draw the area between two lines over the same steps."""
     starts = np.arange(0, len(low), math.ceil(len(low) / BINS))
     edges = np.fmin.reduceat(low.to_numpy(), starts), np.fmax.reduceat(high.to_numpy(), starts)
     return axes.fill_between(
@@ -158,14 +287,14 @@ def band(axes: Axes, low: pd.Series, high: pd.Series, colour: str, alpha: float 
 
 
 def smooth(values: pd.Series) -> pd.Series:
-    """The running median of a long line; gaps stay gaps. A short one as it is."""
+    """Return the running median of a long line, with its gaps. Return a short line as it is."""
     if len(values) <= LONG:
         return values
     return values.rolling(len(values) // SMOOTHING, center=True, min_periods=1).median().where(values.notna())
 
 
 def thin(values: pd.Series) -> pd.Series:
-    """What looks like a long line, in few points: the least, the greatest and the first gap of each bin."""
+    """Reduce a long line to points that look the same: the least, the greatest and the first gap of each bin."""
     size = math.ceil(len(values) / BINS)
     if size < 4:
         return values
@@ -179,14 +308,14 @@ def thin(values: pd.Series) -> pd.Series:
 
 
 def share_limits(panels: list[Axes]) -> None:
-    """The same vertical range for all."""
+    """Give all panels the same vertical range."""
     ends = [axes.get_ylim() for axes in panels]
     for axes in panels:
         axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
 
 
 def set_log_scale(axes: Axes, runs: list[pd.Series]) -> None:
-    """Where all values are positive and some are far from the others."""
+    """Make the vertical axis logarithmic if all values are positive and some are far from the others."""
     values = pd.concat(runs).dropna()
     if len(values) and values.min() > 0 and values.max() > 10 * values.median():
         axes.set_yscale("log")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of metrics that are logged for each of several groups: tenths of a response, kinds of tokens, data sources."""
+"""Draw metrics that are logged by group: tenths of a response, token classes, data sources, teachers."""
+
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -9,22 +11,28 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from verl_gndpo.report import drawing
-from verl_gndpo.report.logs import Arm, Run
-from verl_gndpo.report.picture import Metric, Picture, any_finite, is_finite, median, remark_missing, series
+from verl_gndpo.report.drawing import Metric, Picture
+from verl_gndpo.report.logs import Arm, Run, any_finite, is_finite, median
 from verl_gndpo.report.table import Teacher
 
-# In so many parts of as many steps a run is cut.
+# The steps of a run are cut into this many parts of equal length.
 PARTS = 5
-# One colour a part, from early to late.
+# One colour per part, from early to late.
 SHADES = ("#A6CEE3", "#74A9CF", "#3690C0", "#0570B0", "#023858")
 EARLY, LATE = "first fifth of a run’s steps", "last fifth"
 
-# By group, the metric's name.
 Groups = dict[str, str]
+"""Names of a metric, by group."""
+
+
+class _Dot(TypedDict):
+    color: str
+    markersize: float
+    clip_on: bool
 
 
 def draw_groups(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | None:
-    """One arm: a line a group over steps. Several arms, or more groups than colours: a row a group, early and late."""
+    """Draw one line per group over steps. For several arms, or more groups than colours: one row per group."""
     found = _find_groups(picture, arms)
     labels = sorted({group for _, groups in found for group in groups})
     if not labels:
@@ -35,7 +43,7 @@ def draw_groups(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | None:
     entries: dict[str, Artist] = {}
     for axes, (metric, groups) in zip(grid, found, strict=True):
         for group, name in groups.items():
-            entries[group] = drawing.line(axes, series(arms[0], name), drawing.style(labels.index(group)))
+            entries[group] = drawing.line(axes, arms[0].series(name), drawing.style(labels.index(group)))
         axes.set_ylabel(metric.unit)
         drawing.title(axes, metric.label)
         if metric.unit.startswith("share"):
@@ -45,7 +53,10 @@ def draw_groups(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | None:
 
 
 def draw_positions(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | None:
-    """Along the response. One run: a line a fifth of its steps. Several: a line an arm, early (dashed) and late."""
+    """Draw values along the response: one line per fifth of a run's steps.
+
+    If there are several runs: two lines per arm, for the first (dashed) and the last fifth.
+    """
     found = _find_groups(picture, arms)
     if not found:
         return None
@@ -59,15 +70,15 @@ def draw_positions(picture: Picture, arms: list[Arm], _: Teacher) -> Figure | No
         axes.set_ylabel(metric.unit)
         drawing.title(axes, metric.label)
     if len(runs) > 1:
-        for label, dashes in ((EARLY, "--"), (LATE, "-")):
-            entries[label] = Line2D([], [], color=drawing.DARK, linestyle=dashes)
+        entries[EARLY] = Line2D([], [], color=drawing.DARK, linestyle="--")
+        entries[LATE] = Line2D([], [], color=drawing.DARK, linestyle="-")
     drawing.legend(figure, entries)
     return figure
 
 
 def _draw_parts(axes: Axes, run: Run, groups: Groups) -> dict[str, Artist]:
-    """One run: a line a part of its steps."""
-    entries = {}
+    """Draw one line per part of a run's steps."""
+    entries: dict[str, Artist] = {}
     parts = _parts(run, run.training_steps)
     for part, values in _along(run, groups).items():
         steps = run.training_steps[parts == part]
@@ -77,8 +88,8 @@ def _draw_parts(axes: Axes, run: Run, groups: Groups) -> dict[str, Artist]:
 
 
 def _draw_early_late(axes: Axes, arms: list[Arm], groups: Groups) -> dict[str, Artist]:
-    """Several runs: two lines an arm, the late one with the range over runs."""
-    entries = {}
+    """Draw two lines per arm. The late one has the range over runs."""
+    entries: dict[str, Artist] = {}
     for i, arm in enumerate(arms):
         tables = [_along(run, groups) for run in arm.runs]
         early, late = ([table[part] for table in tables if part in table] for part in (0, PARTS - 1))
@@ -93,12 +104,12 @@ def _draw_early_late(axes: Axes, arms: list[Arm], groups: Groups) -> dict[str, A
 
 
 def _draw_rows(found: list[tuple[Metric, Groups]], labels: list[str], arms: list[Arm]) -> Figure:
-    """A row a group; in it for each arm the median over runs (filled: late, hollow: early) and their range."""
+    """Draw one row per group, and in it each arm's median over runs (hollow: early, filled: late) and late range."""
     figure, grid = drawing.figure(len(found), height=max(2.9, 0.9 + 0.19 * len(labels) * (len(arms) + 1)))
     entries: dict[str, Artist] = {}
     for axes, (metric, groups) in zip(grid, found, strict=True):
         for i, arm in enumerate(arms):
-            look = {"color": drawing.style(i)["color"], "markersize": 6, "clip_on": False}
+            look: _Dot = {"color": drawing.style(i)["color"], "markersize": 6, "clip_on": False}
             for group, name in groups.items():
                 y = labels.index(group) + (i + 1) / (len(arms) + 1) - 0.5
                 means = [_means(run, run.metrics[name]) for run in arm.runs if is_finite(run.metrics.get(name))]
@@ -124,19 +135,18 @@ def _label_rows(axes: Axes, labels: list[str]) -> None:
     drawing.set_rows(axes, labels)
     for y in range(1, len(labels)):
         axes.axhline(y - 0.5, color=drawing.GREY, linewidth=0.8)
-    if not axes.get_subplotspec().is_first_col():
+    if not drawing.place(axes).is_first_col():
         axes.tick_params(labelleft=False)
 
 
 def _find_groups(picture: Picture, arms: list[Arm]) -> list[tuple[Metric, Groups]]:
-    """The groups of each metric that any run has a finite value of."""
+    """Return the groups of each metric for which any run has a finite value."""
     found = []
     for metric in picture.plot.metrics:
         (pattern,) = metric.names
         before, after = pattern.split("*")
         by_run = [[_matching(run, before, after) for run in arm.runs] for arm in arms]
-        if remark_missing(picture, pattern, arms, [[any_finite(x.values()) for x in runs] for runs in by_run]):
-            picture.metrics.append(pattern)
+        if picture.remark_missing(pattern, arms, [[any_finite(x.values()) for x in runs] for runs in by_run]):
             groups = sorted({g for runs in by_run for x in runs for g, values in x.items() if is_finite(values)})
             found.append((metric, {group: f"{before}{group}{after}" for group in groups}))
     return found
@@ -148,7 +158,7 @@ def _matching(run: Run, before: str, after: str) -> dict[str, pd.Series]:
 
 
 def _parts(run: Run, steps: pd.Index) -> np.ndarray:
-    """In which of the PARTS of the run each step is; the only step of a run is in the last."""
+    """Return the index of the part in which each step is. The only step of a run is in the last part."""
     first, last = run.training_steps[0], run.training_steps[-1]
     if first == last:
         return np.full(len(steps), PARTS - 1)
@@ -156,12 +166,15 @@ def _parts(run: Run, steps: pd.Index) -> np.ndarray:
 
 
 def _means(run: Run, values: pd.Series) -> pd.Series:
-    """Over the steps of each of the run's parts that has a finite value."""
+    """Return the mean for each part of the run that has a finite value."""
     return values.groupby(_parts(run, values.index)).mean().dropna()
 
 
 def _along(run: Run, groups: Groups) -> pd.DataFrame:
-    """Over the middles of the tenths [% of the response], a column a part of the run."""
+    """Return the means by position, one column per part of the run.
+
+    Positions are the middles of the tenths, in % of the response.
+    """
     means = {int(g): _means(run, run.metrics[name]) for g, name in groups.items() if name in run.metrics}
     table = pd.DataFrame(means).T.sort_index()
     table.index = 100 * (table.index + 0.5) / 10

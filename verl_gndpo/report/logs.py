@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logs of verl's file logger, finished or not: lines of {"step": int, "data": {name: number}}."""
+"""Read logs of verl's file logger, finished or not: lines of {"step": int, "data": {name: number}}."""
 
 import json
 import math
 import re
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -19,7 +21,7 @@ REMEDY = 'train with trainer.logger=["console","file"], and give the file that v
 
 ACCURACY = re.compile(r"val-core/(?P<source>.+)/acc/mean@(?P<samples>\d+)")
 WARNING = "gndpo/warning/"
-# All that is kept of a log; with the plugin's own, a step has more than 180 metrics.
+# The metrics that are kept. A step logs more than 180.
 WANTED = re.compile(
     ACCURACY.pattern
     + r"|timing_s/[^/]+|actor/grad_norm|critic/(?:score|rewards)/mean|response_length/(?:mean|max|clip_ratio)"
@@ -30,17 +32,17 @@ WANTED = re.compile(
     r"|data_source/.+/(?:k1|gradient_share|share)|teacher/.+/(?:k1|sigma)|teacher_ahead_share"
     r"|response/(?:length_p95|truncated_share|eos_share)|warning/[^/]+)"
 )
-# Of more metrics than that with values that aren't finite, one note tells.
+# If more metrics than this have values that are not finite, they share one note.
 NAMED = 3
 
-# Beyond it a step is no longer exact in JSON, and no run gets there.
+# JSON readers can't tell larger steps apart, and no run gets there.
 MAX_STEP = 2**53
-# What is beyond counts as not finite: float32, in which all of it is computed, ends at 3e38, and sums would overflow.
+# Larger values count as not finite: verl computes in float32, which ends at 3e38, and sums would overflow here.
 MAX_VALUE = 1e100
 
 
 class ReportError(ValueError):
-    """What the user gave can't be reported on. One line: what, where, and what to do."""
+    """A report can't be made from what the user gave. The message is one line: what is wrong, where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Run:
 
     Attributes:
         path: the file.
-        metrics: by name, values over steps in ascending order; NaN where a value was logged that is not finite.
-        notes: what was skipped or is odd, a sentence each.
-        teacher_accuracy: of the `summary.json` beside the log, or None.
+        metrics: by name, values over ascending steps. A value that is not finite is NaN.
+        notes: sentences on what was skipped or is unusual.
+        teacher_accuracy: from the `summary.json` beside the log, or None.
     """
 
     path: Path
@@ -61,7 +63,7 @@ class Run:
 
     @cached_property
     def accuracy(self) -> dict[str, pd.Series]:
-        """Validation accuracy by data source: mean over N samples a prompt, of the largest N that was logged."""
+        """Return the validation accuracy by data source: the mean over N samples per prompt, N the largest logged."""
         names = sorted((int(match["samples"]), match["source"], name) for name, match in self._accuracy_names())
         by_source: dict[str, pd.Series] = {}
         for _, source, name in names:
@@ -71,7 +73,7 @@ class Run:
 
     @cached_property
     def training_steps(self) -> pd.Index:
-        """The steps at which anything but a validation was logged, ascending."""
+        """Return the steps, ascending, at which anything but a validation was logged."""
         validations = {name for name, _ in self._accuracy_names()}
         steps = pd.Index([], dtype="int64")
         for name, values in self.metrics.items():
@@ -79,34 +81,65 @@ class Run:
                 steps = steps.union(values.index)
         return steps
 
-    def _accuracy_names(self) -> list[tuple[str, re.Match]]:
+    def _accuracy_names(self) -> list[tuple[str, re.Match[str]]]:
         return [(name, match) for name in self.metrics if (match := ACCURACY.fullmatch(name))]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ by seed only, under one label."""
+    """Runs under one label, which differ only by seed."""
 
     label: str
     runs: list[Run]
+
+    def find(self, name: str) -> list[pd.Series | None]:
+        """Return a metric for each run, None if the run doesn't log it."""
+        return [run.metrics.get(name) for run in self.runs]
+
+    def series(self, name: str) -> list[pd.Series]:
+        """Return a metric for each run that has a finite value of it."""
+        return [values for values in self.find(name) if is_finite(values)]
+
+
+def is_finite(values: pd.Series | None) -> TypeGuard[pd.Series]:
+    """Return True if any value is finite, so that there is something to draw."""
+    return values is not None and bool(values.notna().any())
+
+
+def any_finite(values: Iterable[pd.Series]) -> pd.Series | None:
+    """Return one of a run's metrics to stand for all of them: a finite one if there is one, None if there are none."""
+    return max(values, key=is_finite, default=None)
+
+
+def median(values: list[pd.Series]) -> pd.Series:
+    """Return the median over runs for each step."""
+    return values[0] if len(values) == 1 else pd.concat(values, axis=1).sort_index().median(axis=1)
+
+
+def warned(values: pd.Series) -> pd.Index:
+    """Return the steps at which a warning was raised.
+
+    The value of a step is the share of its updates that raised the warning.
+    """
+    return values.index[values > 0]
 
 
 def read_arms(arguments: list[str]) -> list[Arm]:
     """Read the runs of a command line.
 
     Args:
-        arguments: each PATH or LABEL=PATH of a log or of a folder that has one. Runs under one LABEL are one arm; a run
-            without a label is an arm of its own, named after its folder or file.
+        arguments: PATH or LABEL=PATH for each run; PATH is a log or a folder with a log. Runs with the same LABEL are
+            one arm. A run without a label is its own arm, named after its folder or file.
 
     Raises:
-        ReportError: a path that doesn't exist, has no metrics, or is given twice.
-        OSError: a log that can't be read.
+        ReportError: a path doesn't exist, has no metrics, or is given twice.
+        OSError: a log can't be read.
     """
     given = [_split(argument) for argument in arguments]
     for i, (_, path) in enumerate(given):
         if any(path.samefile(other) for _, other in given[:i]):
             raise ReportError(f"{path} is given twice -> give each run once; the seeds of an arm are different files")
-    # Runs without a label are never taken for seeds of one arm.
+    # Runs without a label stay separate arms even if their names are equal.
     names = Counter(_name(path) for label, path in given if not label) + Counter({label for label, _ in given if label})
     arms: dict[str, Arm] = {}
     for label, path in given:
@@ -116,7 +149,7 @@ def read_arms(arguments: list[str]) -> list[Arm]:
 
 
 def _split(argument: str) -> tuple[str, Path]:
-    """Label, "" where there is none, and log of an argument."""
+    """Return the label and the log of an argument. The label is "" if there is none."""
     label, separator, path = argument.partition("=")
     if separator and label.strip() and not Path(argument).exists():
         return label.strip(), _find_log(Path(path))
@@ -128,18 +161,20 @@ def _name(path: Path) -> str:
 
 
 def read_run(path: Path) -> Run:
-    """Read a log, skipping and noting what is broken in it.
+    """Read a log. Skip broken lines and note them.
 
-    A step that was logged again (after a resume) has its later values; entries of one step are merged by metric.
+    If a step was logged again, as after a resume, its later values count. Entries of one step are merged by metric.
 
     Raises:
-        ReportError: no line of the file is a step of verl's file logger, or none has a metric that is reported on.
+        ReportError: no line of the file is a step of verl's file logger, or no line has a metric that a report uses.
         OSError: the file can't be read.
     """
     wanted = cache(lambda name: WANTED.fullmatch(name) is not None)
-    columns = defaultdict(lambda: (array("q"), array("d")))
-    not_finite: dict[str, int] = defaultdict(int)
-    broken, cut, entries, last_step = [], False, 0, None
+    # By metric: steps and values.
+    columns: dict[str, tuple[array[int], array[float]]] = defaultdict(lambda: (array("q"), array("d")))
+    not_finite: Counter[str] = Counter()
+    broken: list[int] = []
+    cut, entries, last_step = False, 0, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -153,7 +188,7 @@ def read_run(path: Path) -> Run:
             last_step, data = entry
             for name, value in data.items():
                 # verl's logger writes NaN and infinity as null.
-                if not wanted(name) or not (value is None or type(value) in (int, float)):
+                if not wanted(name) or (value is not None and type(value) not in (int, float)):
                     continue
                 value = _finite(value)
                 not_finite[name] += math.isnan(value)
@@ -163,12 +198,12 @@ def read_run(path: Path) -> Run:
     if not entries:
         raise ReportError(f"{path} has no metrics of verl's file logger -> {REMEDY}")
     if not columns:
-        raise ReportError(f"{path} has {entries} entries, but none of the metrics that are reported on -> {REMEDY}")
+        raise ReportError(f"{path} has {entries} entries, but no metric that a report uses -> {REMEDY}")
 
     metrics, repeated = {}, pd.Index([], dtype="int64")
     for name in sorted(columns):
-        steps, values = map(np.asarray, columns[name])
-        series = pd.Series(values, pd.Index(steps, name="step"))
+        steps, values = columns[name]
+        series = pd.Series(np.asarray(values), pd.Index(np.asarray(steps), name="step"))
         again = series.index.duplicated(keep="last")
         repeated = repeated.union(series.index[again].unique())
         metrics[name] = series[~again].sort_index()
@@ -176,28 +211,31 @@ def read_run(path: Path) -> Run:
 
     notes = []
     if cut:
-        notes.append("the last line is incomplete (the run is going on, or was killed) and is left out")
+        notes.append("the last line is incomplete (the run is going on, or was killed) and is skipped")
     if broken:
         shown = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
-        notes.append(f"{len(broken)} broken line(s) left out: line {shown}")
+        notes.append(f"{len(broken)} broken line(s) skipped: line {shown}")
     if len(repeated):
         notes.append(f"{len(repeated)} step(s) logged more than once, as after a resume: the later values are shown")
         if last_step < last:
-            notes.append(f"what follows step {last_step}, up to step {last}, is from before the last resume")
-    notes += _describe_not_finite({name: count for name, count in not_finite.items() if count})
+            notes.append(f"steps after {last_step}, up to {last}, are from before the last resume")
+    notes += _describe_not_finite(+not_finite)
     notes += _describe_warnings(metrics)
     teacher_accuracy, teacher_note = _read_teacher_accuracy(path.with_name("summary.json"))
     return Run(path, metrics, (*notes, *teacher_note), teacher_accuracy)
 
 
 def _find_log(path: Path) -> Path:
-    """The log that a path means: itself, or `metrics.jsonl` or else the only .jsonl file in it.
+    """Return the log that a path means: the file itself, or the folder's `metrics.jsonl`, or its only .jsonl file.
 
-    The plugin's own .jsonl file, which is put beside the log, isn't one.
+    The plugin's own .jsonl file, which may be beside the log, doesn't count.
+
+    Raises:
+        ReportError: the path doesn't exist, or the folder has no or several logs.
     """
     if not path.is_dir():
         if not path.exists():
-            raise ReportError(f"{path} does not exist -> give a log of verl's file logger, or a folder that has one")
+            raise ReportError(f"{path} does not exist -> give a log of verl's file logger, or a folder with one")
         return path
     if (path / "metrics.jsonl").is_file():
         return path / "metrics.jsonl"
@@ -210,7 +248,7 @@ def _find_log(path: Path) -> Path:
 
 
 def _parse(line: bytes) -> tuple[int, dict] | None:
-    """Step and data of a line; None where it isn't one of verl's file logger."""
+    """Return the step and the data of a line, None if verl's file logger didn't write it."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -220,13 +258,13 @@ def _parse(line: bytes) -> tuple[int, dict] | None:
 
 
 def _finite(value: float | None) -> float:
-    """The value as a float, NaN where that isn't finite."""
+    """Return the value as a float, NaN if it isn't finite."""
     return float(value) if value is not None and abs(value) <= MAX_VALUE else math.nan
 
 
-def _describe_not_finite(counts: dict[str, int]) -> list[str]:
-    """Notes on how many values of which metrics."""
-    end = "value(s) not finite, shown as gaps and left out of the table"
+def _describe_not_finite(counts: Mapping[str, int]) -> list[str]:
+    """Return notes on the numbers of values that are not finite, by metric."""
+    end = "value(s) not finite, shown as gaps and not in the table"
     if len(counts) <= NAMED:
         return [f"{name}: {count} {end}" for name, count in counts.items()]
     first = ", ".join(list(counts)[:NAMED])
@@ -234,7 +272,7 @@ def _describe_not_finite(counts: dict[str, int]) -> list[str]:
 
 
 def _describe_warnings(metrics: dict[str, pd.Series]) -> list[str]:
-    """Notes on the plugin's warnings that were raised."""
+    """Return notes on the plugin's warnings that were raised."""
     notes = []
     for name, values in metrics.items():
         if name.startswith(WARNING):
@@ -245,13 +283,8 @@ def _describe_warnings(metrics: dict[str, pd.Series]) -> list[str]:
     return notes
 
 
-def warned(values: pd.Series) -> pd.Index:
-    """The steps of a warning. Averaged over the updates of one weight sync, it is a share of them."""
-    return values.index[values > 0]
-
-
 def _read_teacher_accuracy(path: Path) -> tuple[float | None, list[str]]:
-    """`teacher_accuracy` of a summary.json, as the quickstart writes it; and a note where it can't be used."""
+    """Read `teacher_accuracy` from a summary.json as the quickstart writes it; add a note if it can't be used."""
     try:
         summary = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -262,5 +295,5 @@ def _read_teacher_accuracy(path: Path) -> tuple[float | None, list[str]]:
     if value is None:
         return None, []
     if type(value) not in (int, float) or not 0 <= value <= 1:
-        return None, [f"{path}: teacher_accuracy is {str(value)[:40]}, not a share between 0 and 1, and is left out"]
+        return None, [f"{path}: teacher_accuracy is {str(value)[:40]}, not a share between 0 and 1, and is ignored"]
     return float(value), []

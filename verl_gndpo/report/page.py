@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One self-contained page: no network, no script, PNGs inside."""
+"""Write the report: one self-contained page (no network, no script, PNGs inside), its PNGs and its table."""
 
 import base64
 import json
@@ -8,13 +8,12 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from verl_gndpo.report.drawing import LONG, SMOOTHING
+from verl_gndpo.report.drawing import LONG, SMOOTHING, Picture
 from verl_gndpo.report.logs import ReportError, read_arms
-from verl_gndpo.report.picture import Picture
 from verl_gndpo.report.plots import PLOTS, draw_plots
 from verl_gndpo.report.table import ACCURACY_COLUMNS, RUN_COLUMNS, read_teacher, summarise
 
-# Tells a summary.json of ours from the quickstart's, which lies beside a log.
+# Marks the summary.json of a report. The quickstart writes another one, beside its log.
 FORMAT = "verl-gndpo report"
 
 STYLE = """
@@ -44,14 +43,14 @@ def write_report(arguments: list[str], out: Path, teacher_accuracy: list[str]) -
 
     Args:
         arguments: PATH or LABEL=PATH, as in `read_arms`.
-        out: folder, made if it is missing; PNGs of an earlier report that this one doesn't have are removed.
+        out: the folder, made if it is missing. PNGs of an earlier report that this one doesn't have are removed.
         teacher_accuracy: SHARE or SOURCE=SHARE, as in `read_teacher`.
 
     Returns:
-        the page and the table, as `summarise` gives it.
+        the path of the page, and the table from `summarise`.
 
     Raises:
-        ReportError: the arguments can't be reported on, or `out` has a summary.json that isn't a report's.
+        ReportError: an argument is wrong, a run has no metrics, or `out` has a summary.json that isn't a report's.
         OSError: a file can't be read or written.
     """
     _refuse_foreign_summary(out / "summary.json")
@@ -73,7 +72,7 @@ def write_report(arguments: list[str], out: Path, teacher_accuracy: list[str]) -
 
 
 def render(table: list[dict], pictures: list[Picture]) -> str:
-    """The page.
+    """Return the page as HTML.
 
     Args:
         table: from `summarise`.
@@ -89,16 +88,16 @@ def render(table: list[dict], pictures: list[Picture]) -> str:
         _render_table(table),
         _render_notes(table),
         "<h2>Plots</h2>",
-        "<p>Several runs of one arm: the median over runs, and a band from the least to the greatest. Lines of more "
-        f"than {LONG} values: a running median over {100 // SMOOTHING} % of them, drawn over the values or the band. "
-        "A gap: a value that is not finite.</p>",
+        "<p>Several runs of one arm are drawn as the median over runs, with a band from the least to the greatest. "
+        f"Lines of more than {LONG} values are running medians over {100 // SMOOTHING} % of them, drawn over the "
+        "values or the band. A gap is a value that is not finite.</p>",
     ]
-    drawn = [picture for picture in pictures if picture.png]
-    for section, group in groupby(drawn, key=lambda picture: picture.plot.section):
-        parts += [f"<h3>{section}</h3><div class=plots>", *map(_render_picture, group), "</div>"]
-    if left_out := [picture for picture in pictures if not picture.png]:
-        items = "".join(f"<li>{escape(p.plot.title)}: {escape('; '.join(p.remarks))}</li>" for p in left_out)
-        parts.append(f"<h2>Left out</h2><ul>{items}</ul>")
+    drawn = [(picture, picture.png) for picture in pictures if picture.png]
+    for section, group in groupby(drawn, key=lambda pair: pair[0].plot.section):
+        parts += [f"<h3>{section}</h3><div class=plots>", *(_render_picture(*pair) for pair in group), "</div>"]
+    if missing := [picture for picture in pictures if not picture.png]:
+        items = "".join(f"<li>{escape(p.plot.title)}: {escape('; '.join(p.remarks))}</li>" for p in missing)
+        parts.append(f"<h2>Not drawn</h2><ul>{items}</ul>")
     return "\n".join([*parts, "</body></html>\n"])
 
 
@@ -120,7 +119,7 @@ def _render_table(table: list[dict]) -> str:
     legend = "; ".join(f"<b>{escape(heading)}</b>: {escape(meaning)}" for heading, meaning in columns.values())
     return (
         f"<div class=wide><table><tr>{''.join(heads)}{''.join(rows)}</table></div>"
-        "<p>Accuracies are shares. Over several runs: the mean, and the range below it. –: the log doesn't say. "
+        "<p>Accuracies are shares. Several runs have their mean, and the range below it. –: the log doesn't say. "
         f"{legend}.</p>"
     )
 
@@ -146,8 +145,8 @@ def _render_notes(table: list[dict]) -> str:
     return f"<h2>Logs</h2><ul>{''.join(items)}</ul>"
 
 
-def _render_picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode()
+def _render_picture(picture: Picture, png: bytes) -> str:
+    data = base64.b64encode(png).decode()
     names = ", ".join(f"<code>{escape(name)}</code>" for name in picture.metrics)
     remarks = "".join(f" <b>{escape(remark[0].upper() + remark[1:])}.</b>" for remark in picture.remarks)
     return (
@@ -169,7 +168,7 @@ def _refuse_foreign_summary(path: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: under a temporary name first."""
+    """Write a file whole or not at all: first under a temporary name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)

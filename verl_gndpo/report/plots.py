@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plots of a report: what each shows, and of which metrics."""
+"""List the plots of a report: the caption, the metrics and the way of drawing of each. Add a plot here."""
 
 from verl_gndpo.report import drawing
-from verl_gndpo.report.curves import draw_accuracy, draw_log_ratio, draw_metrics
+from verl_gndpo.report.curves import draw_accuracy, draw_log_ratio, draw_metrics, draw_warnings
+from verl_gndpo.report.drawing import Metric, Picture, Plot
 from verl_gndpo.report.groups import draw_groups, draw_positions
 from verl_gndpo.report.logs import Arm
-from verl_gndpo.report.picture import Metric, Picture, Plot
 from verl_gndpo.report.table import Teacher
-from verl_gndpo.report.timing import draw_timing, draw_warnings
+from verl_gndpo.report.timing import draw_timing
 
-# As docs/metrics.md.
+# The same as in docs/metrics.md.
 CORRELATION_LIMIT = 0.99
 
 RESULT, SIGNAL, GRADIENT, RUN = "Result", "Signal", "Where the gradient comes from", "Responses and time"
@@ -29,14 +29,14 @@ PLOTS = (
         RESULT,
         "accuracy",
         "Validation accuracy",
-        "Dashed: the teacher, where its accuracy is known.",
+        "Dashed: the teacher, if its accuracy is known.",
         draw_accuracy,
     ),
     Plot(
         RESULT,
         "reward",
         "Task reward",
-        "Of the rollouts that are trained on.",
+        "The mean over the rollouts that the student is trained on.",
         draw_metrics,
         (Metric(("critic/score/mean", "critic/rewards/mean"), "mean", "reward"),),
     ),
@@ -44,7 +44,7 @@ PLOTS = (
         RESULT,
         "grad_norm",
         "Gradient norm",
-        "Before clipping. A maximum far above the median: single steps that throw the student off.",
+        "Before clipping. If the maximum is far above the median, single steps throw the student off.",
         draw_metrics,
         (Metric(("actor/grad_norm",), "gradient norm", "gradient norm"),),
         logarithmic=True,
@@ -54,7 +54,7 @@ PLOTS = (
         RESULT,
         "warnings",
         "Warnings",
-        "Thick: steps in which a limit of algorithm.gndpo.warn is passed. Thin: where a run was judged.",
+        "Thick: steps at which a limit of algorithm.gndpo.warn was passed. Thin: steps that were checked.",
         draw_warnings,
     ),
     Plot(
@@ -70,14 +70,14 @@ PLOTS = (
         "log_ratio",
         "Log-ratio of teacher and student",
         "log π_T − log π_old of the sampled tokens, before the bound: the mean rises towards 0 as the student "
-        "approaches the teacher. Bands: between quantiles over tokens; of several runs, medians over runs.",
+        "approaches the teacher. Bands: between quantiles over tokens. Several runs: medians over runs.",
         draw_log_ratio,
     ),
     Plot(
         SIGNAL,
         "signal",
         "Mean and deviation of the bounded signal",
-        "What whitening subtracts (mu) and divides by (sigma), in nats or the bound’s own unit.",
+        "Whitening subtracts mu and divides by sigma. In nats, or in the bound’s own unit.",
         draw_metrics,
         (Metric(("gndpo/mu",), "mu", "bounded signal"), Metric(("gndpo/sigma",), "sigma", "bounded signal")),
     ),
@@ -85,7 +85,7 @@ PLOTS = (
         SIGNAL,
         "gain",
         "Gain",
-        "What the centred signal is multiplied by. Growing without end: noise is re-inflated near convergence.",
+        "The factor on the centred signal. If it grows without end, noise is re-inflated near convergence.",
         draw_metrics,
         (Metric(("gndpo/gain",), "gain", "gain"),),
         logarithmic=True,
@@ -94,7 +94,7 @@ PLOTS = (
         SIGNAL,
         "clipping",
         "Tokens beyond the bound",
-        "More than a few per cent: teacher and student disagree badly, or don't fit.",
+        "If it is more than a few per cent, teacher and student disagree badly, or don't fit together.",
         draw_metrics,
         (
             Metric(("gndpo/clipped_low_share",), "below −limit", TOKENS),
@@ -105,7 +105,8 @@ PLOTS = (
         SIGNAL,
         "beyond",
         "Tokens with a large log-ratio",
-        "Log-ratios of either sign beyond 1, 5 and 10 nats. Beyond 10 is hardly ever style: look at the worst tokens.",
+        "Log-ratios of either sign beyond 1, 5 and 10 nats. Style rarely explains more than 10: look at the worst "
+        "tokens.",
         draw_metrics,
         tuple(Metric((f"gndpo/log_ratio/beyond_{nats}_share",), f"beyond {nats} nats", TOKENS) for nats in (1, 5, 10)),
         logarithmic=True,
@@ -114,7 +115,8 @@ PLOTS = (
         SIGNAL,
         "sign_flips",
         "Sign flips",
-        "Tokens whose advantage and bounded signal differ in sign: disliked but reinforced, or the reverse.",
+        "Tokens whose advantage and bounded signal differ in sign: the teacher dislikes them but they are reinforced, "
+        "or the reverse.",
         draw_metrics,
         (Metric(("gndpo/sign_flip_share",), "sign flips", TOKENS),),
     ),
@@ -122,7 +124,7 @@ PLOTS = (
         SIGNAL,
         "correlation",
         "Correlation of rollout and actor probabilities",
-        f"Below {CORRELATION_LIMIT} the rollout and the training engine disagree, and no signal helps.",
+        f"Below {CORRELATION_LIMIT}, the rollout engine and the training engine disagree, and no signal helps.",
         draw_metrics,
         (Metric(("training/rollout_actor_probs_pearson_corr",), "correlation", "Pearson correlation"),),
         limit=CORRELATION_LIMIT,
@@ -131,9 +133,9 @@ PLOTS = (
         GRADIENT,
         "concentration",
         "Concentration of the gradient",
-        "Few tokens do all the work where the top 1 % has much of the gradient, or where few tokens of one size would "
-        "do (the effective sample; normal advantages: 0.03 and 0.64), or where the kurtosis is in the hundreds or the "
-        "largest advantage far above 10.",
+        "Few tokens do all the work if the top 1 % has much of the gradient (0.03 for normal advantages), if the "
+        "effective sample is small (0.64 for normal advantages), if the kurtosis is in the hundreds, or if the largest "
+        "advantage is far above 10.",
         draw_metrics,
         (
             Metric(("gndpo/top_1pct_gradient_share",), "top 1 % of tokens", "share"),
@@ -147,7 +149,7 @@ PLOTS = (
         GRADIENT,
         "positions",
         "Along the response",
-        "A distance that rises along the response: the student leaves what the teacher knows.",
+        "If the distance rises along the response, the student goes where the teacher has no experience.",
         draw_positions,
         _by("position"),
     ),
@@ -155,7 +157,7 @@ PLOTS = (
         GRADIENT,
         "token_classes",
         "By kind of token",
-        "Most of the signal (share times weight) in format: the student learns to look like the teacher.",
+        "If most of the signal (share times weight) is in format, the student learns to look like the teacher.",
         draw_groups,
         (*_by("token"), Metric(("gndpo/token/*/share",), "share of the tokens", "share")),
     ),
@@ -163,8 +165,8 @@ PLOTS = (
         GRADIENT,
         "data_sources",
         "By data source",
-        "Logged where a batch has several. One with much more of the gradient than of the tokens, or with nearly all: "
-        "the others hardly train.",
+        "Logged if a batch has several. If one has a much larger share of the gradient than of the tokens, or nearly "
+        "all of it, the others hardly train.",
         draw_groups,
         (
             Metric(("gndpo/data_source/*/k1",), "distance from the teacher (k1)", K1),
@@ -176,8 +178,8 @@ PLOTS = (
         GRADIENT,
         "teachers",
         "By teacher",
-        "Logged where there are several. One whose k1 stays while the others’ fall is not learned from; one with a "
-        "much larger sigma outweighs the others, unless each is scaled by itself.",
+        "Logged if there are several. The student doesn't learn from a teacher whose k1 stays while the others’ falls. "
+        "A teacher with a much larger sigma outweighs the others, unless each is scaled separately.",
         draw_groups,
         (
             Metric(("gndpo/teacher/*/k1",), "distance from the teacher (k1)", K1),
@@ -188,7 +190,7 @@ PLOTS = (
         RUN,
         "response_length",
         "Response length and ends",
-        "Many responses at the limit, or without EOS, are cut off, and their end is not learned.",
+        "Responses at the limit or without EOS are cut off. If there are many, the student doesn't learn to end them.",
         draw_metrics,
         (
             Metric(("response_length/mean",), "mean", "tokens"),
@@ -203,15 +205,16 @@ PLOTS = (
         RUN,
         "timing",
         "Time per stage",
-        "Stages as verl times them, without what is timed apart within them, and their means; “other” is what "
-        "timing_s/step has beyond them. Validation is “testing”.",
+        "Stages as verl times them, with their means. A stage that is timed within another is subtracted from it. "
+        "“other” is the rest of timing_s/step. Validation is “testing”.",
         draw_timing,
     ),
     Plot(
         RUN,
         "teacher_ahead",
         "Scored while the rollout ran",
-        "Of a dedicated teacher or servers. Near 0: responses all end together, or the teacher is too slow.",
+        "Responses that a dedicated teacher or servers scored before the rollout ended. If it is near 0, all responses "
+        "end at the same time, or the teacher is too slow.",
         draw_metrics,
         (Metric(("gndpo/teacher_ahead_share",), "scored ahead", "share of responses"),),
     ),
@@ -219,7 +222,7 @@ PLOTS = (
 
 
 def draw_plots(arms: list[Arm], teacher: Teacher) -> list[Picture]:
-    """All plots in order, each with what it shows or why it is left out."""
+    """Draw all plots in order. A plot without data has remarks that say why."""
     return [_draw_plot(plot, arms, teacher) for plot in PLOTS]
 
 

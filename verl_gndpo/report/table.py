@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures that runs are compared by."""
+"""Compute the figures by which runs are compared."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import pandas as pd
 
 from verl_gndpo.report.logs import Arm, ReportError, Run
 
-# By key: heading and meaning.
+# By key in summary.json: heading and meaning.
 ACCURACY_COLUMNS = {
     "accuracy_before": ("before", "validation before the first training step of the log"),
     "accuracy_after": ("after", "last validation after a training step"),
@@ -21,19 +21,22 @@ ACCURACY_COLUMNS = {
 RUN_COLUMNS = {
     "grad_norm_max_over_median": ("gradient max / median", "greatest over median gradient norm, before clipping"),
     "steps": ("steps", "number of the last training step"),
-    "seconds_per_step": ("s a step", "median of timing_s/step, without validation"),
+    "seconds_per_step": ("s per step", "median of timing_s/step, without validation"),
 }
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Accuracy of the teacher as given by the user: one for all, or by data source; else what lies beside the run."""
+    """The teacher's accuracies (shares) that the user gave: one for all runs, or one per data source."""
 
     overall: float | None
     by_source: dict[str, float]
 
     def accuracy(self, run: Run, source: str) -> float | None:
-        """None where it isn't known: one number says nothing about each of several data sources."""
+        """Return the accuracy given for a run, else the one from the summary.json beside it; None if there is neither.
+
+        An accuracy without a data source counts only if the run has one data source.
+        """
         if source in self.by_source:
             return self.by_source[source]
         overall = run.teacher_accuracy if self.overall is None else self.overall
@@ -41,13 +44,14 @@ class Teacher:
 
 
 def read_teacher(arguments: list[str], arms: list[Arm]) -> Teacher:
-    """What `--teacher-accuracy X` and `--teacher-accuracy SOURCE=X` say.
+    """Read the values of `--teacher-accuracy`: X or SOURCE=X.
 
     Raises:
-        ReportError: X is no share between 0 and 1, SOURCE is no data source of the runs, or it is missing where the
-            runs have several.
+        ReportError: X is not a share between 0 and 1, SOURCE is not a data source of the runs, or SOURCE is missing
+            although the runs have several.
     """
-    overall, by_source = None, {}
+    overall: float | None = None
+    by_source: dict[str, float] = {}
     sources = sorted({source for arm in arms for run in arm.runs for source in run.accuracy})
     for argument in arguments:
         source, separator, number = argument.rpartition("=")
@@ -59,9 +63,11 @@ def read_teacher(arguments: list[str], arms: list[Arm]) -> Teacher:
             raise ReportError(f"--teacher-accuracy {argument}: give a share between 0 and 1, or SOURCE=SHARE")
         known = ", ".join(sources) or "none"
         if separator and source not in sources:
-            raise ReportError(f"--teacher-accuracy {argument}: no such data source in the runs -> one of: {known}")
+            raise ReportError(f"--teacher-accuracy {argument}: no such data source in the runs -> give one of: {known}")
         if not separator and len(sources) > 1:
-            raise ReportError(f"--teacher-accuracy {argument}: of which data source? -> SOURCE={number}, of: {known}")
+            raise ReportError(
+                f"--teacher-accuracy {argument}: the runs have several data sources -> SOURCE={number}, one of: {known}"
+            )
         if separator:
             by_source[source] = value
         else:
@@ -70,38 +76,40 @@ def read_teacher(arguments: list[str], arms: list[Arm]) -> Teacher:
 
 
 def describe_accuracy(accuracy: pd.Series, run: Run, teacher: float | None) -> dict[str, float | None]:
-    """ACCURACY_COLUMNS of one run and data source (shares); None where the log doesn't say.
+    """Compute ACCURACY_COLUMNS (shares) for one run and data source. A value is None if the log doesn't determine it.
 
     Args:
-        accuracy: over steps, ascending; values that aren't finite are ignored.
-        run: the steps that it trained tell "before" and "late".
-        teacher: its accuracy, or None.
+        accuracy: over ascending steps; values that are not finite are ignored.
+        run: the steps that it trained define "before" and "late".
+        teacher: the teacher's accuracy, or None.
     """
     accuracy = accuracy.dropna()
     if accuracy.empty:
         return dict.fromkeys(ACCURACY_COLUMNS)
     trained = run.training_steps
-    # verl numbers training steps from 1; a log that starts after a resume has its validation one step earlier.
+    # verl numbers training steps from 1. A log that starts after a resume has its validation one step earlier.
     start = max(trained[0], 1) if len(trained) else 1
-    before, after = accuracy[accuracy.index < start], accuracy[accuracy.index >= start]
-    before = before.iloc[0] if len(before) else None
-    after = after.iloc[-1] if len(after) else None
+    untrained, later = accuracy[accuracy.index < start], accuracy[accuracy.index >= start]
+    before = _number(untrained.iloc[0]) if len(untrained) else None
+    after = _number(later.iloc[-1]) if len(later) else None
     logged = trained.union(accuracy.index)
     first, last = logged[0], logged[-1]
     late = accuracy[5 * (last - accuracy.index) <= last - first]
-    known = None not in (before, after, teacher) and teacher > before
+    gap_closed = None
+    if before is not None and after is not None and teacher is not None and teacher > before:
+        gap_closed = _number((after - before) / (teacher - before))
     return {
-        "accuracy_before": _number(before),
-        "accuracy_after": _number(after),
+        "accuracy_before": before,
+        "accuracy_after": after,
         "accuracy_best": _number(accuracy.max()),
-        "gap_closed": _number((after - before) / (teacher - before)) if known else None,
+        "gap_closed": gap_closed,
         "accuracy_late_mean": _number(late.mean()),
         "accuracy_peak_drop": _number((accuracy.cummax() - accuracy).max()),
     }
 
 
 def describe_run(run: Run) -> dict[str, float | None]:
-    """RUN_COLUMNS of one run; None where the log doesn't say."""
+    """Compute RUN_COLUMNS for one run. A value is None if the log doesn't determine it."""
     empty = pd.Series(dtype="float64")
     gradient = run.metrics.get("actor/grad_norm", empty)
     median = gradient.median()
@@ -113,12 +121,13 @@ def describe_run(run: Run) -> dict[str, float | None]:
 
 
 def summarise(arms: list[Arm], teacher: Teacher) -> list[dict]:
-    """The table, an entry an arm, fit for JSON.
+    """Compute the table, fit for JSON.
 
     Returns:
-        each {"label", "runs": [{"path", "steps": [first, last] or None, "notes", "teacher_accuracy": {source: share or
-        None}}], "accuracy": {source: {column: spread}}, column: spread}. A spread is {"mean", "min", "max", "values"}:
-        values in the order of the runs with None where unknown, the others over what is known (None: nothing is).
+        one entry per arm: {"label", "runs": [{"path", "steps": [first, last] or None, "notes", "teacher_accuracy":
+        {source: share or None}}], "accuracy": {source: {column: spread}}, column: spread}. A spread is {"mean", "min",
+        "max", "values"}: "values" has one entry per run, None if unknown; the others are over the known values, or
+        None.
     """
     return [_summarise_arm(arm, teacher) for arm in arms]
 
@@ -150,7 +159,7 @@ def _summarise_arm(arm: Arm, teacher: Teacher) -> dict:
 
 
 def _spreads(rows: list[dict[str, float | None]]) -> dict[str, dict]:
-    """By column, over runs."""
+    """Return the spread over runs for each column."""
     spreads = {}
     for column in rows[0]:
         values = [row[column] for row in rows]
