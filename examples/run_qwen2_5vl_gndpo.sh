@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# GNDPO on Geometry3K: a Qwen2.5-VL-3B student learns from a Qwen2.5-VL-7B teacher on its own answers.
+# Train with GNDPO on Geometry3K: a Qwen2.5-VL-3B student learns from a Qwen2.5-VL-7B teacher on its own answers.
 #
 #   python data_prep/geo3k.py --local_save_dir ~/data/geo3k
-#   bash examples/run_qwen2_5vl_gndpo.sh                                  # the published setting, GPUs detected
+#   bash examples/run_qwen2_5vl_gndpo.sh                                  # the published settings, on all GPUs found
 #   TEACHER=/models/teacher LR=2e-6 bash examples/run_qwen2_5vl_gndpo.sh trainer.total_epochs=2
 #   PROFILE=cpu STUDENT=... TEACHER=... bash examples/run_qwen2_5vl_gndpo.sh   # the same overrides on tiny models
 #
-# Every capitalised setting below can be set in the environment; every argument is a Hydra override and comes last.
+# Set any capitalised setting below in the environment. Arguments are Hydra overrides, and win over the settings.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python}
@@ -18,10 +18,10 @@ DATA_DIR=${DATA_DIR:-$HOME/data/geo3k}
 TRAIN_FILE=${TRAIN_FILE:-$DATA_DIR/train.parquet}
 VAL_FILE=${VAL_FILE:-$DATA_DIR/test.parquet}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen2_5vl_gndpo}
-ESTIMATOR=${ESTIMATOR:-gndpo}                 # gndpo | opd | another of docs/signal.md | any of verl's own
+ESTIMATOR=${ESTIMATOR:-gndpo}                 # gndpo, opd, another preset of docs/signal.md, or any of verl's own
 
-BATCH=${BATCH:-32}                            # prompts a step; one update a step, strictly on-policy
-N=${N:-16}                                    # responses a prompt
+BATCH=${BATCH:-32}                            # prompts per step; one update per step, strictly on-policy
+N=${N:-16}                                    # responses per prompt
 LR=${LR:-1e-6}
 EPOCHS=${EPOCHS:-1}
 TEMPERATURE=${TEMPERATURE:-1.0}
@@ -29,7 +29,7 @@ FREEZE_VISION=${FREEZE_VISION:-True}
 NNODES=${NNODES:-1}
 
 if [ "$PROFILE" = gpu ]; then
-    # Without any visible GPU the published eight are assumed, for a launch from a head node.
+    # A head node may have no GPU of its own: assume the published eight.
     detected=$(nvidia-smi -L 2>/dev/null | wc -l || true)
     GPUS=${GPUS:-$(( detected > 0 ? detected : 8 ))}
     MAX_PROMPT=${MAX_PROMPT:-8192}
@@ -39,14 +39,14 @@ if [ "$PROFILE" = gpu ]; then
     DTYPE=${DTYPE:-bfloat16}
     LOGGER=${LOGGER:-'["console","file","tensorboard"]'}
 elif [ "$PROFILE" = cpu ]; then
-    GPUS=${GPUS:-1}                           # a logical count: Ray places one worker on each
+    GPUS=${GPUS:-1}                           # a logical number: Ray places one worker on each
     MAX_PROMPT=${MAX_PROMPT:-128}
     MAX_RESPONSE=${MAX_RESPONSE:-24}
     TOKENS_PER_GPU=${TOKENS_PER_GPU:-8192}
     ROLLOUT_TP=1
     DTYPE=float32
     LOGGER=${LOGGER:-'["console","file"]'}
-    # Compiling costs more than it saves on tiny models, and nothing may ask a hub.
+    # Compilation costs more than it saves on tiny models. The hub settings keep the run offline.
     export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
     export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0 RAY_DEDUP_LOGS=0
 else
@@ -57,7 +57,7 @@ mkdir -p "$OUTPUT_DIR"
 export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$OUTPUT_DIR/metrics.jsonl}
 
 OVERRIDES=(
-    # The method: log-ratios to the teacher, whitened over the batch, under GSPO with sequence-mean-token-mean.
+    # The method: log-ratios to the teacher, whitened over the batch, with GSPO and seq-mean-token-mean.
     algorithm.adv_estimator="$ESTIMATOR"
     +gndpo=default
     +teacher=worker
@@ -94,7 +94,7 @@ OVERRIDES=(
     actor_rollout_ref.rollout.temperature="$TEMPERATURE"
     actor_rollout_ref.rollout.dtype="$DTYPE"
     actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
-    # `dummy`, verl's default, leaves buffers that are not part of a weight sync with random content.
+    # verl's default, `dummy`, fills buffers with random values, and a weight sync does not replace those.
     actor_rollout_ref.rollout.load_format=auto
     actor_rollout_ref.rollout.calculate_log_probs=True
 
@@ -125,7 +125,7 @@ else
         +ray_kwargs.ray_init.object_store_memory=500000000
         transfer_queue.backend.SimpleStorage.num_data_storage_units=1
         data.dataloader_num_workers=0
-        # Any number would fork a process that has used torch's threads, and may hang.
+        # Any number would fork a process in which torch has started threads. Such a fork may hang.
         data.filter_overlong_prompts_workers=null
         actor_rollout_ref.model.use_remove_padding=False
         +actor_rollout_ref.model.override_config.attn_implementation=sdpa
@@ -137,7 +137,7 @@ else
         +actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype=fp32
         +actor_rollout_ref.actor.fsdp_config.mixed_precision.buffer_dtype=fp32
         actor_rollout_ref.rollout.enforce_eager=True
-        # vLLM has no sleep mode on the CPU.
+        # vLLM does not support its sleep mode on the CPU.
         actor_rollout_ref.rollout.free_cache_engine=False
         +actor_rollout_ref.rollout.enable_sleep_mode=False
         actor_rollout_ref.rollout.max_model_len=$(( MAX_PROMPT + MAX_RESPONSE ))

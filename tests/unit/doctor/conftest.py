@@ -4,11 +4,11 @@
 import json
 import shutil
 
-import hydra
 import pytest
 from omegaconf import OmegaConf
 
 from examples.quickstart.tiny_vlm import build_tiny_vlm
+from tests.helpers import verl_config
 from tests.unit.doctor.helpers import CPU_RUN, write
 
 
@@ -39,8 +39,7 @@ def text_model(student, tmp_path):
 
 @pytest.fixture(scope="session")
 def run_config():
-    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
-        config = hydra.compose("ppo_trainer", overrides=list(CPU_RUN))
+    config = verl_config(*CPU_RUN)
     OmegaConf.set_struct(config, False)
     return config
 
