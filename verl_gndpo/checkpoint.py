@@ -1,21 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the signal carries from step to step, in the folder of a step's checkpoint."""
+"""Keeps what the signal carries from step to step in the folder of a step's checkpoint."""
 
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from verl_gndpo.advantage import SignalState
 
 FILE = "gndpo_signal_state.json"
 
 
-def save_state(folder: str | Path, state: SignalState) -> None:
-    """Write it, whole or not at all.
+def step_folder(trainer: Any, step: int) -> Path:
+    """Return the folder of a step's checkpoint, as verl names it.
 
     Args:
-        folder: of the step, `global_step_<n>`; made if missing.
+        trainer: verl's section `trainer`.
+        step: the global step.
+    """
+    return Path(trainer.default_local_dir) / f"global_step_{step}"
+
+
+def save_state(folder: str | Path, state: SignalState) -> None:
+    """Write the state completely or not at all.
+
+    Args:
+        folder: of the step's checkpoint; made if missing.
+        state: what to write.
     """
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,10 +37,10 @@ def save_state(folder: str | Path, state: SignalState) -> None:
 
 
 def load_state(folder: str | Path) -> SignalState | None:
-    """Read it; None where the checkpoint has none.
+    """Read the state; return None if the checkpoint has none.
 
     Raises:
-        ValueError: the file is not what `save_state` writes; names it.
+        ValueError: the file is not one that `save_state` writes; the message names it.
     """
     path = Path(folder) / FILE
     if not path.exists():

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's trainers, with a teacher: the step of GNDPO.
+"""The step of GNDPO, to be mixed into verl's trainers.
 
-    rollout -> teacher log-probs -> student log-probs -> advantages over the whole batch -> actor update
+    rollout -> teacher's log-probs -> student's log-probs -> advantages over the whole batch -> actor update
 
-For baseline=kl the student comes before the teacher, who compares its most likely tokens with its own.
-
-The three trainers of verl's registry are replaced, under their own names, by subclasses that differ from them only when
-`algorithm.adv_estimator` is one of ours. (Under a new name verl would give a trainer its asynchronous replay buffer.)
+`step_order` is that list, and says when it differs. `verl_patches/trainers.py` puts the mixin in front of the trainers
+in verl's registry. They differ from verl's only when `algorithm.adv_estimator` is one of ours.
 """
 
 import logging
-import os
+from collections.abc import Callable
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import torch
 import transfer_queue as tq
-from omegaconf import open_dict
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl import DataProto
@@ -24,52 +24,88 @@ from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_to_nested
 
 from verl_gndpo.advantage import SignalState
-from verl_gndpo.checkpoint import load_state, save_state
-from verl_gndpo.config import GNDPOConfig, read_signal_config, read_teacher_config, uses_gndpo
+from verl_gndpo.checkpoint import load_state, save_state, step_folder
+from verl_gndpo.config import GNDPOConfig, Signal, TeacherConfig, read_signal_config, read_teacher_config, uses_gndpo
 from verl_gndpo.doctor.run import raise_on_errors
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.observe.monitor import SignalMonitor
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating
 from verl_gndpo.teacher.server import ServerTeacher, use_servers
+from verl_gndpo.verl_patches.actor import apply_in_actor, freeze_tower_in_actor
 from verl_gndpo.verl_patches.policy_loss import keep_policy_loss
 from verl_gndpo.verl_patches.replay_buffer import poll_often
 from verl_gndpo.verl_patches.resource_pools import call_when_created
+
+if TYPE_CHECKING:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer as _Trainer
+else:
+    # Importing verl's trainers imports this module, through the patch that extends them.
+    _Trainer = object
 
 logger = logging.getLogger(__name__)
 
 TEACHER_POOL = "teacher_pool"
 
-# What of a multimodal student belongs to its images, as peft's `exclude_modules` matches the names of modules.
-VISION_MODULES = r".*\b(visual|vision_tower|vision_model|multi_modal_projector)\b.*"
+
+def step_order(signal: Signal) -> tuple[str, ...]:
+    """Return what a step computes between the rollout and the actor's update, in order.
+
+    verl computes "student" and "advantages", in this order. The mixin computes the rest, before, between or after them.
+    """
+    if signal.baseline == "kl":
+        # The teacher compares the student's most likely tokens with its own.
+        return ("student", "teacher", "advantages")
+    return ("teacher", "student", "advantages")
 
 
-class GNDPOTrainerMixin:
+class GNDPOTrainerMixin(_Trainer):
     """Asks the teacher and hands the batch to the estimator; everything else is the trainer that it is mixed into."""
 
     runs_gndpo_step = True
-    """Tells this class from verl's own without importing it."""
+    """Distinguishes this class from verl's own without an import of it."""
 
     signal_state: SignalState | None = None
     """What scale=ema carries from step to step; None for any other scale."""
 
-    def __init__(self, config):
+    teacher: TeacherClient | ServerTeacher
+
+    _score_finished: Callable[[], None] | None = None
+    """Lets a dedicated teacher begin with prompts that are finished already; None if it must wait for the batch."""
+
+    def __init__(self, config: DictConfig) -> None:
         self.uses_gndpo = uses_gndpo(config)
         if self.uses_gndpo:
             raise_on_errors(config)
-            self.teacher_config = read_teacher_config(config)
-            if self.teacher_config.backend == "server":
-                use_servers(config, self.teacher_config)
-            _honour_frozen_tower(config.actor_rollout_ref)
-            signal = read_signal_config(config.algorithm, config.algorithm.adv_estimator).signal
-            if signal.baseline == "kl":
-                _import_in_actor(config.actor_rollout_ref, "verl_gndpo.verl_patches.student_top_k")
-            if signal.scale == "ema":
-                self.signal_state = SignalState()
+            self.teacher_config: TeacherConfig = read_teacher_config(config)
+            self._prepare(config)
         super().__init__(config)
         if self.uses_gndpo:
             poll_often(self.replay_buffer)
 
-    def _init_resource_pool_mgr(self):
+    def _prepare(self, config: DictConfig) -> None:
+        """Change verl's config where our settings ask for more than an advantage estimator."""
+        signal = read_signal_config(config.algorithm, config.algorithm.adv_estimator).signal
+        if self.teacher_config.backend == "server":
+            use_servers(config, self.teacher_config)
+        freeze_tower_in_actor(config.actor_rollout_ref)
+        if signal.baseline == "kl":
+            apply_in_actor(config.actor_rollout_ref, "student_top_k")
+        if signal.scale == "ema":
+            self.signal_state = SignalState()
+
+    @cached_property
+    def _gndpo(self) -> GNDPOConfig:
+        """The resolved `algorithm.gndpo`."""
+        return read_signal_config(self.config.algorithm, self.config.algorithm.adv_estimator)
+
+    @property
+    def _needs_kl(self) -> bool:
+        """True if the baseline is the KL divergence, for which the teacher is given the student's distribution."""
+        return self.uses_gndpo and self._gndpo.signal.baseline == "kl"
+
+    # --- set-up -------------------------------------------------------------------------------------------------------
+
+    def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         if not self.uses_gndpo:
             return
@@ -83,58 +119,61 @@ class GNDPOTrainerMixin:
             name = TEACHER_POOL
             pools.resource_pool_spec[name] = [teacher.n_gpus_per_node] * teacher.nnodes
 
-        def start_teacher():
+        def start_teacher() -> None:
             self.teacher = TeacherClient(teacher, pools.resource_pool_dict[name], self.config.trainer.device)
 
         # It starts while the actor and the rollout engines do.
         call_when_created(pools, start_teacher)
 
-    def _setup(self):
+    def _setup(self) -> None:
         super()._setup()
-        if self.uses_gndpo:
-            self.monitor = SignalMonitor(self.config, self._gndpo, self.tokenizer, self.processor)
-        if not self.uses_gndpo or self.teacher_config.backend == "server":
+        if not self.uses_gndpo:
+            return
+        self.monitor = SignalMonitor(self.config, self._gndpo, self.tokenizer, self.processor)
+        if isinstance(self.teacher, ServerTeacher):
             return
         # By now the rollout replicas sleep, so that the weights can go through the accelerator to where they are kept.
         self.teacher.load()
         if self.teacher_config.placement == "dedicated" and not self._needs_kl:
-            self.score_finished = score_while_generating(self.replay_buffer, self.teacher)
+            self._score_finished = score_while_generating(self.replay_buffer, self.teacher)
 
-    def _balance_batch(self, batch: KVBatchMeta, metrics, **kwargs) -> KVBatchMeta:
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def _run_until(self, end: str, batch: KVBatchMeta, metrics: dict) -> None:
+        """Compute what stands directly before `end`, one of verl's parts of the step, in `step_order`."""
+        ours = {"teacher": self._ask_teacher}
+        order = step_order(self._gndpo.signal)
+        before = order[: order.index(end)]
+        start = max((place + 1 for place, part in enumerate(before) if part not in ours), default=0)
+        for part in before[start:]:
+            ours[part](batch, metrics)
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
         batch = super()._balance_batch(batch, metrics, **kwargs)
-        if self.uses_gndpo and not self._needs_kl:
-            # Here the batch has its final rows and order, and none of verl's own timers runs.
-            self._ask_teacher(batch, metrics)
-            if self.teacher_config.backend == "server":
-                self._warn_of_failed_prompts()
-            elif self.teacher_config.placement == "dedicated":
-                self.score_finished()
+        if self.uses_gndpo:
+            # From here on the batch has its final rows and order. None of verl's timers runs.
+            self._run_until("student", batch, metrics)
         return batch
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        if not self._needs_kl:
-            return super()._compute_old_log_prob(batch, metrics)
-        batch.extra_info[REQUEST] = self._gndpo.signal.top_k
+        if self._needs_kl:
+            batch.extra_info[REQUEST] = self._gndpo.signal.top_k
         batch = super()._compute_old_log_prob(batch, metrics)
-        # verl's own timer of the student's pass runs here, too, so that its time includes the teacher's.
-        self._ask_teacher(batch, metrics)
+        if self.uses_gndpo:
+            # verl's timer of the student's pass is still running, so it includes the time of what is computed here.
+            self._run_until("advantages", batch, metrics)
         return batch
 
     def _ask_teacher(self, batch: KVBatchMeta, metrics: dict) -> None:
+        """Have the teacher's log-probs stored beside the rows of a batch."""
         with marked_timer("teacher_log_prob", self.timing_raw, color="olive"):
             overlap = self.teacher.score(batch)
         if self.teacher_config.placement == "dedicated":
             metrics.update(overlap)
-
-    @cached_property
-    def _gndpo(self) -> GNDPOConfig:
-        """The resolved `algorithm.gndpo`."""
-        return read_signal_config(self.config.algorithm, self.config.algorithm.adv_estimator)
-
-    @property
-    def _needs_kl(self) -> bool:
-        """Whether the baseline is the KL divergence, for which the teacher has to know the student's distribution."""
-        return self.uses_gndpo and self._gndpo.signal.baseline == "kl"
+        if isinstance(self.teacher, ServerTeacher):
+            self._warn_of_failed_prompts()
+        if self._score_finished is not None:
+            self._score_finished()
 
     def _warn_of_failed_prompts(self) -> None:
         # A custom sampler may keep no such account.
@@ -149,114 +188,108 @@ class GNDPOTrainerMixin:
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if not self.uses_gndpo:
             return super()._compute_advantage(batch, metrics)
-        algorithm = self.config.algorithm
-        routing = self.teacher.routing
-        data = tq.kv_batch_get(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            select_fields=[
-                "uid",
-                "response_mask",
-                "rm_scores",
-                "old_log_probs",
-                "rollout_log_probs",
-                "teacher_log_probs",
-                *(["teacher_kl"] if self._needs_kl else []),
-                *([routing.column] if routing.column else []),
-            ],
-        )
-        nested_mask = data["response_mask"]
-        index = data.pop("uid")
-        teachers = [routing.route(key).label for key in data.pop(routing.column).tolist()] if routing.column else None
-        data = DataProto(batch=data.to_padded_tensor())
+        stored = self._fetch(batch)
+        nested_mask, uids = stored["response_mask"], stored.pop("uid").tolist()
+        column = self.teacher.routing.column
+        teachers = None
+        if column:
+            teachers = [self.teacher.routing.route(key).label for key in stored.pop(column).tolist()]
+        data = DataProto(batch=stored.to_padded_tensor())
+        data, changed = self._correct_rollout(data, metrics)
 
-        # The same importance weights and rejection masks as for any other estimator.
-        correction = algorithm.get("rollout_correction", None)
-        corrects = (
-            correction is not None and "rollout_log_probs" in data.batch and not correction.get("bypass_mode", False)
-        )
-        if corrects:
-            data, correction_metrics = compute_rollout_correction_and_add_to_batch(data, correction)
-            metrics.update(correction_metrics)
-
-        signal = {key: data.batch[key] for key in ("teacher_log_probs", "old_log_probs", "response_mask")}
-        stages = {"kl": data.batch["teacher_kl"]} if self._needs_kl else {}
-        if self.signal_state is not None:
-            stages["state"] = self.signal_state
-        advantages, returns = get_adv_estimator_fn(algorithm.adv_estimator)(
-            token_level_rewards=data.batch["rm_scores"],
-            index=index.tolist(),
-            config=algorithm,
-            teacher=teachers,
-            **signal,
-            **stages,
-        )
+        signal = {name: data.batch[name] for name in ("teacher_log_probs", "old_log_probs", "response_mask")}
+        advantages, returns = self._estimate(data, signal, uids, teachers)
         with marked_timer("gndpo_diagnostics", self.timing_raw, color="olive"):
-            seen = self.monitor.look(
-                batch,
-                self.global_steps,
-                metrics,
-                **signal,
-                advantages=advantages,
-                lengths=nested_mask.offsets().diff().numpy(),
-                uids=index.tolist(),
-                teachers=teachers,
+            metrics.update(
+                self.monitor.look(
+                    batch,
+                    self.global_steps,
+                    metrics,
+                    **signal,
+                    advantages=advantages,
+                    lengths=nested_mask.offsets().diff().numpy(),
+                    uids=uids,
+                    teachers=teachers,
+                )
             )
-        metrics.update(seen)
 
-        output = {"advantages": advantages, "returns": returns}
-        if corrects:
-            output["response_mask"] = data.batch["response_mask"]
-            if "rollout_is_weights" in data.batch:
-                output["rollout_is_weights"] = data.batch["rollout_is_weights"]
+        output = {"advantages": advantages, "returns": returns} | {name: data.batch[name] for name in changed}
+        nested = {name: response_to_nested(value, nested_mask) for name, value in output.items()}
         batch = tq.kv_batch_put(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            fields=TensorDict(
-                {name: response_to_nested(value, nested_mask) for name, value in output.items()}, batch_size=len(batch)
-            ),
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(nested, batch_size=len(batch))
         )
         if self._needs_kl:
-            # The update has no use for them, and they are most of what is stored of a token.
+            # The update does not need them, and they are most of what is stored for each token.
             batch.fields = [name for name in batch.fields if name not in (IDS, LOG_PROBS)]
         return batch
 
-    def _save_checkpoint(self):
+    def _fetch(self, batch: KVBatchMeta) -> TensorDict:
+        """Return what the estimator needs of a batch, as TransferQueue stores it: nested by response."""
+        fields = ["uid", "response_mask", "rm_scores", "old_log_probs", "rollout_log_probs", "teacher_log_probs"]
+        if self._needs_kl:
+            fields.append("teacher_kl")
+        if self.teacher.routing.column:
+            fields.append(self.teacher.routing.column)
+        return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+
+    def _correct_rollout(self, data: DataProto, metrics: dict) -> tuple[DataProto, list[str]]:
+        """Apply verl's rollout correction, if it is configured, as for any other estimator.
+
+        Returns:
+            The batch with its importance weights and rejection masks, and the names of the entries that are new or
+            changed.
+        """
+        correction = self.config.algorithm.get("rollout_correction", None)
+        if correction is None or correction.get("bypass_mode", False) or "rollout_log_probs" not in data.batch:
+            return data, []
+        data, correction_metrics = compute_rollout_correction_and_add_to_batch(data, correction)
+        metrics.update(correction_metrics)
+        return data, [name for name in ("response_mask", "rollout_is_weights") if name in data.batch]
+
+    def _estimate(
+        self, data: DataProto, signal: dict[str, torch.Tensor], uids: list[str], teachers: list[str] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return advantages and returns of the whole batch, both (batch, response_length), from our estimator.
+
+        Args:
+            data: a padded batch.
+            signal: its log-probs and mask.
+            uids: the prompt of each row.
+            teachers: the teacher of each row; None if there is only one.
+        """
+        algorithm = self.config.algorithm
+        optional: dict[str, Any] = {}
+        if self._needs_kl:
+            optional["kl"] = data.batch["teacher_kl"]
+        if self.signal_state is not None:
+            optional["state"] = self.signal_state
+        return get_adv_estimator_fn(algorithm.adv_estimator)(
+            token_level_rewards=data.batch["rm_scores"],
+            index=uids,
+            config=algorithm,
+            teacher=teachers,
+            **signal,
+            **optional,
+        )
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self) -> None:
         if self.signal_state is not None:
             # Before verl's files, the last of which says that the checkpoint is complete.
-            folder = os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
-            save_state(folder, self.signal_state)
+            save_state(step_folder(self.config.trainer, self.global_steps), self.signal_state)
         super()._save_checkpoint()
 
-    def _load_checkpoint(self):
+    def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        # verl leaves it at 0 where there is nothing to resume.
+        # verl leaves the step at 0 where there is nothing to resume.
         if self.signal_state is None or self.global_steps == 0:
             return
-        trainer = self.config.trainer
-        folder = os.path.join(trainer.default_local_dir, f"global_step_{self.global_steps}")
-        if trainer.resume_mode == "resume_path":
-            folder = trainer.resume_from_path
+        folder = step_folder(self.config.trainer, self.global_steps)
+        if self.config.trainer.resume_mode == "resume_path":
+            folder = self.config.trainer.resume_from_path
         state = load_state(folder)
         if state is None:
             logger.warning("%s holds no state of scale=ema, whose average starts anew", folder)
         else:
             self.signal_state = state
-
-
-def _honour_frozen_tower(student) -> None:
-    """Have the actor's processes import `freeze_vision`."""
-    if student.actor.get("freeze_vision_tower") and student.actor.strategy in ("fsdp", "fsdp2"):
-        _import_in_actor(student, "verl_gndpo.verl_patches.freeze_vision_tower")
-        if student.model.get("lora_rank") and not student.model.get("exclude_modules"):
-            with open_dict(student.model):
-                # peft adds its adapters after the tower is frozen, and vLLM would leave those of the tower out.
-                student.model.exclude_modules = VISION_MODULES
-
-
-def _import_in_actor(student, module: str) -> None:
-    """Have the actor's processes import a module, beside whatever `model.external_lib` names already."""
-    libraries = student.model.get("external_lib") or []
-    libraries = [libraries] if isinstance(libraries, str) else list(libraries)
-    with open_dict(student.model):
-        student.model.external_lib = [*libraries, module]

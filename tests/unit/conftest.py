@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
 from tests.helpers import verl_config
-from verl_gndpo.config import TeacherConfig, TeacherModelConfig, read_signal_config
+from verl_gndpo.config import read_signal_config
 from verl_gndpo.teacher.routing import Routing
 
 
@@ -83,11 +83,36 @@ def make_monitor(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def gndpo_step(queue, make_monitor, monkeypatch):
-    """A function that runs the advantage step of the replaced `sync` trainer: (correction config, overrides, what
-    scale=ema carries) -> (what the queue holds, what was written, metrics, what the estimator was called with)."""
+def make_trainer(monkeypatch):
+    """A function that builds one of verl's trainers with the mixin: (overrides, mode, base) -> trainer.
+
+    Its constructor runs as in a run, without the doctor, which has tests of its own and would look for models and data.
+    With `base`, a subclass of a trainer of verl, the mixin is put in front of that.
+    """
     from verl.trainer.ppo.v1 import get_trainer_cls
 
+    import verl_gndpo.trainer as trainer_module
+
+    monkeypatch.setattr(trainer_module, "raise_on_errors", lambda config: None)
+
+    def make(*overrides, mode="sync", base=None):
+        if mode == "separate_async":
+            overrides = ("actor_rollout_ref.rollout.nnodes=1", *overrides)
+        trainer_class = get_trainer_cls(mode)
+        if base is not None:
+            trainer_class = type("Trainer", (trainer_module.GNDPOTrainerMixin, base), {})
+        trainer = trainer_class(verl_config(f"trainer.v1.trainer_mode={mode}", *overrides))
+        # As verl's `fit` sets them for every step.
+        trainer.timing_raw, trainer.global_steps = {}, 10
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def gndpo_step(queue, make_monitor, make_trainer, monkeypatch):
+    """A function that runs the advantage step of the replaced `sync` trainer: (correction config, overrides, what
+    scale=ema carries) -> (what the queue holds, what was written, metrics, what the estimator was called with)."""
     import verl_gndpo.trainer as trainer_module
 
     store, written, meta = queue
@@ -104,12 +129,12 @@ def gndpo_step(queue, make_monitor, monkeypatch):
     monkeypatch.setattr(trainer_module, "get_adv_estimator_fn", watched)
 
     def step(correction=None, overrides=("algorithm.adv_estimator=gndpo",), state=None):
-        trainer = object.__new__(get_trainer_cls("sync"))
-        trainer.config, trainer.uses_gndpo = verl_config(*overrides), True
-        trainer.signal_state = state
-        trainer.monitor, trainer.timing_raw, trainer.global_steps = make_monitor(trainer.config), {}, 10
-        single = TeacherConfig(model=TeacherModelConfig(path="T"))
-        trainer.teacher, trainer.teacher_config = SimpleNamespace(routing=Routing(single)), single
+        trainer = make_trainer("+teacher.model.path=T", *overrides)
+        if state is not None:
+            trainer.signal_state = state
+        # As `_setup` makes them, which needs Ray.
+        trainer.monitor = make_monitor(trainer.config)
+        trainer.teacher = SimpleNamespace(routing=Routing(trainer.teacher_config))
         trainer.config.algorithm.rollout_correction = correction
         metrics = {}
         assert trainer._compute_advantage(meta, metrics).keys == meta.keys

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What installing the plugin does to a stock verl, and what it does not."""
 
+import copy
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +54,7 @@ def test_the_trainers_keep_name_and_behaviour(mode):
 
     trainer = get_trainer_cls(mode)
     assert trainer.__mro__[1] is GNDPOTrainerMixin and issubclass(trainer, PPOTrainer)
+    assert trainer.runs_gndpo_step and not hasattr(PPOTrainer, "runs_gndpo_step")
     stock = trainer.__mro__[2]
     inherited = (
         {name for cls in stock.__mro__ for name in vars(cls)} - OVERRIDDEN - {"__doc__", "__module__", "__dict__"}
@@ -68,29 +69,29 @@ def test_other_estimators_get_the_same_advantages_and_metrics(queue, estimator):
     from verl.trainer.ppo.v1 import get_trainer_cls
 
     _, written, batch = queue
-    trainer = get_trainer_cls("sync")
-    config = verl_config(f"algorithm.adv_estimator={estimator}")
+    trainer_class = get_trainer_cls("sync")
     results = []
-    for cls in (trainer, trainer.__mro__[2]):
-        instance = object.__new__(cls)
-        instance.config, instance.uses_gndpo = config, False
+    for cls in (trainer_class, trainer_class.__mro__[2]):
         metrics = {}
         written.clear()
-        assert instance._compute_advantage(batch, metrics).keys == batch.keys
+        trainer = cls(verl_config(f"algorithm.adv_estimator={estimator}"))
+        assert trainer._compute_advantage(batch, metrics).keys == batch.keys
         results.append((dict(written), metrics))
     (ours, our_metrics), (stock, stock_metrics) = results
     assert our_metrics == stock_metrics and ours.keys() == stock.keys()
     assert all(torch.equal(ours[k], stock[k]) for k in ours) and ours["advantages"].abs().max() > 0
 
 
-def test_no_teacher_is_started_for_other_estimators(monkeypatch):
+def test_no_teacher_is_started_for_other_estimators(make_trainer):
     """Each overridden method of the mixin does nothing but call verl's."""
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
     calls = []
 
-    class Stock:
+    class Stock(PPOTrainerSync):
         def __init__(self, config):
             calls.append("init")
-            self.replay_buffer = SimpleNamespace(poll_interval=2.0)
+            super().__init__(config)
 
         def _init_resource_pool_mgr(self):
             calls.append("pools")
@@ -107,20 +108,33 @@ def test_no_teacher_is_started_for_other_estimators(monkeypatch):
             calls.append("student")
             return batch
 
+        def _compute_advantage(self, batch, metrics):
+            calls.append("advantages")
+            return batch
+
         def _save_checkpoint(self):
             calls.append("save")
 
         def _load_checkpoint(self):
             calls.append("load")
 
-    trainer = type("Trainer", (GNDPOTrainerMixin, Stock), {})(verl_config("algorithm.adv_estimator=grpo"))
+    trainer = make_trainer("algorithm.adv_estimator=grpo", base=Stock)
+    config = copy.deepcopy(trainer.config)
     trainer._setup()
     assert trainer._balance_batch("batch", {}, keep_minibatch=True) == "batch"
     assert trainer._compute_old_log_prob("batch", {}) == "batch"
+    assert trainer._compute_advantage("batch", {}) == "batch"
     trainer._save_checkpoint()
     trainer._load_checkpoint()
-    assert calls == ["init", "pools", "setup", ("balance", {"keep_minibatch": True}), "student", "save", "load"]
-    assert trainer.replay_buffer.poll_interval == 2.0 and not hasattr(trainer, "teacher")
+    balance = ("balance", {"keep_minibatch": True})
+    assert calls == ["init", "pools", "setup", balance, "student", "advantages", "save", "load"]
+    assert trainer.replay_buffer.poll_interval == 2.0 and not hasattr(trainer, "teacher") and trainer.config == config
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_replay_buffer_is_asked_more_often(mode, make_trainer):
+    trainer = make_trainer("algorithm.adv_estimator=gndpo", "+teacher.model.path=T", mode=mode)
+    assert trainer.replay_buffer.poll_interval == 0.2
 
 
 def run_python(code, **env):

@@ -64,14 +64,9 @@ def test_the_actor_of_each_trainer_keeps_what_verl_gives_it():
 @pytest.mark.parametrize(
     ("mode", "worker"), [("sync", "PolicyLossWorker"), ("separate_async", "DetachPolicyLossWorker")]
 )
-def test_the_mixin_gives_the_trainer_its_worker(mode, worker):
-    from verl.trainer.ppo.v1 import get_trainer_cls
-
-    config = compose("teacher.model.path=T", "algorithm.adv_estimator=gndpo")
-    trainer = object.__new__(get_trainer_cls(mode))
-    trainer.config, trainer.uses_gndpo, trainer.teacher_config = config, True, read_teacher_config(config)
-    trainer._enable_hybrid_replicas = True
-    use_servers(config, trainer.teacher_config)
+def test_the_mixin_gives_the_trainer_its_worker(mode, worker, make_trainer):
+    teacher = ("+teacher=server", "teacher.n_gpus_per_node=4", "teacher.model.path=T")
+    trainer = make_trainer("algorithm.adv_estimator=gndpo", *teacher, mode=mode)
     trainer._init_resource_pool_mgr()
     classes = {role: cls.__ray_actor_class__.__name__ for role, cls in trainer.role_worker_mapping.items()}
     assert worker in classes.values()

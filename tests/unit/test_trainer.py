@@ -1,33 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainer mixin hands from one part of a step to another, and from step to step."""
+"""What the trainer hands from one part of a step to another, and from step to step."""
 
 import logging
-from contextlib import nullcontext
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from tests.unit.conftest import verl_config
 from verl_gndpo import trainer as trainer_module
 from verl_gndpo.advantage import SignalState
 from verl_gndpo.checkpoint import FILE, load_state, save_state
-from verl_gndpo.config import TeacherConfig, TeacherModelConfig
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
-from verl_gndpo.trainer import GNDPOTrainerMixin
+from verl_gndpo.trainer import GNDPOTrainerMixin, step_order
 
 KL = ("algorithm.adv_estimator=v_opd",)
 EMA = ("algorithm.adv_estimator=gndpo", "+algorithm.gndpo.scale=ema")
-
-
-@pytest.fixture(autouse=True)
-def unwatched(monkeypatch):
-    """What a step looked like is none of these tests' business."""
-    monkeypatch.setattr(GNDPOTrainerMixin, "monitor", SimpleNamespace(look=lambda *_, **__: {}), raising=False)
-    monkeypatch.setattr(GNDPOTrainerMixin, "timing_raw", {}, raising=False)
-    monkeypatch.setattr(GNDPOTrainerMixin, "global_steps", 1, raising=False)
 
 
 def test_the_kl_baseline_is_the_teachers_and_only_where_it_is_asked_for(gndpo_step):
@@ -58,45 +47,65 @@ def test_the_update_is_not_handed_the_students_distributions(queue, gndpo_step, 
     assert not {IDS, LOG_PROBS} & set(fields[0])
 
 
+class Recording(PPOTrainerSync):
+    """verl's trainer, with a note instead of what needs Ray."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.calls = []
+        self.tokenizer = self.processor = None
+
+    def _setup(self):
+        self._init_resource_pool_mgr()
+
+    def _balance_batch(self, batch, metrics, **kwargs):
+        return batch
+
+    def _compute_old_log_prob(self, batch, metrics):
+        self.calls.append(("student", batch.extra_info.get(REQUEST)))
+        return batch
+
+
+class RecordingTeacher:
+    """Notes what it is asked."""
+
+    def __init__(self, trainer):
+        self._calls = trainer.calls
+
+    def load(self):
+        self._calls.append("load")
+
+    def score(self, batch):
+        self._calls.append("teacher")
+        return {"ahead": 0.0}
+
+
 @pytest.mark.parametrize("placement", ["colocated", "dedicated"])
 @pytest.mark.parametrize("overrides", [KL, ("algorithm.adv_estimator=gndpo",)])
 def test_the_teacher_comes_after_the_student_for_the_kl_baseline_and_before_it_otherwise(
-    overrides, placement, monkeypatch
+    overrides, placement, monkeypatch, make_trainer
 ):
-    calls = []
-
-    class Stock:
-        def _setup(self):
-            pass
-
-        def _balance_batch(self, batch, metrics, **kwargs):
-            return batch
-
-        def _compute_old_log_prob(self, batch, metrics):
-            calls.append(("student", batch.extra_info.get(REQUEST)))
-            return KVBatchMeta(keys=["a"], tags=[{}])
-
-    def ahead(replay_buffer, teacher):
-        return lambda: calls.append("ahead")
-
-    monkeypatch.setattr(trainer_module, "marked_timer", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(trainer_module, "score_while_generating", ahead)
     monkeypatch.setattr(trainer_module, "SignalMonitor", lambda *_: None)
-    trainer = object.__new__(type("Trainer", (GNDPOTrainerMixin, Stock), {}))
-    trainer.config, trainer.uses_gndpo, trainer.timing_raw = verl_config(*overrides), True, {}
-    trainer.teacher_config = TeacherConfig(model=TeacherModelConfig(path="T"), placement=placement)
-    trainer.replay_buffer = trainer.tokenizer = trainer.processor = None
-    teacher = SimpleNamespace(load=lambda: None, score=lambda batch: calls.append("teacher") or {"ahead": 0.0})
-    trainer.teacher, metrics = teacher, {}
+    gpus = ("+teacher.placement=dedicated", "+teacher.n_gpus_per_node=1") if placement == "dedicated" else ()
+    trainer = make_trainer("+teacher.model.path=T", *gpus, *overrides, base=Recording)
+    calls = trainer.calls
+    ahead = lambda replay_buffer, teacher: lambda: calls.append("ahead")  # noqa: E731
+    monkeypatch.setattr(trainer_module, "score_while_generating", ahead)
+    trainer.teacher, metrics = RecordingTeacher(trainer), {}
     trainer._setup()
     batch = trainer._balance_batch(KVBatchMeta(keys=["a"], tags=[{}]), metrics)
     trainer._compute_old_log_prob(batch, metrics)
     if overrides == KL:
         # Without the student's tokens there is nothing that a teacher could begin with.
-        assert calls == [("student", 64), "teacher"]
+        assert calls == ["load", ("student", 64), "teacher"]
     else:
-        assert calls == ["teacher", *(["ahead"] if placement == "dedicated" else []), ("student", None)]
+        assert calls == ["load", "teacher", *(["ahead"] if placement == "dedicated" else []), ("student", None)]
     assert metrics == ({"ahead": 0.0} if placement == "dedicated" else {})
+    names = [call if isinstance(call, str) else call[0] for call in calls]
+    assert (
+        tuple(name for name in names if name in step_order(trainer._gndpo.signal))
+        == step_order(trainer._gndpo.signal)[:2]
+    )
 
 
 def test_ema_carries_the_variance_from_step_to_step(gndpo_step):
@@ -111,11 +120,12 @@ def test_ema_carries_the_variance_from_step_to_step(gndpo_step):
     assert second["advantages"].abs().max() < first["advantages"].abs().max()
 
 
-class Stock:
-    """Of verl's trainer what the state of the signal needs."""
+class Checkpointing(PPOTrainerSync):
+    """verl's trainer, without the weights in its checkpoints."""
 
     def __init__(self, config):
-        self.config, self.global_steps, self.saved, self.replay_buffer = config, 0, [], None
+        super().__init__(config)
+        self.saved = []
 
     def _save_checkpoint(self):
         self.saved.append(load_state(f"{self.config.trainer.default_local_dir}/global_step_{self.global_steps}"))
@@ -125,17 +135,14 @@ class Stock:
 
 
 @pytest.fixture
-def make_trainer(tmp_path, monkeypatch):
-    """A function that makes a trainer as a run does: (overrides) -> trainer."""
-    monkeypatch.setattr(trainer_module, "raise_on_errors", lambda config: None)
-    made = type("Trainer", (GNDPOTrainerMixin, Stock), {})
-    return lambda *overrides: made(
-        verl_config(f"trainer.default_local_dir={tmp_path}", "+teacher.model.path=T", *overrides)
-    )
+def make_checkpointing(tmp_path, make_trainer):
+    """A function that builds a trainer whose checkpoints lie in `tmp_path`: (overrides) -> trainer."""
+    folder = f"trainer.default_local_dir={tmp_path}"
+    return lambda *overrides: make_trainer(folder, "+teacher.model.path=T", *overrides, base=Checkpointing)
 
 
-def test_the_average_survives_a_resume(make_trainer, tmp_path):
-    trainer = make_trainer(*EMA)
+def test_the_average_survives_a_resume(make_checkpointing, tmp_path):
+    trainer = make_checkpointing(*EMA)
     trainer.signal_state.update(2.5, 0.9)
     trainer.global_steps = 7
     trainer._save_checkpoint()
@@ -143,31 +150,31 @@ def test_the_average_survives_a_resume(make_trainer, tmp_path):
     assert trainer.saved == [trainer.signal_state]
     assert [path.name for path in (tmp_path / "global_step_7").iterdir()] == [FILE]
 
-    resumed = make_trainer(*EMA)
+    resumed = make_checkpointing(*EMA)
     assert resumed.signal_state == SignalState()
     resumed._load_checkpoint()
     assert resumed.signal_state == trainer.signal_state and asdict(trainer.signal_state)["ema_weight"] > 0
 
     moved = tmp_path / "elsewhere" / "global_step_7"
     (tmp_path / "global_step_7").rename(moved.parent.mkdir() or moved)
-    elsewhere = make_trainer(*EMA, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={moved}")
+    elsewhere = make_checkpointing(*EMA, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={moved}")
     elsewhere._load_checkpoint()
     assert elsewhere.signal_state == trainer.signal_state
 
 
-def test_without_a_saved_average_it_starts_anew_and_says_so(make_trainer, caplog):
-    trainer = make_trainer(*EMA)
+def test_without_a_saved_average_it_starts_anew_and_says_so(make_checkpointing, caplog):
+    trainer = make_checkpointing(*EMA)
     with caplog.at_level(logging.WARNING):
         trainer._load_checkpoint()
     assert trainer.signal_state == SignalState()
     assert "global_step_7 holds no state of scale=ema, whose average starts anew" in caplog.text
     caplog.clear()
-    make_trainer(*EMA, "trainer.resume_mode=disable")._load_checkpoint()
+    make_checkpointing(*EMA, "trainer.resume_mode=disable")._load_checkpoint()
     assert not caplog.text
 
 
-def test_other_scales_leave_no_file_and_read_none(make_trainer, tmp_path, caplog):
-    trainer = make_trainer("algorithm.adv_estimator=gndpo")
+def test_other_scales_leave_no_file_and_read_none(make_checkpointing, tmp_path, caplog):
+    trainer = make_checkpointing("algorithm.adv_estimator=gndpo")
     trainer.global_steps = 7
     trainer._save_checkpoint()
     trainer._load_checkpoint()
@@ -183,7 +190,8 @@ def test_a_file_that_is_no_state_is_named(tmp_path, content):
 
 
 def test_the_actor_returns_its_tokens_only_for_the_kl_baseline(make_trainer):
-    library = "+actor_rollout_ref.model.external_lib=[mine]"
+    library = "actor_rollout_ref.model.external_lib=[mine]"
     for overrides, expected in ((KL, ["mine", "verl_gndpo.verl_patches.student_top_k"]), (EMA, ["mine"])):
-        model = make_trainer(*overrides, library.lstrip("+")).config.actor_rollout_ref.model
+        trainer = make_trainer("+teacher.model.path=T", *overrides, library)
+        model = trainer.config.actor_rollout_ref.model
         assert list(model.external_lib) == expected

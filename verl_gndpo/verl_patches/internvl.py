@@ -100,6 +100,29 @@ def prepare_model(monkey_patch: ModuleType) -> bool:
     """
     original = monkey_patch.apply_monkey_patch
 
+    def run_vision_tower_always(model_class: Any) -> None:
+        """Make the forward pass of `InternVLModel`, given as the class, run an empty tile where it gets no image."""
+        original_forward = model_class.forward
+        if getattr(original_forward, "runs_vision_tower", False):
+            return
+
+        @functools.wraps(original_forward)
+        def forward(
+            self: Any, input_ids: Any = None, pixel_values: Any = None, *, inputs_embeds: Any = None, **kwargs: Any
+        ) -> Any:
+            if pixel_values is None and inputs_embeds is None:
+                config = self.config.vision_config
+                inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
+                tile = inputs_embeds.new_zeros((1, config.num_channels, *config.image_size))
+                features = self.get_image_features(pixel_values=tile, return_dict=True).pooler_output
+                inputs_embeds = inputs_embeds + 0.0 * features.mean().to(inputs_embeds.dtype)
+            return original_forward(
+                self, input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
+            )
+
+        vars(forward)["runs_vision_tower"] = True
+        model_class.forward = forward
+
     def apply_monkey_patch(
         model: Any,
         ulysses_sp_size: int = 1,
@@ -116,33 +139,11 @@ def prepare_model(monkey_patch: ModuleType) -> bool:
                 raise NotImplementedError("InternVL does not support use_fused_kernels yet")
             from transformers.models.internvl.modeling_internvl import InternVLModel
 
-            _run_vision_tower_always(InternVLModel)
+            run_vision_tower_always(InternVLModel)
         return original(model, ulysses_sp_size, use_remove_padding, use_fused_kernels, *args, **kwargs)
 
     replace(monkey_patch, "apply_monkey_patch", apply_monkey_patch)
     return True
-
-
-def _run_vision_tower_always(model_class: Any) -> None:
-    """Make the forward pass of `InternVLModel`, given as the class, run an empty tile where it gets no image."""
-    original = model_class.forward
-    if getattr(original, "_runs_vision_tower", False):
-        return
-
-    @functools.wraps(original)
-    def forward(
-        self: Any, input_ids: Any = None, pixel_values: Any = None, *, inputs_embeds: Any = None, **kwargs: Any
-    ) -> Any:
-        if pixel_values is None and inputs_embeds is None:
-            config = self.config.vision_config
-            inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
-            tile = inputs_embeds.new_zeros((1, config.num_channels, *config.image_size))
-            features = self.get_image_features(pixel_values=tile, return_dict=True).pooler_output
-            inputs_embeds = inputs_embeds + 0.0 * features.mean().to(inputs_embeds.dtype)
-        return original(self, input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs)
-
-    vars(forward)["_runs_vision_tower"] = True
-    model_class.forward = forward
 
 
 def _is_internvl(processor: Any) -> bool:
