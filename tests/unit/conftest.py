@@ -97,7 +97,8 @@ def make_trainer(monkeypatch):
 
     def make(*overrides, mode="sync", base=None):
         if mode == "separate_async":
-            overrides = ("actor_rollout_ref.rollout.nnodes=1", *overrides)
+            rollout = "actor_rollout_ref.rollout"
+            overrides = (f"{rollout}.nnodes=1", f"{rollout}.checkpoint_engine.backend=nccl", *overrides)
         trainer_class = get_trainer_cls(mode)
         if base is not None:
             trainer_class = type("Trainer", (trainer_module.GNDPOTrainerMixin, base), {})

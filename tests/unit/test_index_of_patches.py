@@ -2,9 +2,9 @@
 """The index of verl_patches: it is complete, its entries are true of the installed verl, and their states are told."""
 
 import ast
+import dataclasses
 import importlib.metadata
 import importlib.util
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -15,13 +15,15 @@ import pytest
 import verl_gndpo
 from verl_gndpo.verl_patches import PATCHES, describe
 from verl_gndpo.verl_patches import patch as machinery
-from verl_gndpo.verl_patches.patch import Patch, index, patches
+from verl_gndpo.verl_patches.patch import Patch, apply, apply_all, index, patches
 
 PACKAGE = Path(verl_gndpo.__file__).parent
 SOURCES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 # Functions that are set outside of a patch, on modules of the teacher's model, which this package has built itself.
-OWN_OBJECTS = {("teacher/scoring.py", "lm_head.forward"), ("teacher/scoring.py", "tower.forward")}
+OWN_OBJECTS = {("teacher/scoring.py", "lm_head.forward"), ("teacher/distinct_images.py", "tower.forward")}
+# The packages that a training run is made of.
+WATCHED = {"verl", "vllm", "torch", "torchvision", "transformers", "tensordict", "transfer_queue", "ray", "importlib"}
 # The function that all patches use to set an attribute.
 TOOL = ("verl_patches/patch.py", "replace")
 
@@ -64,14 +66,15 @@ def set_attributes(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST | None]]:
 
 
 def foreign_names(tree: ast.AST) -> set[str]:
-    """The names that a file imports from other packages."""
+    """The names that a file imports from packages that are watched."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {(alias.asname or alias.name.split(".")[0]) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("verl_gndpo"):
+            watched = [alias for alias in node.names if alias.name.split(".")[0] in WATCHED]
+            found |= {alias.asname or alias.name.split(".")[0] for alias in watched}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in WATCHED:
             found |= {alias.asname or alias.name for alias in node.names}
-    return found - {"verl_gndpo"}
+    return found
 
 
 def unlisted_changes(tree: ast.AST, file: str) -> list[str]:
@@ -170,20 +173,6 @@ def test_the_states_of_this_process():
     assert [row["name"] for row in describe()] == [entry.name for entry in PATCHES]
 
 
-def test_a_patch_waits_for_its_module():
-    code = """
-import verl
-from verl_gndpo.verl_patches import describe
-def state():
-    return next(row["state"] for row in describe() if row["name"] == "internvl_placeholders")
-print(state())
-import verl.workers.rollout.utils
-print(state())
-"""
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert result.stdout.splitlines() == ["waits for verl.workers.rollout.utils", "applied"], result.stderr
-
-
 @pytest.fixture
 def scratch_index(monkeypatch):
     """An index of one's own; the process's comes back at the end."""
@@ -202,6 +191,29 @@ def fake_module(tmp_path: Path, version: str) -> types.ModuleType:
     module = types.ModuleType("verl.some.module")
     module.__file__ = str(tmp_path / "verl" / "some" / "module.py")
     return module
+
+
+def test_a_patch_waits_for_its_module_and_is_applied_once(scratch_index, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "changed_package.py").write_text("count = 0\n")
+    (tmp_path / "changing_package.py").write_text(
+        "from verl_gndpo.verl_patches import patches\n"
+        "@patches('a')\n"
+        "def change(module):\n"
+        "    module.count += 1\n"
+        "    return True\n"
+    )
+    index(dataclasses.replace(entry("a", "changed_package"), applied_by="changing_package:change"))
+    apply_all("without accelerator")
+    assert row("a")["state"] == "not needed", "it belongs to every process"
+    for _ in range(2):
+        apply_all("every process")
+        assert row("a")["state"] == "waits for changed_package" and "changing_package" not in sys.modules
+    import changed_package
+
+    assert row("a")["state"] == "applied" and changed_package.count == 1
+    apply("a")
+    assert changed_package.count == 1
 
 
 @pytest.mark.parametrize(("version", "state"), [("0.9.1", "applied"), ("0.9.2", "version differs")])
