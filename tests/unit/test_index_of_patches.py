@@ -23,7 +23,18 @@ SOURCES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*
 # Functions that are set outside of a patch, on modules of the teacher's model, which this package has built itself.
 OWN_OBJECTS = {("teacher/scoring.py", "lm_head.forward"), ("teacher/distinct_images.py", "tower.forward")}
 # The packages that a training run is made of.
-WATCHED = {"verl", "vllm", "torch", "torchvision", "transformers", "tensordict", "transfer_queue", "ray", "importlib"}
+WATCHED = {
+    "verl",
+    "vllm",
+    "torch",
+    "torchvision",
+    "transformers",
+    "tensordict",
+    "transfer_queue",
+    "ray",
+    "importlib",
+    "sys",
+}
 # The function that all patches use to set an attribute.
 TOOL = ("verl_patches/patch.py", "replace")
 
@@ -86,7 +97,7 @@ def unlisted_changes(tree: ast.AST, file: str) -> list[str]:
     for target, value in set_attributes(tree):
         name, text = root(target), ast.unparse(target)
         is_function = isinstance(value, ast.Lambda) or getattr(value, "attr", getattr(value, "id", None)) in functions
-        on_own = name in ("self", "cls", None) or (file, text) in OWN_OBJECTS or text.startswith("os.environ[")
+        on_own = name in ("self", "cls", None) or (file, text) in OWN_OBJECTS
         if not on_own and (name in foreign or (is_function and isinstance(target, ast.Attribute))):
             found.append(f"{file}:{target.value.lineno}: {text}")
     return found
@@ -111,6 +122,7 @@ def test_nothing_changes_other_packages_outside_of_the_index():
         ("import torch\nsetattr(torch.cpu, 'x', 1)", True),
         ("from verl import Engine\nEngine.registry['a'] = 1", True),
         ("import torch\ndel torch.x", True),
+        ("import sys\nsys.modules['verl'].x = 1", True),
         ("def g(buffer):\n    def wait(): pass\n    buffer.wait = wait", True),
         ("def g(buffer):\n    buffer.wait = lambda: None", True),
         ("import torch\n@patches('a')\ndef g(x):\n    torch.a = 1\n    def h(): pass\n    x.h = h", False),
