@@ -87,7 +87,7 @@ class ModelFamily:
     marks: tuple[str, ...] = ()
     """Attributes of the config with further ids by which the model finds its images."""
 
-    vision_config: str = "vision_config"
+    vision_attribute: str = "vision_config"
     """The attribute of the config that describes the tower; None or missing in a text-only model."""
 
     count_features: CountFeatures = _count_where_certain
@@ -109,7 +109,7 @@ class ModelFamily:
 
     def vision_config_of(self, config: Any) -> Any | None:
         """Return the part of a config that describes the tower; None for a text-only model."""
-        return getattr(config, self.vision_config, None)
+        return getattr(config, self.vision_attribute, None)
 
     def placeholder_ids(self, config: Any) -> dict[str, int]:
         """Return the ids at which a model puts features, by medium; empty for a text-only model."""

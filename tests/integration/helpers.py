@@ -124,8 +124,8 @@ def hugging_face_distributions(
     return log_probs
 
 
-def start_actor(path, packed: bool, max_tokens: int = 4096) -> TrainingWorker:
-    """Start verl's own FSDP engine, as the actor that computes `old_log_probs`."""
+def start_actor(path, packed: bool, max_tokens: int = 4096, **model) -> TrainingWorker:
+    """Start verl's own FSDP engine, as the actor that computes `old_log_probs`; `model` are settings of the model."""
     worker = TrainingWorker(
         TrainingWorkerConfig(
             model_type="language_model",
@@ -135,6 +135,7 @@ def start_actor(path, packed: bool, max_tokens: int = 4096) -> TrainingWorker:
                 use_remove_padding=packed,
                 enable_gradient_checkpointing=False,
                 override_config=ATTENTION,
+                **model,
             ),
             engine_config=FSDPEngineConfig(
                 strategy="fsdp2",

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts of model families, against real models of their architectures; and nobody else names them."""
 
+import ast
 import copy
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,7 @@ from transformers import (
     Qwen3VLConfig,
 )
 
+import verl_gndpo
 from verl_gndpo import families
 from verl_gndpo.families import INTERNVL, QWEN_VL, UNDECLARED, ModelFamily, family_of, register_family
 
@@ -109,3 +113,38 @@ def test_a_family_is_declared_once(undeclare):
             register_family(other)
     with pytest.raises(ValueError, match="none names no model_types"):
         register_family(ModelFamily(name="none", model_types=()))
+
+
+# Names by which models keep their vision. verl's own parts that verl_patches replaces use some as attributes.
+NAMES = {
+    *(name for family in (QWEN_VL, INTERNVL) for name in (*family.towers, *family.projectors)),
+    *(name for family in (QWEN_VL, INTERNVL, UNDECLARED) for name in family.id_attributes),
+    *QWEN_VL.token_inputs,
+    *QWEN_VL.masked_inputs,
+    "vision_model",
+    "vision_config",
+    "image_seq_length",
+    "image_grid_thw",
+    "video_grid_thw",
+}
+
+
+def test_no_other_module_names_what_families_declares():
+    assert {"visual", "vision_tower", "multi_modal_projector", "image_token_id", "vision_start_token_id"} <= NAMES
+    package = Path(verl_gndpo.__file__).parent
+    found = []
+    for file in sorted(package.rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        docstrings = {
+            id(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            named = set()
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                named = NAMES & set(re.findall(r"\w+", node.value))
+            elif isinstance(node, ast.Attribute) and file.parent.name != "verl_patches":
+                named = NAMES & {node.attr}
+            found += [f"{file.relative_to(package)}:{node.lineno}: {name}" for name in sorted(named)]
+    assert {place.split(":")[0] for place in found} == {"families.py"}, "\n".join(found)

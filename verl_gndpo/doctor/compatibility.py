@@ -317,7 +317,7 @@ def _compare_images(student: ModelFiles, teacher: ModelFiles) -> Iterator[Differ
     for key in VISION_KEYS:
         a, b = (getattr(model.vision, key, None) for model in (student, teacher))
         if a != b:
-            where = f"config.{family_of(student.config).vision_config}.{key}"
+            where = f"config.{family_of(student.config).vision_attribute}.{key}"
             yield Difference("images", f"{where}: student {a}, teacher {b}", True)
     for key in IMAGE_KEYS:
         a, b = (_plain(getattr(model.image_processor, key, None)) for model in (student, teacher))

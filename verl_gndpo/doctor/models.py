@@ -42,10 +42,16 @@ def check_models(config: Any) -> list[Check]:
     if student is not None and student.is_multimodal:
         checks += _check_processor(model)
         frozen = select(config, "actor_rollout_ref.actor.freeze_vision_tower")
-        if model.get("lora_rank") and not (model.get("exclude_modules") or frozen):
-            detail = "LoRA adapters in the vision tower are trained, but vLLM leaves them out of its rollouts"
-            remedy = "actor_rollout_ref.actor.freeze_vision_tower=True, or actor_rollout_ref.model.exclude_modules"
-            checks.append(Check("student", "warning", detail, remedy))
+        as_adapters = model.get("lora_rank") and not select(model, "lora.merge")
+        if as_adapters and not model.get("exclude_modules"):
+            if frozen:
+                detail = "LoRA trains the language model only: vLLM would ignore adapters in the projector"
+                remedy = "actor_rollout_ref.model.lora.merge=True trains a projector outside the vision tower, too"
+                checks.append(Check("student", "ok", detail, remedy))
+            else:
+                detail = "LoRA adapters in the vision tower and the projector are trained, but vLLM ignores them"
+                remedy = "actor_rollout_ref.actor.freeze_vision_tower=True, or actor_rollout_ref.model.exclude_modules"
+                checks.append(Check("student", "warning", detail, remedy))
     # A missing path is check_settings' to report; a wrong one is of interest whatever else is wrong with the section.
     sections = {"teacher.model": select(config, "teacher.model")}
     sections |= {f"teacher.models.{name}": model for name, model in (select(config, "teacher.models") or {}).items()}

@@ -99,9 +99,10 @@ PATCHES = index(
     Patch(
         name="freeze_vision_tower",
         module=_ENGINE,
-        changes="FSDPEngineWithLMHead._build_module",
+        changes="FSDPEngineWithLMHead._build_module and _build_lora_module",
         applied_by="verl_gndpo.verl_patches.freeze_vision_tower:freeze_vision_tower",
-        breaks="The FSDP engines ignore actor_rollout_ref.actor.freeze_vision_tower=True, and the tower is trained.",
+        breaks="The FSDP engines ignore actor_rollout_ref.actor.freeze_vision_tower=True: the tower is trained, or "
+        "gets LoRA adapters, which vLLM ignores in rollouts.",
         since="verl 0.8.0, which removed the workers that read the flag",
         upstream=f"{_VERL}/issues/2526 (open), {_VERL}/pull/6320 (open)",
         remove_when="verl's FSDP engines read the flag, or #6320 is merged and the trainer sets its key instead",

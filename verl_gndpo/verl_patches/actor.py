@@ -9,9 +9,6 @@ from omegaconf import DictConfig, open_dict
 
 from verl_gndpo.verl_patches import PATCHES
 
-# The names of modules, as peft's `exclude_modules` matches them, that belong to a multimodal student's images.
-VISION_MODULES = r".*\b(visual|vision_tower|vision_model|multi_modal_projector)\b.*"
-
 
 def apply_in_actor(student: DictConfig, name: str) -> None:
     """Apply a patch in the actor's processes, beside whatever `model.external_lib` names already.
@@ -33,10 +30,5 @@ def freeze_tower_in_actor(student: DictConfig) -> None:
     Args:
         student: verl's section `actor_rollout_ref`; changed.
     """
-    if not student.actor.get("freeze_vision_tower") or student.actor.strategy not in ("fsdp", "fsdp2"):
-        return
-    apply_in_actor(student, "freeze_vision_tower")
-    if student.model.get("lora_rank") and not student.model.get("exclude_modules"):
-        with open_dict(student.model):
-            # peft adds its adapters after the tower is frozen, and vLLM would ignore those in the tower.
-            student.model.exclude_modules = VISION_MODULES
+    if student.actor.get("freeze_vision_tower") and student.actor.strategy in ("fsdp", "fsdp2"):
+        apply_in_actor(student, "freeze_vision_tower")

@@ -5,10 +5,8 @@ import functools
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from verl_gndpo.families import INTERNVL, family_of
 from verl_gndpo.verl_patches.patch import patches, replace
-
-INTERNVL = "internvl"
-"""Its `model_type`."""
 
 
 @patches("internvl_processor")
@@ -27,7 +25,7 @@ def accept_processor(tokenizer: ModuleType) -> bool:
         processor: Any = None
         try:
             config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-            if config.model_type == INTERNVL:
+            if family_of(config) is INTERNVL:
                 processor = AutoProcessor.from_pretrained(name_or_path, **kwargs)
         except Exception:  # Whatever is wrong with a checkpoint, stock verl has an answer to it.
             pass
@@ -132,7 +130,7 @@ def prepare_model(monkey_patch: ModuleType) -> bool:
         **kwargs: Any,
     ) -> Any:
         """Run stock verl's function, after InternVL's own part of it."""
-        if model.config.model_type == INTERNVL:
+        if family_of(model) is INTERNVL:
             if ulysses_sp_size > 1:
                 raise NotImplementedError("InternVL does not support Ulysses sequence parallelism yet")
             if use_fused_kernels:

@@ -11,11 +11,14 @@ from tests.unit.doctor.helpers import edit, errors, expect, length
 from verl_gndpo.doctor.models import check_models
 
 
-def test_lora_adapters_in_a_vision_tower_that_vllm_would_leave_out(make_config):
+def test_lora_adapters_that_vllm_would_ignore(make_config):
     lora = "actor_rollout_ref.model.lora_rank=8"
     expect(check_models(make_config(lora)), "warning", "LoRA adapters in the vision tower", "freeze_vision_tower=True")
-    for remedy in ("actor.freeze_vision_tower=True", "model.exclude_modules=visual"):
-        checks = check_models(make_config(lora, f"actor_rollout_ref.{remedy}"))
+    frozen = check_models(make_config(lora, "actor_rollout_ref.actor.freeze_vision_tower=True"))
+    expect(frozen, "ok", "LoRA trains the language model only", "lora.merge=True")
+    assert not [check for check in frozen if check.status == "warning" and "LoRA" in check.detail]
+    for remedy in ("exclude_modules=visual", "lora.merge=True"):
+        checks = check_models(make_config(lora, f"actor_rollout_ref.model.{remedy}"))
         assert not [check for check in checks if "LoRA" in check.detail]
 
 
