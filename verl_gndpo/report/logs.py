@@ -35,7 +35,7 @@ WANTED = re.compile(
 # If more metrics than this have values that are not finite, they share one note.
 NAMED = 3
 
-# JSON readers can't tell larger steps apart, and no run gets there.
+# Larger integers aren't exact in every JSON reader, and no run gets there.
 MAX_STEP = 2**53
 # Larger values count as not finite: verl computes in float32, which ends at 3e38, and sums would overflow here.
 MAX_VALUE = 1e100

@@ -52,7 +52,7 @@ def answer_of(text: str) -> str | None:
 
 def _last_box(text: str) -> str | None:
     last = None
-    # Where the open braces' contents start; None for a brace that is no box's.
+    # For each open brace, the start of its box's content; None if it doesn't open a box.
     unclosed: list[int | None] = []
     for token in _BOX_TOKEN.finditer(text):
         if token["box"]:
