@@ -3,17 +3,24 @@
 
 import ast
 import copy
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     InternVLConfig,
     LlavaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2VLConfig,
@@ -23,6 +30,7 @@ from transformers import (
 import verl_gndpo
 from verl_gndpo import families
 from verl_gndpo.families import INTERNVL, QWEN_VL, UNDECLARED, ModelFamily, family_of, register_family
+from verl_gndpo.teacher.rows import check_image_tokens
 
 MULTIMODAL = [Qwen2VLConfig, Qwen2_5_VLConfig, Qwen3VLConfig, InternVLConfig]
 
@@ -113,6 +121,66 @@ def test_a_family_is_declared_once(undeclare):
             register_family(other)
     with pytest.raises(ValueError, match="none names no model_types"):
         register_family(ModelFamily(name="none", model_types=()))
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending" / "model_family.md"
+DECLARE, LOOK = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+class MyVLConfig(PreTrainedConfig):
+    """The config of the page's model."""
+
+    model_type = "my_vl"
+
+    def __init__(self, features_per_crop=3, picture_token_id=7, **options):
+        super().__init__(**options)
+        self.eyes_config = {"patches": 2}
+        self.features_per_crop, self.picture_token_id = features_per_crop, picture_token_id
+
+
+class MyVLModel(PreTrainedModel):
+    """The page's model: nothing in its structure tells the tower."""
+
+    config_class = MyVLConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.eyes, self.bridge, self.language_model = (torch.nn.Linear(2, 2) for _ in range(3))
+        self.post_init()
+
+
+def test_the_pages_code_declares_a_family(undeclare, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda path: MyVLModel(MyVLConfig()))
+    exec(LOOK, {})
+    assert capsys.readouterr().out == "undeclared\n"
+    exec(DECLARE, {})
+    exec(LOOK, {})
+    assert capsys.readouterr().out == "My-VL eyes bridge\n"
+
+    family, config = family_of(MyVLConfig()), MyVLConfig()
+    assert family.vision_config_of(config) == {"patches": 2}
+    assert family.placeholder_ids(config) == {"image": 7}
+    assert family.count_features({"pixel_values": torch.zeros(4, 3, 2, 2)}, config) == {"image": 12}
+    # So a row is checked with it as with any other.
+    ids = torch.nested.as_nested_tensor([torch.tensor([1] + [7] * 12 + [2])], layout=torch.jagged)
+    mask = torch.nested.as_nested_tensor([torch.tensor([1])], layout=torch.jagged)
+    for crops in (4, 5):
+        inputs = NonTensorStack({"pixel_values": torch.zeros(crops, 3, 2, 2)})
+        data = TensorDict({"input_ids": ids, "response_mask": mask, "multi_modal_inputs": inputs}, batch_size=1)
+        if crops == 4:
+            check_image_tokens(data, config)
+            continue
+        with pytest.raises(ValueError, match="row 0: 12 image tokens in its ids but images for 15"):
+            check_image_tokens(data, config)
+
+
+def test_verl_imports_the_pages_module_in_every_process(tmp_path):
+    (tmp_path / "my_family.py").write_text(DECLARE)
+    script = "import verl, types; from verl_gndpo.families import family_of; "
+    script += "print(family_of(types.SimpleNamespace(model_type='my_vl')).name)"
+    environment = {"VERL_USE_EXTERNAL_MODULES": "my_family", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["My-VL"], done.stderr
 
 
 # Names by which models keep their vision. verl's own parts that verl_patches replaces use some as attributes.
