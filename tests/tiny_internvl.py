@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny InternVL3.5 of transformers' own architecture (`-HF`) with random weights, made without a download.
 
-The form is that of the released checkpoints: a Qwen3 language model, tiles of a fixed size, and an image of several
-tiles, with a thumbnail behind them, as one `<img>` ... `</img>` run of `<IMG_CONTEXT>`. `tests/tiny_models.py` says why
-the vocabulary is not padded and placeholders are improbable.
+It has the form of the released checkpoints: a Qwen3 language model and tiles of a fixed size. An image of several
+tiles, followed by a thumbnail, is one `<img>` ... `</img>` run of `<IMG_CONTEXT>`. `tests/tiny_models.py` says why the
+vocabulary is not padded and placeholders are improbable.
 """
 
 from pathlib import Path
@@ -27,10 +27,10 @@ IMAGE_TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-"""By the attributes under which `InternVLProcessor` looks for them in its tokenizer."""
+"""The image tokens, by the attributes under which `InternVLProcessor` looks for them in its tokenizer."""
 
 VOCAB = 366
-"""Of `build_tokenizer`: with its 14 special tokens and the 4 above a multiple of 64."""
+"""Ordinary tokens of `build_tokenizer`. Its 14 special tokens and the 4 above make it a multiple of 64."""
 
 _HEAD_DIM = 32
 _PATCH, _DOWNSAMPLE = 14, 0.5
@@ -93,11 +93,12 @@ def build_tiny_internvl(
         seed: of the weights.
         layers, vision_layers: depth of the language model and of the vision tower.
         hidden_size, vision_hidden_size: multiples of 32, the size of a head.
-        tile: edge of a tile in pixels, a multiple of 28; its tokens are `(tile / 28) ** 2`.
-        max_tiles: of one image; the thumbnail comes on top.
+        tile: edge of a tile in pixels, a multiple of 28. A tile becomes `(tile / 28) ** 2` tokens.
+        max_tiles: of one image, without its thumbnail.
         initializer_range: standard deviation of the weights.
 
-    Returns the folder.
+    Returns:
+        The folder.
     """
     path = Path(path)
     processor = build_processor(path, tile=tile, max_tiles=max_tiles)
@@ -140,7 +141,7 @@ def build_tiny_internvl(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config).to(torch.float32)
-        # A new model has them all at zero, so that it would not notice patches in the wrong order.
+        # A new model has zeros here, and would not notice patches in the wrong order.
         embeddings = model.model.vision_tower.embeddings
         torch.nn.init.normal_(embeddings.position_embeddings, std=initializer_range)
         torch.nn.init.normal_(embeddings.cls_token, std=initializer_range)

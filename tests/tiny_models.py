@@ -2,8 +2,8 @@
 """Tiny checkpoints with random weights of every architecture that the tests cover, made without a download.
 
 verl's rollout never samples from the padded tail of a vocabulary, nor an image placeholder. A trained model gives them
-next to no probability, and one with random weights does, so that the rollout's probabilities could not equal the
-actor's. Hence as many tokens as need no padding, and placeholders made improbable.
+next to no probability anyway, but a random model gives them as much as other tokens, so that the rollout's
+probabilities could not equal the actor's. Therefore no vocabulary is padded, and placeholders are made improbable.
 """
 
 from pathlib import Path
@@ -28,10 +28,10 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from examples.quickstart.tiny_vlm import build_tiny_vlm, build_tokenizer
 
 VOCAB = 370
-"""Of `build_tokenizer`: with its 14 special tokens a multiple of 64, so that no model pads its vocabulary."""
+"""Ordinary tokens of `build_tokenizer`. Its 14 special tokens make it a multiple of 64, so that no model pads it."""
 PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")
 INITIALIZER_RANGE = 0.2
-"""Far from uniform next-token distributions; a wrong position or a wrong image then shows in every log-prob."""
+"""Makes next-token distributions far from uniform, so that a wrong position or image shows in every log-prob."""
 
 _TEXT = {
     "hidden_size": 128,
@@ -53,7 +53,8 @@ def build_tiny(family: str, path: str | Path, *, seed: int, layers: int = 2) -> 
         seed: of the weights.
         layers: of the language model.
 
-    Returns the folder.
+    Returns:
+        The folder.
     """
     path = Path(path)
     FAMILIES[family](path, seed, layers)
@@ -90,9 +91,9 @@ def _qwen3_vl(path: Path, seed: int, layers: int) -> None:
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "out_hidden_size": _TEXT["hidden_size"],
-            # A grid of 8 x 8, so that images larger and smaller than it are interpolated.
+            # A grid of 8 x 8: the tests' images are larger or smaller, so that it is interpolated.
             "num_position_embeddings": 64,
-            # As released models do: features of early and middle layers enter the first layers of the language model.
+            # As in released models, features of early and middle layers enter the first layers of the language model.
             "deepstack_visual_indexes": [0, 1],
             "initializer_range": INITIALIZER_RANGE,
         },
@@ -116,7 +117,7 @@ def _qwen3_vl(path: Path, seed: int, layers: int) -> None:
 
 
 def _qwen2(path: Path, seed: int, layers: int) -> None:
-    # Input and output embeddings are one, as in the released models below 7B.
+    # Input and output embeddings are tied, as in the released models below 7B.
     _text_only(Qwen2ForCausalLM, Qwen2Config(**_TEXT, num_hidden_layers=layers, tie_word_embeddings=True), seed, path)
 
 

@@ -12,7 +12,7 @@ from verl_gndpo.teacher.distinct_images import DistinctImages, encode_distinct_i
 
 
 class Tower(torch.nn.Module):
-    """As a Qwen-VL tower: patches in, an output with rows of patches, of merged tokens, and a list of such."""
+    """Like a Qwen-VL tower, takes patches and returns rows of patches, rows of merged tokens, and a list of these."""
 
     spatial_merge_size = 2
 
@@ -27,7 +27,7 @@ class Tower(torch.nn.Module):
 
 
 class TileTower(torch.nn.Module):
-    """As InternVL's tower: tiles in, rows of tiles out."""
+    """Like InternVL's tower, takes and returns one row per tile."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class TileTower(torch.nn.Module):
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
 @settings(max_examples=50, deadline=None)
 def test_each_distinct_image_is_encoded_once(order):
-    """Whatever the repetitions, the output is that of encoding every copy."""
+    """The output equals that of encoding every copy, however often images repeat."""
     torch.manual_seed(0)
     grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 4, 2], [1, 2, 2]])
     images = [torch.randn(int(grid.prod()), 3) for grid in grids]
@@ -72,7 +72,7 @@ def test_each_distinct_tile_is_encoded_once(order):
 
 
 def test_tiles_that_come_with_a_tensor_of_their_own_are_all_encoded():
-    """It may tell equal tiles apart."""
+    """That tensor may make equal tiles differ."""
     tower = TileTower()
     DistinctImages(tower)
     tower(torch.zeros(3, 3, 2, 2), bool_masked_pos=torch.eye(3))
@@ -91,7 +91,7 @@ def test_output_that_belongs_to_no_image_is_refused():
 
 
 def model_with(model_type, name, tower):
-    """As a Hugging Face model of a type, with a tower of this name."""
+    """Build a model with what the code reads of a Hugging Face model: its type, and a tower of this name."""
     model = torch.nn.Module()
     model.config = SimpleNamespace(model_type=model_type)
     model.model = torch.nn.Module()
@@ -113,7 +113,7 @@ def model_with(model_type, name, tower):
         ("internvl", "audio_tower", TileTower, {"pixel_values": torch.zeros(2, 3, 2, 2)}, 2),
     ],
 )
-def test_the_tower_is_the_familys(model_type, name, tower, inputs, encoded):
+def test_the_tower_is_the_one_that_the_family_declares(model_type, name, tower, inputs, encoded):
     model = model_with(model_type, name, tower())
     encode_distinct_images(model)
     found = model.model.get_submodule(name)
@@ -121,7 +121,7 @@ def test_the_tower_is_the_familys(model_type, name, tower, inputs, encoded):
     assert found.seen == [encoded]
 
 
-def test_a_tower_whose_images_cannot_be_told_apart_is_left_alone():
+def test_a_tower_whose_inputs_cannot_be_cut_into_images_stays_as_it_is():
     class Ragged(torch.nn.Module):
         def forward(self, hidden_states, cu_seqlens):
             return hidden_states
@@ -131,7 +131,7 @@ def test_a_tower_whose_images_cannot_be_told_apart_is_left_alone():
     assert torch.equal(model.model.visual(torch.zeros(4, 2), torch.tensor([0, 2, 4])), torch.zeros(4, 2))
 
 
-def test_images_with_one_sum_are_still_told_apart():
+def test_different_images_with_equal_sums_are_both_encoded():
     images = torch.tensor([[1.0], [2.0], [3.0], [4.0], [4.0], [3.0], [2.0], [1.0]])
     tower = Tower()
     DistinctImages(tower)

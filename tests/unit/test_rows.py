@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that a teacher can't score, and their names, on batches as verl's agent loop writes them."""
+"""Checks of rows that a teacher can't score, and the rows' names, on batches as verl's agent loop writes them."""
 
 import re
 
@@ -30,7 +30,7 @@ QWEN, QWEN3, INTERNVL = Qwen2_5_VLConfig(), Qwen3VLConfig(), InternVLConfig()
 
 
 def batch(*rows, mrope=False, **fields):
-    """Rows (prompt ids, response ids, response mask, inputs) as a worker gets them."""
+    """Make a batch, as a worker gets it, of rows (prompt ids, response ids, response mask, inputs)."""
     ids = [torch.tensor([*prompt, *response]) for prompt, response, _, _ in rows]
     masks = [torch.tensor(mask, dtype=torch.long) for _, _, mask, _ in rows]
     positions = [torch.arange(len(x)) for x in ids]
@@ -49,7 +49,7 @@ def text(count):
     return batch(*[([1, 2], [3], [1], {})] * count)
 
 
-def test_a_row_is_named_by_whatever_is_known_of_it():
+def test_a_row_is_named_by_the_fields_that_it_has():
     data = text(2)
     assert name_of(data, 1) == "row 1"
     data["uid"] = NonTensorStack("9f", "a0")
@@ -78,7 +78,7 @@ def test_names_come_as_objects_or_tensors(values):
 
 
 def test_the_rows_that_verl_adds_as_padding_have_names_and_can_be_scored():
-    """Equally many fields, of other types: the batch then holds lists of objects."""
+    """They have the same fields with other types, so that the batch holds lists of objects."""
     grid = torch.tensor([[1, 2, 2]])
     real = {
         "prompts": torch.tensor([1, QWEN.image_token_id]),

@@ -12,7 +12,7 @@ from verl_gndpo.teacher.scoring import ScoringHead, token_log_probs
 @given(st.integers(1, 30), st.lists(st.integers(0, 29), max_size=40), st.integers(1, 7), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_blocks_of_logits_equal_all_logits(length, rows, chunk, bias):
-    """Any rows in any order, any chunk: the log-probs of a full log-softmax."""
+    """For any rows in any order and any chunk, the log-probs are those of a full log-softmax."""
     torch.manual_seed(0)
     rows = torch.tensor(rows, dtype=torch.int64) % length
     ids = torch.randint(0, 11, (len(rows),))
@@ -39,8 +39,8 @@ def test_log_probs_of_bfloat16_logits_are_computed_in_float32(columns):
     torch.testing.assert_close(scored.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_logits_beyond_what_exp_can_hold_are_no_trouble():
-    """In whichever block the largest stands."""
+def test_logits_may_be_larger_than_exp_can_hold():
+    """The block that holds the largest must not matter."""
     hidden, weight = torch.eye(2), torch.tensor([[300.0, -300.0], [0.0, 0.0], [-300.0, 300.0]])
     for columns in (1, 2, 3):
         scored = token_log_probs(hidden, torch.tensor([0, 0]), weight, None, 1.0, columns)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What verl's teacher servers return, cut to the responses, and how verl is told to start them."""
+"""verl's teacher servers: their answers cut to the responses, and the section of verl's config that starts them."""
 
 import hydra
 import pytest
@@ -19,7 +19,10 @@ def nested(rows):
 
 
 def answers(ids, responses, shift=1):
-    """At each place the id and a log-prob of the token `shift` after it, as verl stores them; the last are padding."""
+    """Make a batch of answers as verl stores them: at each place the id and a log-prob of the token `shift` after it.
+
+    The last places hold padding.
+    """
     scored = [[[x] for x in [*row[shift:], *[0] * shift]] for row in ids]
     return TensorDict(
         {
