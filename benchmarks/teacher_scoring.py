@@ -1,27 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teacher scoring of n responses to one prompt with an image: all logits of a plain Hugging Face forward, as the
-released code has them; verl's own teacher, a vLLM server asked for the log-probs of its prompt; and this project's
-worker. Targets, for n8: 5x faster than all logits at a quarter of the memory, 7x faster than the server; for n1: not
-slower than all logits.
+"""Compare three ways to score n responses to one prompt with an image.
 
     python benchmarks/teacher_scoring.py [--json OUT] [--shapes n8 n1 n16] [--rounds 3] [--methods ...]
 
-The model is a 115M Qwen2.5-VL with random weights, the image a drawing that went through Qwen's image processor. Each
-call runs in a process of its own, the methods in turns, with the same number of threads: the process loads the model,
-scores one batch to warm up and another one, of the same sizes, for the clock, so that nothing that a method remembers
-of the first helps it with the second. `processor_s` is the processor time of that call on all cores, which says more
-than `seconds` where other programs compete for them.
+- `full_logits`: a plain Hugging Face forward with all logits, as in the released code;
+- `verl_server`: verl's own teacher, a vLLM server that is asked for the log-probs of its prompt;
+- `ours`: this project's worker.
 
-`verl_server` is verl's server class (`vLLMHttpServer`) with verl's settings, asked by verl's teacher manager: one
-request a response, all at once, each with the image. Only Ray's hop between the two is left out. Requests for prompt
-log-probs never read vLLM's prefix cache (`SamplingParams.skip_reading_prefix_cache`), so it runs the prompt of every
-response; the image is encoded once. As in a run, verl has masked the logits of the two vision placeholders, which
-raises every other log-prob a little: by 1.3e-5 nats in the larger shapes, by 5e-4 in `small`.
+Targets for n8: 5x faster than `full_logits` with a quarter of its memory, and 7x faster than `verl_server`. Target for
+n1: not slower than `full_logits`.
 
-`peak_gb` is what the weights and the scoring add to the processes at the highest point (the sum of their peak resident
-sizes less what their imports hold): what an accelerator's memory would have to hold. vLLM has three: the server, the
-engine and the worker. Of the two that it starts itself, the imports are those of a process that only imports the same.
-Beside it stand the whole peak (`peak_rss_gb`) and the peak above the loaded model (`peak_above_model_gb`).
+The model is a 115M Qwen2.5-VL with random weights. The image is a drawing that went through Qwen's image processor.
+Each call runs in its own process, with the same number of threads; the methods take turns. The process loads the model,
+scores one batch to warm up, and then another batch of the same sizes for the clock, so that nothing cached from the
+first batch helps with the second. `processor_s` is the processor time of the timed call on all cores, which is more
+reliable than `seconds` when other programs compete for them.
+
+`verl_server` is verl's server class (`vLLMHttpServer`) with verl's settings. verl's teacher manager sends one request
+per response, all at once, each with the image; only Ray's hop between the two is skipped. Requests for prompt log-probs
+never read vLLM's prefix cache (`SamplingParams.skip_reading_prefix_cache`), so the server runs the prompt of every
+response. It encodes the image once. As in a run, verl masks the logits of the two vision placeholders, which raises
+every other log-prob by 1.3e-5 nats in the larger shapes and by 5e-4 in `small`.
+
+`peak_gb` is the memory that the weights and the scoring add to the processes at the highest point: the sum of their
+peak resident sizes minus the memory of their imports. An accelerator would have to hold that much. vLLM has three
+processes: the server, the engine and the worker. For the two that it starts itself, the imports are measured in a
+process that only imports the same modules. `peak_rss_gb` is the whole peak, and `peak_above_model_gb` the peak above
+the loaded model.
 """
 
 import argparse
@@ -36,9 +41,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -46,10 +52,13 @@ import verl  # noqa: F401  loads the plugin, without which transformers can't im
 from _common import machine, print_table, write_json
 from PIL import Image, ImageDraw
 
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLProcessor
+
 ROOT = Path(__file__).resolve().parents[1]
 KV_CACHE_BYTES = 2**28
 RIVALS = ("full_logits", "verl_server")
-# What a process that scores for verl has loaded, whatever it scores with.
+# Modules that a process which scores for verl has loaded with any method.
 WORKER_IMPORTS = ("transformers", "verl_gndpo.teacher.worker")
 IMPORTS = {
     "full_logits": WORKER_IMPORTS,
@@ -66,7 +75,7 @@ ENGINE_IMPORTS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model and of the batch; `name` is what the figures call it."""
+    """Sizes of the model and of the batch, and the name that stands in the figures."""
 
     name: str
     vocabulary: int
@@ -81,7 +90,7 @@ class Shape:
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence: prompt, image, the two marks around it, response."""
+        """The number of tokens of a sequence: prompt, image, the two marks around it, response."""
         return 2 * self.prompt_tokens + self.grid[0] * self.grid[1] // 4 + 2 + self.response_tokens
 
 
@@ -167,10 +176,10 @@ def build(shape: Shape, folder: Path) -> None:
     torch.save(batches, folder / "batches.pt")
 
 
-def build_processor(shape: Shape):
-    """Qwen's processor and a tokenizer of exactly `shape.vocabulary` tokens: verl's server masks logits beyond those.
+def build_processor(shape: Shape) -> "Qwen2_5_VLProcessor":
+    """Build Qwen's processor with a tokenizer of exactly `shape.vocabulary` tokens; verl's server masks other logits.
 
-    The ids below 256 are ordinary text, the special tokens stand at the end.
+    The ids below 256 are ordinary text, and the special tokens stand at the end.
     """
     from examples.quickstart import tiny_vlm
 
@@ -191,7 +200,7 @@ def build_processor(shape: Shape):
 
 
 def draw(width: int, height: int) -> Image.Image:
-    """A diagram of triangles in different colours, another one at each call (torch's random state)."""
+    """Draw triangles in different colours; each call draws others (torch's random state)."""
     picture = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(picture)
     for corners in (torch.rand(12, 3, 2) * torch.tensor([width, height])).tolist():
@@ -201,7 +210,7 @@ def draw(width: int, height: int) -> Image.Image:
 
 
 def full_logits(folder: Path, batches: list[dict], threads: int) -> tuple[Callable[[int], torch.Tensor], dict]:
-    """Hugging Face's forward over whole sequences, log_softmax of all logits, gather."""
+    """Load Hugging Face's model, which scores by a forward pass over whole sequences with all logits."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -227,7 +236,7 @@ def full_logits(folder: Path, batches: list[dict], threads: int) -> tuple[Callab
 
 
 def verl_server(folder: Path, batches: list[dict], threads: int) -> tuple[Callable[[int], torch.Tensor], dict]:
-    """verl's vLLM server, in this process, with its engine and worker as processes that it starts."""
+    """Start verl's vLLM server in this process; it starts processes for its engine and its worker."""
     # vLLM would otherwise take one thread for each physical core; the worker is where the model runs.
     cores = sorted(os.sched_getaffinity(0))[:threads]
     os.environ.update(VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, cores)))
@@ -240,7 +249,7 @@ def verl_server(folder: Path, batches: list[dict], threads: int) -> tuple[Callab
     from verl.workers.rollout.replica import RolloutMode
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
-    # The server asks Ray for its address and job, nothing else.
+    # The server asks Ray only for its address and its job.
     ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
     others = {process.pid for process in psutil.Process().children(recursive=True)}
     imported = imports_of_engine()
@@ -314,7 +323,7 @@ def verl_server(folder: Path, batches: list[dict], threads: int) -> tuple[Callab
 
 
 def imports_of_engine() -> float:
-    """What the imports of one of vLLM's own processes hold, in GB."""
+    """Return the memory that the imports of one of vLLM's own processes hold, in GB."""
     modules = "; ".join(f"import {name}" for name in ("verl", *ENGINE_IMPORTS))
     show = "print(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')))"
     done = subprocess.run([sys.executable, "-c", f"{modules}; {show}"], stdout=subprocess.PIPE, text=True, check=True)
@@ -322,7 +331,7 @@ def imports_of_engine() -> float:
 
 
 def ours(folder: Path, batches: list[dict], threads: int) -> tuple[Callable[[int], torch.Tensor], dict]:
-    """The worker that a run uses, on one gloo rank in this process; one micro-batch, as in `full_logits`."""
+    """Start the worker of a run on one gloo rank in this process; one micro-batch, as in `full_logits`."""
     from tensordict import TensorDict
     from tensordict.tensorclass import NonTensorStack
     from verl.utils.tensordict_utils import nested_tensor_from_tensor_list
@@ -340,7 +349,7 @@ def ours(folder: Path, batches: list[dict], threads: int) -> tuple[Callable[[int
     worker = TeacherWorker(TeacherConfig(model=model, temperature=1.0, max_token_len_per_gpu=tokens))
     worker.reset()
 
-    def nested(rows, ragged_idx: int = 1) -> torch.Tensor:
+    def nested(rows: Iterable[torch.Tensor], ragged_idx: int = 1) -> torch.Tensor:
         return nested_tensor_from_tensor_list(list(rows), ragged_idx=ragged_idx)
 
     def as_verl_has_it(batch: dict) -> TensorDict:
@@ -369,7 +378,7 @@ METHODS = {"full_logits": full_logits, "verl_server": verl_server, "ours": ours}
 
 
 def measure(method: str, folder: Path, threads: int) -> None:
-    """In a process of its own: leave the figures (JSON) and the log-probs in `folder`."""
+    """Measure one method in this process, and write the figures (JSON) and the log-probs into `folder`."""
     for name in IMPORTS[method]:
         importlib.import_module(name)
     torch.set_num_threads(threads)
@@ -378,7 +387,7 @@ def measure(method: str, folder: Path, threads: int) -> None:
     imported |= children
     processes = [psutil.Process(pid) for pid in imported]
     loaded = sum(resident("VmRSS", pid) for pid in imported)
-    # From here on the kernel's high-water marks are those of scoring, not of loading.
+    # This resets the kernel's high-water marks, so that they leave out the loading of the model.
     for pid in imported:
         Path(f"/proc/{pid}/clear_refs").write_text("5")
     score(0)
@@ -395,12 +404,12 @@ def measure(method: str, folder: Path, threads: int) -> None:
 
 
 def processor_time(processes: list[psutil.Process]) -> float:
-    """Seconds that they have used of any core."""
+    """Return the processor seconds that processes have used on all cores."""
     return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 def resident(field: str, pid: int | str = "self") -> float:
-    """A size of a process from /proc, in GB (10^9 bytes)."""
+    """Return a size of a process from /proc, in GB (10^9 bytes)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(field):
             return gigabytes(line)
@@ -424,11 +433,11 @@ def call(method: str, folder: Path, threads: int) -> dict:
 
 
 def compare(shape: Shape, methods: list[str], rounds: int, threads: int) -> list[dict]:
-    """One row a method: medians over `rounds`, and the ratios to the other methods."""
+    """Return one row per method: medians over `rounds`, and the ratios to the other methods."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         build(shape, folder)
-        samples = {method: [] for method in methods}
+        samples: dict[str, list[dict]] = {method: [] for method in methods}
         for _ in range(rounds):
             for method in methods:
                 samples[method].append(call(method, folder, threads))

@@ -42,7 +42,7 @@ def path(family, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(family, path):
-    """Responses to prompts with no, one and two images, and one to another prompt with the same image as the first."""
+    """Make responses to prompts with no, one and two images, and one to another prompt that shares an image."""
     rows = make_rows(path, [0] * 5 if family in TEXT_ONLY else IMAGES_PER_PROMPT, RESPONSE_LENGTHS)
     one = next(row for row in rows if family in TEXT_ONLY or row["inputs"])
     ids = one["ids"].clone()
@@ -57,7 +57,7 @@ def expected(path, rows):
 
 @pytest.fixture(scope="module")
 def scored(family, path, rows):
-    """The teacher's log-probs of all rows together and of each row alone, and what its vision tower has been given."""
+    """Score all rows together and each row alone, and count the inputs of the vision tower in the first case."""
     seen = []
     with one_rank():
         worker = start_teacher(teacher_config(path, temperature=TEMPERATURE))
@@ -74,17 +74,17 @@ def scored(family, path, rows):
 
 
 def test_the_teacher_scores_as_hugging_face(expected, scored):
-    """Several responses a prompt and one, rows with images beside rows without, in one micro-batch or alone."""
+    """One micro-batch holds prompts with one and with several responses, and rows with and without images."""
     together, alone, _ = scored
     assert_equal_to(expected, together)
     for ours, reference in zip(alone, expected, strict=True):
         torch.testing.assert_close(ours.double(), reference, atol=1e-4, rtol=0)
-    # An oracle that could not tell models, images or positions apart would be worth nothing.
+    # The oracle must depend on models, images and positions.
     assert torch.cat(expected).std() > 1
 
 
 def test_the_teacher_encodes_each_distinct_image_once(family, rows, scored):
-    """For all responses to a prompt, and for another prompt that shows the same image."""
+    """All responses to a prompt share it, and so does another prompt with the same image."""
     pixels = [row["inputs"]["pixel_values"] for row in rows if "pixel_values" in row["inputs"]]
     distinct = {values.numpy().tobytes(): len(values) for values in pixels}
     assert scored[2] == sum(distinct.values())
@@ -92,7 +92,7 @@ def test_the_teacher_encodes_each_distinct_image_once(family, rows, scored):
 
 
 def test_a_student_without_images_counts_positions_on_one_axis(path, rows, expected):
-    """Whatever family its teacher is of."""
+    """The teacher of each family must accept such positions."""
     text = [row for row in rows if not row["inputs"]]
     plain = [row | {"positions": torch.arange(len(row["ids"]))} for row in text]
     with one_rank():
@@ -101,19 +101,19 @@ def test_a_student_without_images_counts_positions_on_one_axis(path, rows, expec
 
 
 def old_log_probs(path, rows: list[dict], packed: bool) -> list[torch.Tensor]:
-    """What verl's own FSDP engine says as the actor that computes `old_log_probs`."""
+    """Return the log-probs of verl's own FSDP engine, as the actor that computes `old_log_probs`."""
     with one_rank():
         worker = start_actor(path, packed)
         batch = as_batch(rows)
         batch["loss_mask"] = batch["response_mask"]
         tu.assign_non_tensor(batch, temperature=TEMPERATURE, calculate_entropy=False, compute_loss=False)
         whole = worker.infer_batch(batch)["log_probs"].unbind()
-    # Of a sequence, each place has the log-prob of the next token.
+    # Each place has the log-prob of the next token.
     return [scores[-len(row["response"]) - 1 : -1] for scores, row in zip(whole, rows, strict=True)]
 
 
 def test_a_model_distilled_into_itself_gives_no_signal(family, path, rows, scored):
-    # verl's own attention for packed Qwen2.5-VL is flash-attention's, which needs a GPU.
+    # verl runs packed Qwen2.5-VL with flash-attention only, which needs a GPU.
     for packed in [False] if family == "qwen2_5_vl" else [False, True]:
         student = old_log_probs(path, rows, packed)
         teacher = scored[0]["teacher_log_probs"].unbind()

@@ -28,7 +28,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(paths):
-    """Three responses to each of four prompts; two prompts of source "a", one of "b", one of "c"."""
+    """Make three responses to each of four prompts: two prompts of source "a", one of "b", one of "c"."""
     rows = make_rows(paths["one"], [1, 0, 2, 1], [[5, 2, 7], [4, 3, 1], [6, 2, 2], [3, 3, 5]])
     prompts: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -43,7 +43,7 @@ def rows(paths):
 
 @pytest.fixture(scope="module")
 def expected(paths, rows):
-    """Of each row the log-probs under its teachers: "a" has one, "b" the other, "c" both, one of them three times."""
+    """Return the log-probs under each row's teachers: "a" has one, "b" the other, "c" both with weights 3 and 1."""
     one, other = (hugging_face_log_probs(paths[name], rows, 1.0) for name in ("one", "other"))
     shares = {"a": (1, 0), "b": (0, 1), "c": (0.75, 0.25)}
     return {
@@ -54,7 +54,7 @@ def expected(paths, rows):
 
 @pytest.fixture(scope="module")
 def queue():
-    """verl's TransferQueue, as in its config, with one storage unit."""
+    """Start verl's TransferQueue, as in its config, with one storage unit."""
     ray.init(num_cpus=32, num_gpus=2, include_dashboard=False, object_store_memory=200_000_000)
     with hydra.initialize_config_module("verl.trainer.config", version_base=None):
         config = hydra.compose("ppo_trainer").transfer_queue
@@ -80,7 +80,7 @@ def client(queue, paths):
 
 
 def put(rows: list[dict]) -> KVBatchMeta:
-    """Rows into the queue as verl's agent loop leaves them there, without a score."""
+    """Put rows into the queue as verl's agent loop does, without a score."""
     batch = as_batch(rows)
     batch["data_source"] = NonTensorStack(*[row["source"] for row in rows])
     batch["uid"] = NonTensorStack(*[prompt_of(row["key"]) for row in rows])
@@ -98,7 +98,7 @@ def assert_scored(batch: KVBatchMeta, expected: dict) -> None:
 
 
 def finish(client: TeacherClient, timeout_s: float = 60) -> None:
-    """Until what was sent ahead is scored."""
+    """Wait until the rows that were sent ahead are scored."""
     ray.wait(client._running.futures, num_returns=len(client._running.futures), timeout=timeout_s)
 
 
@@ -109,7 +109,7 @@ def test_each_sample_gets_the_scores_of_its_teachers(client, rows, expected):
 
 
 def test_a_rank_without_samples_for_a_teacher_takes_part_all_the_same(client, rows, expected):
-    """Sources "a" and "b" in equal numbers: with two ranks, whatever the order, some rank lacks one in some call."""
+    """In at least one of these calls a rank has no sample of some teacher, whatever the order of the rows."""
     for sources in ("a", "b", "ab"):
         batch = put([row for row in rows if row["source"] in sources][-3:])
         client.score(batch)
@@ -156,7 +156,7 @@ def test_prompts_that_are_thrown_away_are_forgotten(client, rows):
 
 
 def test_what_one_rank_raises_is_not_waited_for(client, rows):
-    """The other rank waits for the one that has failed, until the run ends: this has to be the last test."""
+    """This has to be the last test, because the other rank waits for the failed one until the process ends."""
     broken = [dict(row) for row in rows]
     position = next(i for i, row in enumerate(broken) if len(row["inputs"]))
     broken[position]["inputs"] = {}

@@ -30,7 +30,7 @@ FAMILIES = ["qwen2_5_vl", "qwen3_vl", "internvl", "qwen3"]
 
 
 def serve(rank, ranks, port, pipe):
-    """What runs in a rank: commands by name, until there are no more."""
+    """Run commands of `Rank` by name in a rank's process, as they come through the pipe."""
     helpers.set_rank(rank, ranks, port)
     torch.set_num_threads(1)
     rank = Rank()
@@ -44,10 +44,10 @@ def serve(rank, ranks, port, pipe):
 
 
 class Rank:
-    """One rank of the teacher."""
+    """One rank of the teacher, in its own process."""
 
     def start(self, path, settings):
-        """Load a teacher in place of the last one."""
+        """Load a teacher, which replaces the last one."""
         settings = {"temperature": TEMPERATURE, "max_token_len_per_gpu": 150} | settings
         self.worker = helpers.start_teacher(helpers.teacher_config(path, **settings))
 
@@ -57,7 +57,7 @@ class Rank:
         return model.engine
 
     def score(self, rows, name="teacher_log_probs"):
-        """Score this rank's rows of all: (row numbers, log-probs or what else has this name, what was printed)."""
+        """Score this rank's part of all rows; return the row numbers, the output of this name, and what was printed."""
         size, rank = self.engine.get_data_parallel_size(), self.engine.get_data_parallel_rank()
         own = range(rank * len(rows) // size, (rank + 1) * len(rows) // size)
         printed = io.StringIO()
@@ -66,7 +66,7 @@ class Rank:
         return list(own), [x.numpy() for x in scored[name].unbind()], printed.getvalue()
 
     def watch(self):
-        """From now on count the tokens that the decoder's layers run, and the times that the weights move."""
+        """Start to count the tokens that the decoder's layers run, and the times that the weights move."""
         from verl.utils.fsdp_utils import offload_fsdp_model_to_cpu
 
         self.tokens, self.moves, engine = [], [], self.engine
@@ -83,24 +83,24 @@ class Rank:
         engine.to = to
 
     def watched(self):
-        """(tokens of each forward pass, how often the weights moved); counts from 0 again."""
+        """Return the tokens of each forward pass and how often the weights moved, and restart both counts."""
         seen = self.tokens, len(self.moves)
         self.tokens, self.moves = [], []
         return seen
 
     def offload(self):
-        """`param_offload`, which means nothing without an accelerator, so that the worker leaves it off."""
+        """Turn on `param_offload`, which the worker ignores without an accelerator."""
         self.engine._is_offload_param = True
 
     def gathered(self):
-        """Bytes of weights that this rank holds beyond its shards."""
+        """Return the bytes of weights that this rank holds beyond its shards."""
         module = self.engine.module
         if hasattr(module, "_all_handles"):
             return sum(h.flat_param._full_param_padded.untyped_storage().nbytes() for h in module._all_handles)
         return sum(p.nbytes for p in module.parameters() if not hasattr(p, "to_local"))
 
     def spoil(self, what):
-        """Break this project's attention, and no other, or the places from which responses are predicted."""
+        """Break this project's attention but no other, or the places from which responses are predicted."""
         from verl_gndpo.teacher import attention, engine
 
         self.intact = attention._causal, engine.Layout
@@ -122,7 +122,7 @@ class Rank:
 
 
 class Ranks:
-    """All ranks, from the side of the tests."""
+    """All ranks, as the tests see them."""
 
     def __init__(self, count=RANKS):
         port = helpers.free_port()
@@ -136,7 +136,7 @@ class Ranks:
             self._processes.append(process)
 
     def __call__(self, name, *arguments):
-        """Have all ranks do something; what each returns.
+        """Run a command in all ranks, and return each rank's answer.
 
         Raises:
             RuntimeError: what the ranks raised, in the order of the ranks.
@@ -153,7 +153,7 @@ class Ranks:
         return [answer for answer, _ in answers]
 
     def score(self, rows, name="teacher_log_probs"):
-        """Log-probs of all rows, or what else has this name; ranks that share rows must agree."""
+        """Return the output of this name for all rows; ranks that share rows must agree."""
         scores = [None] * len(rows)
         self.printed = ""
         for numbers, log_probs, printed in self("score", rows, name):
@@ -165,7 +165,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def spoiled(self, what):
-        """Within this context something of this project's is broken."""
+        """Break something of this project's within this context."""
         self("spoil", what)
         try:
             yield
@@ -178,7 +178,7 @@ class Ranks:
 
 
 def as_batch(rows):
-    """Rows {ids, positions, inputs, response, mask, names} as verl hands them to a worker."""
+    """Return rows {ids, positions, inputs, response, mask, names} as the batch that verl hands to a worker."""
     data = helpers.as_batch(rows)
     data["response_mask"] = helpers.nested(row["mask"] for row in rows)
     for name in (IDS, LOG_PROBS) if IDS in rows[0] else ():
@@ -189,7 +189,7 @@ def as_batch(rows):
 
 
 class Family:
-    """A tiny checkpoint, its processor, and Hugging Face's own forward of it."""
+    """A tiny checkpoint of a model family, its processor, and Hugging Face's own forward pass."""
 
     def __init__(self, name, path):
         from transformers import AutoProcessor
@@ -198,7 +198,7 @@ class Family:
         self.sees = name != "qwen3"
         self.processor = AutoProcessor.from_pretrained(self.path)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        # With another attention than the engine's own plain forward.
+        # Its attention is not the one of the engine's own plain forward pass.
         self.model = helpers.load(self.path)
         self.mrope = hasattr(self.model, "model") and hasattr(self.model.model, "get_rope_index")
         self.rng = np.random.default_rng(0)
@@ -207,7 +207,7 @@ class Family:
         return self.tokenizer.convert_tokens_to_ids(token)
 
     def encode(self, n_images, question="how many?", role="user"):
-        """Ids and the model's further inputs of one turn with images."""
+        """Return the ids and the model's further inputs of one turn with images."""
         n_images = n_images if self.sees else 0
         images = [
             Image.fromarray(self.rng.integers(0, 255, (*(32 * self.rng.integers(2, 5, 2)), 3), np.uint8))
@@ -222,7 +222,7 @@ class Family:
         return encoded["input_ids"][0], inputs
 
     def row(self, prompt, response, inputs, mask=None, **names):
-        """A row; what the policy sampled is no image, whatever its id."""
+        """Make a row, in which sampled tokens stand for no image, whatever their ids."""
         ids = torch.cat([prompt, response])
         mask = torch.ones_like(response) if mask is None else mask
         positions = torch.arange(len(ids))
@@ -250,7 +250,11 @@ class Family:
         return [rows[i] for i in self.rng.permutation(len(rows))]
 
     def log_probs(self, row, ids=None):
-        """Of the response tokens: the row alone, with all its logits; `ids` for what the model is to see."""
+        """Score the response tokens of a row alone, from all its logits.
+
+        Args:
+            ids: shown to the model instead of the row's own, which are scored.
+        """
         seen = (row["ids"] if ids is None else ids)[None]
         inputs = row["inputs"] | ({"mm_token_type_ids": row["kinds"][None]} if self.mrope else {})
         with torch.no_grad():
@@ -285,7 +289,7 @@ def assert_equal(ours, expected):
 @pytest.mark.parametrize("shared", [1, 2, 4])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ranks_that_share_a_row_score_as_one_does_alone(family, ranks, name, shared):
-    """Odd lengths, more ranks than heads of keys, several micro-batches, images in one rank's part or in several."""
+    """Covers odd lengths, more ranks than key heads, several micro-batches, images in one or several ranks' parts."""
     model = family(name)
     rows = model.rows()
     ranks("start", model.path, {"ulysses_sequence_parallel_size": shared, "max_token_len_per_gpu": 60})
@@ -304,7 +308,7 @@ def test_ranks_that_share_a_row_score_as_one_does_alone(family, ranks, name, sha
 
 @pytest.mark.parametrize("shared", [1, 2])
 def test_ranks_that_share_a_row_agree_on_the_divergence(family, ranks, shared):
-    """From a student that says the same at every token, against the teacher's whole distribution."""
+    """A student with one distribution for all tokens is compared with the teacher's whole distributions."""
     model = family("qwen3")
     rows = model.rows()
     student = torch.randn(model.model.config.vocab_size, generator=torch.Generator().manual_seed(0)) * 3
@@ -387,7 +391,7 @@ def test_without_the_self_check_nothing_else_runs(family, ranks):
 @pytest.mark.parametrize("shared", [1, 2])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_a_sampled_placeholder_is_a_token_like_any_other(family, ranks, name, shared):
-    """Scored as the id that it is, embedded as its own row of the embedding, and no image moves."""
+    """It is scored by its id and embedded as its own row of the embedding, and no image moves."""
     model = family(name)
     # Of each family two at which the model may put features, and one that frames an image.
     qwen, internvl = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"), ("<IMG_CONTEXT>", "<IMG_CONTEXT>", "<img>")
@@ -425,7 +429,7 @@ def test_a_sampled_placeholder_is_a_token_like_any_other(family, ranks, name, sh
 
 
 def test_images_of_tools_stand_in_responses(family, ranks):
-    """Two equal rollouts of two turns, whose second images come with a mask of 0, beside others of their prompt."""
+    """Two equal rollouts of two turns have second images with a mask of 0, beside other rollouts of their prompt."""
     model = family("qwen2_5_vl")
     prompt, inputs = model.encode(1)
     rows = []

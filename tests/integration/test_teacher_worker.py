@@ -32,7 +32,7 @@ def teacher_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(teacher_path):
-    """One to four responses to prompts with no, one and several images."""
+    """Make one to four responses to prompts with no, one and several images."""
     return make_rows(teacher_path, IMAGES_PER_PROMPT, RESPONSE_LENGTHS)
 
 
@@ -61,8 +61,8 @@ def start(teacher_path):
 
 
 def test_two_ranks_small_micro_batches_equal_one_rank_and_hugging_face(start, rows, expected):
-    """Chunks and micro-batches small and large, prompts split between them and between ranks or not, either attention:
-    one result."""
+    """Chunks and micro-batches may be small or large, prompts split between them and between ranks or not, and the
+    attention sdpa or flex: the result is the same."""
     batch = as_batch(rows)
     small = {"logits_chunk_tokens": 3, "max_token_len_per_gpu": 80, "attention": "flex"}
     split = start(2, **small).compute_teacher_log_prob(batch.clone()).get()
@@ -71,7 +71,7 @@ def test_two_ranks_small_micro_batches_equal_one_rank_and_hugging_face(start, ro
     assert_equal_to(expected, split)
     assert_equal_to(expected, whole)
 
-    # So the statistics of the signal are global: the same advantages whatever the ranks and micro-batches.
+    # Therefore advantages do not depend on ranks and micro-batches either.
     mask = nested([torch.ones_like(row["response"]) for row in rows]).to_padded_tensor(0)
     old = -torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
     one, two = (
@@ -79,11 +79,11 @@ def test_two_ranks_small_micro_batches_equal_one_rank_and_hugging_face(start, ro
     )
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
-    # All rows of one length, where stock verl repacks mRoPE positions wrongly.
+    # Stock verl repacks mRoPE positions wrongly if all rows have one length.
     same = [rows[3]] * 2
     assert_equal_to([expected[3]] * 2, group.compute_teacher_log_prob(as_batch(same)).get())
 
-    # One image too few for its placeholders names the row and both numbers, and nothing is scored.
+    # A row with fewer images than placeholders is named with both numbers, and nothing is scored.
     broken = [dict(row) for row in rows[:2]]
     broken[0]["inputs"] = {}
     with pytest.raises(Exception, match=r"row 0: \d+ image tokens in its ids but images for 0"):
@@ -91,7 +91,7 @@ def test_two_ranks_small_micro_batches_equal_one_rank_and_hugging_face(start, ro
 
 
 def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, rows, expected):
-    """In this process, on one rank: what is inside the worker, and what runs."""
+    """On one rank in this process, where the worker's modules can be watched."""
     with one_rank():
         # The self-check would be one more forward pass.
         worker = start_teacher(teacher_config(teacher_path, temperature=TEMPERATURE, self_check=False))
@@ -100,7 +100,7 @@ def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, r
         assert not any(p.requires_grad for p in engine.module.parameters())
         assert not engine.module.training
 
-        # Each prompt and each image once for all responses, each response once, and no padding.
+        # Each prompt and each image runs once for all responses, each response runs once, and there is no padding.
         patches, tokens = [], []
         model = engine.module.model
         model.visual.patch_embed.register_forward_pre_hook(lambda module, inputs: patches.append(len(inputs[0])))
@@ -117,7 +117,7 @@ def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, r
         grids = [row["inputs"]["image_grid_thw"] for row in prompts.values() if "image_grid_thw" in row["inputs"]]
         assert sum(patches) == sum(int(grid.prod(-1).sum()) for grid in grids)
 
-        # The same words about another picture are another prompt: nothing is shared, and nothing mixed up.
+        # The same words about another picture are another prompt, with which nothing is shared.
         one = next(row for row in rows if len(row["inputs"].get("image_grid_thw", ())) == 1)
         darker = one | {"inputs": one["inputs"] | {"pixel_values": one["inputs"]["pixel_values"] - 1}}
         scored = worker.compute_teacher_log_prob(as_batch([one, darker]))["teacher_log_probs"].unbind()
