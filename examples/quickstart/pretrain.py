@@ -43,7 +43,10 @@ if TYPE_CHECKING:  # tiny_vlm has to prepare torchvision before the processor is
 
 RESULT = "pretrain.json"
 TEACHER_AT_LEAST = 0.90
+"""Greedy accuracy on the test split. Measured 0.995 to 0.998 over other seeds and ATEN_CPU_CAPABILITY default, avx2 and
+avx512."""
 STUDENT_BETWEEN = (0.30, 0.65)
+"""The same; measured 0.498 to 0.518: half of the problems ask for a die that the student misreads."""
 
 _TRAIN_PROBLEMS, _DEV_PROBLEMS, _TEST_PROBLEMS = 8000, 256, 448
 _PATCH, _MERGE, _TEMPORAL = 14, 2, 2

@@ -122,5 +122,5 @@ def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, r
         darker = one | {"inputs": one["inputs"] | {"pixel_values": one["inputs"]["pixel_values"] - 1}}
         scored = worker.compute_teacher_log_prob(as_batch([one, darker]))["teacher_log_probs"].unbind()
         alone = worker.compute_teacher_log_prob(as_batch([darker]))["teacher_log_probs"].unbind()
-        torch.testing.assert_close(scored[1], alone[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(scored[1], alone[0], atol=1e-4, rtol=0)
         assert (scored[0] - scored[1]).abs().max() > 1e-3
