@@ -13,8 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, ParamSpec
 
-import wrapt
-
 from verl_gndpo import SUPPORTED_VERL
 
 Where = Literal["every process", "actor", "trainer", "without accelerator", "vLLM without accelerator"]
@@ -113,10 +111,13 @@ def apply(*names: str) -> None:
 
     Repeated calls for the same patch have no effect.
     """
+    # Here, because interpreters that only watch for torchvision load this file when they start.
+    from wrapt import register_post_import_hook
+
     for name in names:
         if name not in _HOOKED:
             _HOOKED.add(name)
-            wrapt.register_post_import_hook(_INDEX[name].applied_by, _INDEX[name].module)
+            register_post_import_hook(_INDEX[name].applied_by, _INDEX[name].module)
 
 
 def apply_all(where: Where) -> None:
