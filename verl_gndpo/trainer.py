@@ -50,7 +50,7 @@ TEACHER_POOL = "teacher_pool"
 def step_order(signal: Signal) -> tuple[str, ...]:
     """Return what a step computes between the rollout and the actor's update, in order.
 
-    verl computes "student" and "advantages", in this order. The mixin computes the rest, before, between or after them.
+    verl computes "student" and "advantages", in this order. The mixin computes the rest, before or between them.
     """
     if signal.baseline == "kl":
         # The teacher compares the student's most likely tokens with its own.
@@ -140,7 +140,7 @@ class GNDPOTrainerMixin(_Trainer):
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def _run_until(self, end: str, batch: KVBatchMeta, metrics: dict) -> None:
-        """Compute what stands directly before `end`, one of verl's parts of the step, in `step_order`."""
+        """Compute our parts of the step that stand directly before `end`, one of verl's parts, in `step_order`."""
         ours = {"teacher": self._ask_teacher}
         order = step_order(self._gndpo.signal)
         before = order[: order.index(end)]
@@ -165,7 +165,7 @@ class GNDPOTrainerMixin(_Trainer):
         return batch
 
     def _ask_teacher(self, batch: KVBatchMeta, metrics: dict) -> None:
-        """Have the teacher's log-probs stored beside the rows of a batch."""
+        """Score a batch with the teacher, which stores its log-probs beside the rows."""
         with marked_timer("teacher_log_prob", self.timing_raw, color="olive"):
             overlap = self.teacher.score(batch)
         if self.teacher_config.placement == "dedicated":

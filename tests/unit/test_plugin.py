@@ -2,7 +2,9 @@
 """What installing the plugin does to a stock verl, and what it does not."""
 
 import copy
+import importlib.util
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import torch
 
 from tests.unit.conftest import verl_config
 from verl_gndpo.config import read_signal_config, read_teacher_config
+from verl_gndpo.plugin import HOOKS
 from verl_gndpo.trainer import GNDPOTrainerMixin
 
 MODES = ("sync", "colocate_async", "separate_async")
@@ -135,6 +138,11 @@ def test_no_teacher_is_started_for_other_estimators(make_trainer):
 def test_the_replay_buffer_is_asked_more_often(mode, make_trainer):
     trainer = make_trainer("algorithm.adv_estimator=gndpo", "+teacher.model.path=T", mode=mode)
     assert trainer.replay_buffer.poll_interval == 0.2
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.function)
+def test_every_hook_has_its_function_and_its_module(hook):
+    assert callable(pkgutil.resolve_name(hook.function)) and importlib.util.find_spec(hook.module)
 
 
 def run_python(code, **env):
