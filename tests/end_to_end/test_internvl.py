@@ -23,7 +23,7 @@ from verl.utils.model import extract_multi_modal_inputs
 from verl.workers.rollout.utils import qwen2_5_vl_dedup_image_tokens
 
 from tests.end_to_end.harness import Run
-from tests.end_to_end.test_training import assert_healthy, overrides, reference_log_probs, settings
+from tests.end_to_end.test_training import assert_healthy, assert_moved, overrides, reference_log_probs, settings
 from tests.integration.helpers import load, stock_transformers
 from tests.tiny_internvl import build_tiny_internvl
 
@@ -100,8 +100,7 @@ def test_teacher_and_student_log_probs_are_those_of_hugging_face(run, internvl):
         for key, name in (("teacher_log_probs", "teacher"), ("old_log_probs", "student")):
             np.testing.assert_allclose(row[key].numpy(), reference_log_probs(internvl / name, row), atol=1e-4, rtol=0)
     # By then the student has moved, and its second answers were sampled by what vLLM has been sent.
-    row = next(row for row in run.captured(2) if tiles(row) == 4)
-    assert np.abs(row["old_log_probs"].numpy() - reference_log_probs(internvl / "student", row)).max() > 0.05
+    assert_moved([row for row in run.captured(2) if tiles(row) == 4], internvl / "student")
 
 
 def test_rollouts_differ_from_the_actor_by_the_ban_of_placeholders_only(run, internvl):
@@ -115,7 +114,7 @@ def test_rollouts_differ_from_the_actor_by_the_ban_of_placeholders_only(run, int
             probs = model(input_ids=row["input_ids"][None], **inputs).logits[0].double().softmax(-1)
         share = probs[:-1][-len(row["response_mask"]) :, banned].sum(-1)
         gains.append(-torch.log1p(-share)[row["response_mask"] != 0])
-    # A banned token alone accounts for 2e-4.
+    # A banned token alone accounts for 2e-4; rounding for 2e-8, measured.
     assert run.steps[0]["rollout_corr/kl"] == pytest.approx(torch.cat(gains).mean().item(), abs=5e-6)
 
 

@@ -67,7 +67,7 @@ def test_several_teachers_on_gpus_of_their_own_score_while_others_are_generated(
     run = Run(tmp_path / "run", settings(models, two_sources, BATCH="8"), arguments).finish()
     assert_healthy(run, [1, 2], gain=False)
     assert_policy_loss(run, 1)
-    # One prompt of the eight, at least.
+    # At least one prompt of the eight, unless all end within the 0.2 s between two polls; measured 0.75 and 0.5.
     assert max(step["gndpo/teacher_ahead_share"] for step in run.steps) > 0.1
     assert max(step["timing_s/teacher_ahead"] for step in run.steps) > 0
 
