@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What verl's stock loop needs on a machine without an accelerator."""
+"""Makes verl's stock loop run on a machine without an accelerator."""
 
 import os
 
 
 def without_accelerator() -> bool:
-    """Whether this process belongs to a run on CPUs only.
+    """Return whether this process belongs to a run on CPUs only.
 
-    True when VERL_PLATFORM=cpu says so, or when it is unset and torch itself is built without any accelerator. A CUDA
-    build on a node that merely shows no GPU (a head node, a CPU-only Ray actor) is not such a run.
+    It does if VERL_PLATFORM=cpu says so, or if that is unset and torch itself is built without any accelerator. With a
+    CUDA build, a node without a visible GPU (a head node, a CPU-only Ray actor) belongs to a run on GPUs.
     """
     chosen = os.environ.get("VERL_PLATFORM", "").strip().lower()
     if chosen:

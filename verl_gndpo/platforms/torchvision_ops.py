@@ -64,7 +64,7 @@ def install() -> bool:
     """Watch for the import of torchvision. Idempotent; has an effect only where there is no accelerator.
 
     Returns:
-        Whether torchvision is or was watched for. It is not if something has imported it before.
+        False if torchvision had been imported before it could be watched for.
     """
     if not _finder.asked and "torchvision" not in sys.modules and _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
