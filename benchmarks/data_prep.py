@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converting Geometry3K: verl's own recipe (`datasets.map`, then `to_parquet`) against data_prep/geo3k.py with all its
-checks, which include reading every row back through verl. Targets: at least as fast, at most half the peak memory, and
-a peak that does not grow with the set.
+"""Compare two conversions of Geometry3K: verl's own recipe (`datasets.map`, then `to_parquet`) and data_prep/geo3k.py.
+
+The latter runs with all its checks, which include reading every row back through verl. Targets: at least as fast, at
+most half the peak memory, and a peak that does not grow with the set.
 
     python benchmarks/data_prep.py [--json OUT] [--data FILE] [--rows 4000] [--growth 4 10] [--num_proc 8 2]
 
-The rows of `--data` (by default the real sample, where there is one, else drawn diagrams) are repeated up to `--rows`.
-Each conversion is a process of its own with a fresh cache, the methods in turns. `peak_gb` sums over the process and
-its children what each alone holds plus its share of what it has in common with others (PSS), sampled every 50 ms; that
-counts pages of mapped files, too, which `peak_anonymous_gb` leaves out.
+The rows of `--data` are repeated up to `--rows`. By default they are the real sample if there is one, otherwise drawn
+diagrams. Each conversion is a process of its own with a fresh cache, and the methods take turns. `peak_gb` is the sum
+of the proportional set sizes (PSS) of the process and its children, sampled every 50 ms. It includes pages of mapped
+files; `peak_anonymous_gb` does not.
 """
 
 import argparse
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data" / "geometry3k" / "train.parquet"
 SAMPLE_S = 0.05
 
-# What verl's recipe for Geometry3K does with each row, and how it writes them.
+# The same steps per row as verl's recipe for Geometry3K, and the same way of writing them.
 RECIPE = """
 import sys
 import datasets
@@ -56,7 +57,7 @@ rows.map(convert, with_indices=True, num_proc=int(workers)).to_parquet(out)
 
 
 def repeated(data: Path | None, rows: int, folder: Path) -> Path:
-    """`rows` rows in the schema of hiyouga/geometry3k: those of `data`, or drawn ones, again and again."""
+    """Write `rows` rows in the schema of hiyouga/geometry3k by repeating those of `data`, or drawn ones."""
     path = folder / "train.parquet"
     if path.exists():
         return path
@@ -69,7 +70,7 @@ def repeated(data: Path | None, rows: int, folder: Path) -> Path:
 
 
 def drawn(rows: int) -> pa.Table:
-    """Line drawings of the size of Geometry3K's, with an alpha channel as most of those have."""
+    """Return line drawings of the size of Geometry3K's, with an alpha channel as most of those have."""
     seed = random.Random(0)
     made = []
     for number in range(rows):
@@ -87,7 +88,7 @@ def drawn(rows: int) -> pa.Table:
 
 
 def measure(command: list[str], cache: Path) -> tuple[float, float, float]:
-    """Seconds, and the peaks of PSS and of its anonymous part in bytes, of a process with its children."""
+    """Run a command; return its seconds, and the peaks of PSS and of its anonymous part in bytes, with children."""
     environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     peak = peak_anonymous = 0
     with tempfile.TemporaryFile() as log:

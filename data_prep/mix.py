@@ -51,9 +51,9 @@ from verl_gndpo.conversion.sets import validation_only
 from verl_gndpo.conversion.source import READ_BATCH_ROWS
 from verl_gndpo.conversion.text import IMAGE_PLACEHOLDER
 from verl_gndpo.conversion.write import RowGroups
-from verl_gndpo.data_facts import FileFacts, read_facts
+from verl_gndpo.data_facts import FactsError, FileFacts, read_facts
 
-READ_ERRORS = (OSError, pa.ArrowException, ValueError)  # ValueError: text that is not UTF-8, or facts that are damaged
+READ_ERRORS = (OSError, pa.ArrowException, ValueError)  # ValueError: text that is not UTF-8
 
 
 class Digest(NamedTuple):
@@ -180,6 +180,8 @@ def open_converted(path: Path) -> Source:
         # Without pre_buffer=False, pyarrow reads ahead and keeps every row group that it has read.
         file = pq.ParquetFile(path, pre_buffer=False)
         facts = read_facts(file.schema_arrow.metadata)
+    except FactsError as error:
+        raise SourceError(f"{path}: {error}. Convert the set again.") from error
     except READ_ERRORS as error:
         raise SourceError(f"{path} is not a readable parquet file ({one_line(error)}).") from error
     expected, found = _fields(SCHEMA), _fields(file.schema_arrow)

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -449,7 +450,7 @@ def test_letters_repeated_in_choices_are_taken_off():
     assert plain_choices(("A. 5", "(B) 6", "C:7", "D", "Ant")) == ("5", "6", "7", "D", "Ant")
 
 
-def test_ids_that_a_source_repeats_stay_apart_and_the_same(tmp_path):
+def test_ids_that_a_source_repeats_get_stable_numbers(tmp_path):
     rows = [record(1), record(2), record(1), record(1), record(0, id="r1.2"), record(0, id="r1.2")]
     source = write_rows(tmp_path / "train.parquet", rows)
     (report,) = convert(source, tmp_path / "out")
@@ -485,6 +486,15 @@ def test_answers_that_no_grader_can_match_are_kept_and_named(tmp_path, capsys):
     (report,) = convert(source, tmp_path / "out")
     assert report.noted_by.rows == {"answer too long to be matched": 1} and report.written == 2
     assert "kept 1 x answer too long to be matched: mmk12-train-r2" in capsys.readouterr().out
+
+
+def test_an_answer_type_that_the_recipe_does_not_state_is_an_error_of_the_converter(tmp_path):
+    source = write_rows(tmp_path / "train.parquet", [record(1), record(2, answer="3; 4")])
+    narrower = replace(mmk12.RECIPE, answer_types=("math", "choice"))
+    with pytest.raises(ConversionError, match=r"mmk12-train-r2 has the answer type list, .* math, choice\."):
+        conversion.convert(str(source), tmp_path / "out", narrower, skip_verify=True)
+    with pytest.raises(ValueError, match="mmk12: answer_types essay not among number, math"):
+        replace(mmk12.RECIPE, answer_types=("math", "essay"))
 
 
 # Options
@@ -632,7 +642,7 @@ def test_over_long_prompts_are_dropped_by_the_models_tokens(tmp_path):
 
 
 def test_lengths_are_those_of_the_processor():
-    """The reckoning from sizes, over shapes that are enlarged, reduced and kept."""
+    """Computed from sizes, for shapes that are enlarged, reduced and kept."""
     measure = load_measure(None)
     from qwen_vl_utils import process_vision_info
 

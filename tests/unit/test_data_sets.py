@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
@@ -465,7 +466,7 @@ def test_wemath_options_without_blanks(option, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["80;90", "A. 80", "A. 1; C. 2; D. 3", ""])
-def test_wemath_options_that_cannot_be_told_apart(option, tmp_path):
+def test_wemath_options_that_cannot_be_separated(option, tmp_path):
     assert dropped("wemath", tmp_path, option=option) == {"options cannot be separated": 1}
     assert dropped("wemath", tmp_path / "beyond", answer="F") == {"answer names no choice": 1}
 
@@ -586,6 +587,14 @@ def refusals(train: Path, val: Path) -> list[Check]:
         }
     )
     return check_rewards(config)
+
+
+def test_a_training_file_with_facts_of_another_version_is_refused(tmp_path):
+    schema = pa.schema([("data_source", pa.string())], metadata={"verl_gndpo": '{"version": 2}'})
+    path = write_rows(tmp_path / "train.parquet", [{"data_source": "hiyouga/geometry3k"}], schema)
+    (refusal,) = refusals(train=path, val=path)
+    assert refusal.status == "error" and "version 2, expected 1" in refusal.detail and str(path) in refusal.detail
+    assert refusal.remedy == "convert the set again"
 
 
 def test_the_converter_shown_in_the_docs_works(page, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""data_prep/geo3k.py: what it reads, what it refuses and drops, and that verl reads every row that it writes."""
+"""data_prep/geo3k.py: sources that it reads or refuses, rows that it drops, and verl reading every row back."""
 
 import json
 import os
@@ -618,7 +618,7 @@ def reader():
 
 @pytest.fixture(scope="session")
 def tiny_model(reader, tmp_path_factory) -> Path:
-    """A folder with a Qwen2.5-VL processor whose tokenizer knows bytes only: no download, and every text fits."""
+    """Return a folder with a Qwen2.5-VL processor whose tokens are bytes: no download, and every text fits."""
     from transformers import Qwen2_5_VLConfig
 
     folder = tmp_path_factory.mktemp("model")

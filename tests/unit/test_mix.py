@@ -177,7 +177,7 @@ SAME = {
     "placeholder elsewhere": row("b", 1, question="What is 1?<image>"),
     "white space and case": row("b", 1, question="<image>\n what  IS\t1? "),
     "Unicode's compatibility forms": row("b", 1, question="<image>Ｗｈａｔ is １?"),
-    "encoded anew": row("b", 1) | {"images": [{"bytes": picture(1, compress_level=0), "path": None}]},
+    "encoded again": row("b", 1) | {"images": [{"bytes": picture(1, compress_level=0), "path": None}]},
     "other format": row("b", 1) | {"images": [{"bytes": picture(1, kind="BMP"), "path": None}]},
     "with a palette": row("b", 1)
     | {"images": [{"bytes": encoded(Image.open(BytesIO(picture(1))).quantize(2)), "path": None}]},
@@ -351,6 +351,12 @@ def test_a_set_for_validation_only_is_not_trained_on(tmp_path):
     # The reason stays with the rows when they are joined with others.
     with pytest.raises(SourceError, match="must not be trained on: its authors"):
         mix.mix([tmp_path / "out" / "val.parquet"], tmp_path / "again")
+
+
+def test_a_file_with_facts_of_another_version_is_refused(tmp_path):
+    path = write_rows(tmp_path / "a.parquet", [row("a", 1)], SCHEMA.with_metadata({"verl_gndpo": '{"version": 2}'}))
+    with pytest.raises(SourceError, match=rf"{path}: .* version 2, expected 1\. Convert the set again"):
+        mix.mix([path], tmp_path / "out")
 
 
 def test_a_file_without_facts_is_mixed_and_adds_none(tmp_path):
@@ -553,7 +559,7 @@ def test_a_killed_run_leaves_the_older_file_and_the_next_one_clears_up(tmp_path)
     result = run_here([sys.executable, "-c", KILLED, *arguments])
     assert result.returncode == -9, result.stderr
     assert (out / "train.parquet").read_bytes() == b"older"
-    assert len(files(out)) == 2  # what was half written lies in a hidden folder
+    assert len(files(out)) == 2  # the unfinished file is in a hidden folder
     assert mix.main(arguments) == 0
     assert files(out) == ["train.parquet"]
     assert len(ids(out / "train.parquet")) == 150

@@ -204,7 +204,7 @@ def rgb_picture(data: bytes, name: str, repairs: list[str]) -> Picture:
         return Picture(data, image.size, pixel_digest(image))
     repair = f"{kind} image of mode {image.mode} to RGB PNG" if upright else "image turned upright"
     if image.has_transparency_data:
-        image, repair = image.convert("RGBA"), "alpha channel laid on white"
+        image, repair = image.convert("RGBA"), "transparency became white"
         alpha = image.getchannel("A")
         if alpha.getextrema() == (255, 255):
             flat = image.convert("RGB")

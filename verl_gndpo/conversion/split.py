@@ -43,7 +43,7 @@ class Split:
         total: number of rows.
         rows: starts a fresh pass over the rows; raises SourceError when the source breaks off.
         images: images that rows name by their paths.
-        folder: folder that the split lies in; None for a split of the hub.
+        folder: folder of the split's files; None for a split of the hub.
     """
 
     name: str
