@@ -332,11 +332,12 @@ def imports_of_engine() -> float:
 
 def ours(folder: Path, batches: list[dict], threads: int) -> tuple[Callable[[int], torch.Tensor], dict]:
     """Start the worker of a run on one gloo rank in this process; one micro-batch, as in `full_logits`."""
+    from omegaconf import OmegaConf
     from tensordict import TensorDict
     from tensordict.tensorclass import NonTensorStack
     from verl.utils.tensordict_utils import nested_tensor_from_tensor_list
 
-    from verl_gndpo.config import TeacherConfig, TeacherModelConfig
+    from verl_gndpo.config import read_teacher_config
     from verl_gndpo.teacher.worker import TeacherWorker
 
     with socket.socket() as s:
@@ -344,9 +345,13 @@ def ours(folder: Path, batches: list[dict], threads: int) -> tuple[Callable[[int
         port = s.getsockname()[1]
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", RAY_LOCAL_WORLD_SIZE="1")
-    model = TeacherModelConfig(path=str(folder / "model"), override_config={"attn_implementation": "sdpa"})
-    tokens = batches[0]["ids"].numel()
-    worker = TeacherWorker(TeacherConfig(model=model, temperature=1.0, max_token_len_per_gpu=tokens))
+    section = {
+        "model": {"path": str(folder / "model"), "override_config": {"attn_implementation": "sdpa"}},
+        "temperature": 1.0,
+        "max_token_len_per_gpu": batches[0]["ids"].numel(),
+    }
+    student = {"rollout": {}, "model": {}}
+    worker = TeacherWorker(read_teacher_config(OmegaConf.create({"teacher": section, "actor_rollout_ref": student})))
     worker.reset()
 
     def nested(rows: Iterable[torch.Tensor], ragged_idx: int = 1) -> torch.Tensor:

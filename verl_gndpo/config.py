@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two config sections that this project adds to verl's: `algorithm.gndpo` and `teacher`.
+"""Declare and read the two config sections that this project adds to verl's: `algorithm.gndpo` and `teacher`.
 
-Both are plain sections of verl's Hydra config. They are read here, once, into typed and validated objects; an unknown
-key or a wrong type is an error that names the key, its section and the nearest known key.
+A `...Section` is what a config gives: each key is declared once, by a `Setting` with its default, range and meaning.
+Hydra's groups (`default_groups`), the checks and docs/settings.md follow from these declarations. A `...Config` is what
+the code reads: resolved against preset and student, complete and valid. An unknown key or a wrong type is an error that
+names the key, its section and the nearest known key.
 """
 
 import difflib
@@ -15,17 +17,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_gndpo.advantage import BASELINES, BOUNDS, SCALES, Signal
+from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.presets import PRESETS
 from verl_gndpo.setting import Setting, of, setting
 
 EVERY_SAMPLE = "*"
+"""The key of a teacher that scores every sample."""
+
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 """Values of `trainer.v1.trainer_mode`: the trainers of verl that this project extends."""
-# Keys of `teacher` that only `backend=worker` reads.
-WORKER_SETTINGS = (
-    *("dtype", "max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size"),
-    *("attention", "self_check", "fsdp"),
-)
 
 
 class ConfigError(ValueError):
@@ -98,6 +98,7 @@ TOP_K = Setting(
     "all others as one token, which makes it a lower bound.",
     at_least=1,
 )
+BOUND = Setting(None, "How far a single log-ratio may go.", null="as the preset has it")
 EMA_DECAY = Setting(0.9, "With scale=ema: weight of the steps before.", at_least=0, below=1)
 
 
@@ -112,7 +113,7 @@ class GNDPOSection:
     preset: str | None = setting(
         None, "Published signal to start from (presets.py).", null="the one that `algorithm.adv_estimator` names"
     )
-    bound: str | None = setting(None, "How far a single log-ratio may go.", null="as the preset has it")
+    bound: str | None = BOUND.as_field()
     baseline: str | None = setting(
         None,
         "Subtract nothing, or the mean over the batch, the group of a prompt, the position in the response, or the "
@@ -144,10 +145,13 @@ class GNDPOSection:
 
 
 def gndpo_section() -> type[GNDPOSection]:
-    """Return the type of `algorithm.gndpo`, with a key for each parameter of each bound that is registered now."""
+    """Return the type of `algorithm.gndpo`, with the bounds that are registered now and a key for each parameter."""
     parameters = {key: declared for bound in BOUNDS.values() for key, declared in bound.parameters.items()}
+    known = replace(BOUND, choices=tuple(BOUNDS))
     fields_of_bounds = [(key, float | None, declared.as_optional_field()) for key, declared in parameters.items()]
-    return make_dataclass("GNDPOSection", fields_of_bounds, bases=(GNDPOSection,))
+    return make_dataclass(
+        "GNDPOSection", [("bound", str | None, known.as_field()), *fields_of_bounds], bases=(GNDPOSection,)
+    )
 
 
 @dataclass(frozen=True)
@@ -169,8 +173,6 @@ def _resolve_signal(section: GNDPOSection, name: str, preset: Mapping[str, Any])
         return preset.get(key, default) if given is None else given
 
     bound = value("bound")
-    if bound not in BOUNDS:
-        raise ConfigError(f"algorithm.gndpo.bound must be {' | '.join(BOUNDS)}, got {bound!r}")
     signal = Signal(
         bound=bound,
         parameters={key: value(key, declared.default) for key, declared in BOUNDS[bound].parameters.items()},
@@ -201,206 +203,301 @@ def check_preset(name: str, preset: Mapping[str, Any]) -> None:
 
 
 @dataclass
-class TeacherModelConfig:
-    """`teacher.model`: which weights the teacher has. Same meaning as the keys of `actor_rollout_ref.model`."""
+class TeacherModelSection:
+    """`teacher.model`: the teacher's weights. The keys mean the same as in `actor_rollout_ref.model`."""
 
-    path: str | None = None
-    """Folder or hub id of the teacher. Required."""
-
-    trust_remote_code: bool = False
-
-    external_lib: str | None = None
-    """Module to import in the worker before the model is built."""
-
-    override_config: dict[str, Any] = field(default_factory=dict)
-    """Overrides of the Hugging Face config; `attn_implementation` follows the student's unless given, and is that of
-    the vision tower: the language model attends by `teacher.attention`."""
+    path: str | None = setting(None, "Folder or hub id of the teacher. Required.")
+    trust_remote_code: bool = setting(False, "Run code that comes with the checkpoint.")
+    external_lib: str | None = setting(None, "Module to import in the worker before the model is built.", null="none")
+    override_config: dict[str, Any] = setting(
+        {},
+        "Overrides of the Hugging Face config. `attn_implementation` defaults to the student's and sets the attention "
+        "of the vision tower; `teacher.attention` sets that of the language model.",
+    )
 
 
 @dataclass
-class NamedTeacherConfig(TeacherModelConfig):
+class NamedTeacherSection(TeacherModelSection):
     """`teacher.models.<name>`: one of several teachers."""
 
-    keys: list[str] | None = None
-    """Values of `teacher.routing_key` whose samples it scores; "*" stands for every sample, null for its own name."""
-
-    weight: float = 1.0
-    """Its share where several teachers score one sample: their log-probs are averaged with these weights, which
-    minimises the weighted sum of the reverse KL divergences."""
+    keys: list[str] | None = setting(
+        None,
+        'Values of `teacher.routing_key` whose samples this teacher scores; "*" stands for every sample.',
+        null="the teacher's own name",
+    )
+    weight: float = setting(
+        1.0,
+        "Share of this teacher where several teachers score one sample. Their log-probs are averaged with these "
+        "weights, which minimises the weighted sum of the reverse KL divergences.",
+        above=0,
+        below=math.inf,
+    )
 
 
 @dataclass
-class TeacherFSDPConfig:
+class TeacherFSDPSection:
     """`teacher.fsdp`: how the teacher is sharded."""
 
-    strategy: str = "fsdp2"
-    """fsdp2 or fsdp."""
-
-    fsdp_size: int = -1
-    """Ranks that share one copy of the weights; -1: all of them."""
-
-    param_offload: bool | None = None
-    """Keep the weights on the host between calls; null: where the teacher shares the actor's GPUs. Without an
-    accelerator there is nothing to offload from."""
-
-    reshard_after_forward: bool = True
-
-    wrap_policy: dict[str, Any] = field(default_factory=dict)
+    strategy: str = setting("fsdp2", "Version of FSDP.", choices=("fsdp2", "fsdp"))
+    fsdp_size: int = setting(-1, "Number of ranks that share one copy of the weights. -1: all.", at_least=1, also=(-1,))
+    param_offload: bool | None = setting(
+        None,
+        "Keep the weights on the host between calls. Without an accelerator there is nothing to offload from.",
+        null="true where the teacher shares the actor's GPUs",
+    )
+    reshard_after_forward: bool = setting(True, "Free the gathered weights of a layer after its forward pass.")
+    wrap_policy: dict[str, Any] = setting({}, "Which modules FSDP wraps, as in verl's `fsdp_config.wrap_policy`.")
 
 
 @dataclass
+class TeacherSection:
+    """`teacher`: what scores the student's tokens, and where; as a config gives it."""
+
+    backend: str = setting(
+        "worker",
+        "worker: FSDP workers of this project, forward only. server: verl's own teacher replicas (vLLM or SGLang).",
+        choices=("worker", "server"),
+    )
+    placement: str | None = setting(
+        None,
+        "colocated: on the actor's GPUs, between generation and update. dedicated: on GPUs of its own, where it scores "
+        "finished responses while others are still generated. Servers support dedicated only.",
+        choices=("colocated", "dedicated"),
+        null="colocated for workers, dedicated for servers",
+    )
+    n_gpus_per_node: int | None = setting(
+        None, "GPUs of a dedicated teacher on each node. Required for a dedicated teacher.", at_least=1
+    )
+    nnodes: int = setting(1, "Nodes of a dedicated teacher.", at_least=1)
+    model: TeacherModelSection = field(default_factory=TeacherModelSection)
+    models: dict[str, NamedTeacherSection] = setting({}, "Several teachers by name, instead of `model`.")
+    routing_key: str = setting(
+        "data_source", "Column of the data that decides which of several teachers scores a sample."
+    )
+    temperature: float | None = setting(
+        None,
+        "Divides the teacher's logits. 1.0 reproduces the released code.",
+        above=0,
+        null="the rollout's temperature, which the student's log-probs use",
+    )
+    dtype: str | None = setting(
+        None,
+        "Precision of the teacher's weights.",
+        choices=("float32", "bfloat16", "float16"),
+        null="bfloat16 with an accelerator, float32 without",
+    )
+    max_token_len_per_gpu: int | None = setting(
+        None, "Tokens per micro-batch.", at_least=1, null="`actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu`"
+    )
+    logits_chunk_tokens: int = setting(
+        256,
+        "Number of response tokens whose logits exist at once: the peak is at most this times the vocabulary, in "
+        "float32.",
+        at_least=1,
+    )
+    ulysses_sequence_parallel_size: int = setting(
+        1,
+        "Number of ranks that share one row of tokens. It divides the number of ranks and of attention heads.",
+        at_least=1,
+    )
+    attention: str = setting(
+        "sdpa",
+        "sdpa: torch's own kernels, prompt by prompt. flex: FlexAttention, one kernel over all prompts of a "
+        "micro-batch without padding, compiled on an accelerator.",
+        choices=("sdpa", "flex"),
+    )
+    self_check: bool = setting(True, "Compare the first scores of a run with a plain forward pass.")
+    fsdp: TeacherFSDPSection = field(default_factory=TeacherFSDPSection)
+    server: dict[str, Any] = setting(
+        {},
+        "With backend=server: settings of the replicas, by the keys of verl's "
+        "`distillation.teacher_models.*.inference` (name, tensor_model_parallel_size, gpu_memory_utilization, "
+        "max_num_batched_tokens, ...).",
+    )
+
+
+# Keys of `teacher` that only `backend=worker` reads.
+WORKER_SETTINGS = (
+    *("dtype", "max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size"),
+    *("attention", "self_check", "fsdp"),
+)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One teacher, resolved.
+
+    Attributes:
+        keys: values of the routing column whose samples it scores; EVERY_SAMPLE stands for all.
+        weight: its share where several teachers score one sample.
+    """
+
+    path: str
+    trust_remote_code: bool
+    external_lib: str | None
+    override_config: dict[str, Any]
+    keys: tuple[str, ...]
+    weight: float
+
+
+@dataclass(frozen=True)
+class TeacherFSDP:
+    """`teacher.fsdp`, resolved."""
+
+    strategy: str
+    fsdp_size: int
+    param_offload: bool
+    reshard_after_forward: bool
+    wrap_policy: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
-    """`teacher`: what scores the student's tokens, and where."""
+    """`teacher`, resolved: what follows the student is filled in, and every value is valid.
 
-    backend: str = "worker"
-    """worker: FSDP workers of this project, forward only. server: verl's own teacher replicas (vLLM or SGLang)."""
+    Attributes:
+        n_gpus_per_node: 0 for a colocated teacher, which has no GPUs of its own.
+        teachers: by name. A single one is called "teacher" and scores every sample.
+    """
 
-    placement: str | None = None
-    """colocated: on the actor's GPUs, between generation and update. dedicated: on GPUs of its own, where responses are
-    scored while others are still generated. null: colocated for workers, dedicated for servers, which know no other."""
+    backend: str
+    placement: str
+    n_gpus_per_node: int
+    nnodes: int
+    teachers: dict[str, Teacher]
+    routing_key: str
+    temperature: float
+    dtype: str
+    max_token_len_per_gpu: int
+    logits_chunk_tokens: int
+    ulysses_sequence_parallel_size: int
+    attention: str
+    self_check: bool
+    fsdp: TeacherFSDP
+    server: dict[str, Any]
 
-    n_gpus_per_node: int | None = None
-    """GPUs of a dedicated teacher on each node."""
 
-    nnodes: int = 1
-    """Nodes of a dedicated teacher."""
+def _named(section: TeacherSection) -> dict[str, NamedTeacherSection]:
+    """Return all teachers of a section by name, with their keys."""
+    if not section.models:
+        return {"teacher": NamedTeacherSection(**vars(section.model), keys=[EVERY_SAMPLE])}
+    return {
+        name: replace(model, keys=[name] if model.keys is None else model.keys)
+        for name, model in section.models.items()
+    }
 
-    model: TeacherModelConfig = field(default_factory=TeacherModelConfig)
 
-    models: dict[str, NamedTeacherConfig] = field(default_factory=dict)
-    """Several teachers by name, instead of `model`."""
+def _check_teacher(section: TeacherSection) -> None:
+    """Refuse settings of a teacher that do not go together."""
+    if not section.model.path and not section.models:
+        raise ConfigError(
+            "no teacher is configured: give teacher.model.path (a folder or hub id), "
+            "for example +teacher.model.path=Qwen/Qwen2.5-VL-7B-Instruct"
+        )
+    _check_models(section)
+    _check_placement(section)
 
-    routing_key: str = "data_source"
-    """Column of the data that decides which of several teachers scores a sample."""
 
-    temperature: float | None = None
-    """Divides the teacher's logits; null: the rollout's temperature, which the student's log-probs use. 1.0 reproduces
-    the released code."""
+def _check_models(section: TeacherSection) -> None:
+    if section.models and section.model != TeacherModelSection():
+        raise ConfigError(
+            "both teacher.model and teacher.models are given: use teacher.model for one teacher, teacher.models for "
+            "several"
+        )
+    if not section.models and section.routing_key != TeacherSection().routing_key:
+        raise ConfigError("teacher.routing_key has no effect with a single teacher; teacher.models holds several")
+    for name, model in section.models.items():
+        if not model.path:
+            raise ConfigError(f"teacher.models.{name}.path is not given: a folder or hub id")
+        if model.keys is not None and not model.keys:
+            raise ConfigError(f"teacher.models.{name}.keys is empty, so that this teacher would score nothing")
 
-    dtype: str | None = None
-    """float32, bfloat16 or float16; null: bfloat16 with an accelerator, float32 without."""
 
-    max_token_len_per_gpu: int | None = None
-    """Tokens of one micro-batch; null: `actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu`."""
+def _check_placement(section: TeacherSection) -> None:
+    on_server = section.backend == "server"
+    if on_server and section.placement == "colocated":
+        raise ConfigError("teacher.backend=server needs GPUs of its own: teacher.placement=dedicated")
+    if section.server and not on_server:
+        raise ConfigError("teacher.server has no effect with teacher.backend=worker")
+    if not (on_server or section.placement == "dedicated"):
+        for key in ("n_gpus_per_node", "nnodes"):
+            if getattr(section, key) != getattr(TeacherSection(), key):
+                raise ConfigError(f"teacher.{key} has no effect without teacher.placement=dedicated")
+        return
+    if section.n_gpus_per_node is None:
+        raise ConfigError("a dedicated teacher needs teacher.n_gpus_per_node (and teacher.nnodes, default 1)")
+    if on_server:
+        _check_server(section)
 
-    logits_chunk_tokens: int = 256
-    """Response tokens whose logits exist at once: the peak is at most this times the vocabulary, in float32."""
 
-    ulysses_sequence_parallel_size: int = 1
-    """Ranks that share one row of tokens; it divides the number of ranks and of attention heads."""
-
-    attention: str = "sdpa"
-    """sdpa: torch's own kernels, prompt by prompt. flex: FlexAttention, one kernel over all prompts of a micro-batch
-    without padding, compiled on an accelerator."""
-
-    self_check: bool = True
-    """Compare the first scores of a run with a plain forward pass."""
-
-    fsdp: TeacherFSDPConfig = field(default_factory=TeacherFSDPConfig)
-
-    server: dict[str, Any] = field(default_factory=dict)
-    """Of `backend=server`: settings of the replicas, by the keys of verl's `distillation.teacher_models.*.inference`
-    (name, tensor_model_parallel_size, gpu_memory_utilization, max_num_batched_tokens, ...)."""
-
-    @property
-    def named(self) -> dict[str, NamedTeacherConfig]:
-        """All teachers by name, with their keys; a single one is called "teacher" and scores every sample."""
-        if not self.models:
-            return {"teacher": NamedTeacherConfig(**vars(self.model), keys=[EVERY_SAMPLE])}
-        return {
-            name: replace(model, keys=[name] if model.keys is None else model.keys)
-            for name, model in self.models.items()
-        }
-
-    def validate(self) -> None:
-        if not self.model.path and not self.models:
+def _check_server(section: TeacherSection) -> None:
+    defaults, plain = TeacherSection(), NamedTeacherSection()
+    unused = [key for key in WORKER_SETTINGS if getattr(section, key) != getattr(defaults, key)]
+    teachers = _named(section)
+    for name, model in teachers.items():
+        where = f"models.{name}" if section.models else "model"
+        read = ("path", "keys")
+        unused += [f"{where}.{f.name}" for f in fields(plain) if f.name not in read and _differs(model, plain, f.name)]
+    if unused:
+        raise ConfigError(
+            f"teacher.{unused[0]} has no effect with teacher.backend=server, whose settings are in teacher.server"
+        )
+    if not section.models:
+        return
+    claimed: dict[str, str] = {}
+    for name, model in teachers.items():
+        keys = model.keys or []
+        if len(keys) != 1 or EVERY_SAMPLE in keys:
             raise ConfigError(
-                "no teacher is configured: give teacher.model.path (a folder or hub id), "
-                "for example +teacher.model.path=Qwen/Qwen2.5-VL-7B-Instruct"
+                f"teacher.models.{name}.keys: with teacher.backend=server each teacher has one key, got "
+                f"{', '.join(keys)}; teacher.backend=worker has no such limit"
             )
-        self._validate_models()
-        self._validate_placement()
-        if self.temperature is not None and not self.temperature > 0:
-            raise ConfigError(f"teacher.temperature must be positive or null (the rollout's), got {self.temperature}")
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ConfigError(f"teacher.dtype must be float32, bfloat16, float16 or null, got {self.dtype!r}")
-        if self.attention not in ("sdpa", "flex"):
-            raise ConfigError(f"teacher.attention must be sdpa or flex, got {self.attention!r}")
-        if self.fsdp.strategy not in ("fsdp", "fsdp2"):
-            raise ConfigError(f"teacher.fsdp.strategy must be fsdp2 or fsdp, got {self.fsdp.strategy!r}")
-        keys = ("max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size", "nnodes")
-        for key in (*keys, "n_gpus_per_node"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"teacher.{key} must be at least 1, got {value}")
-        if self.fsdp.fsdp_size != -1 and self.fsdp.fsdp_size < 1:
-            raise ConfigError(f"teacher.fsdp.fsdp_size must be -1 (all ranks) or at least 1, got {self.fsdp.fsdp_size}")
-
-    def _validate_models(self) -> None:
-        if self.models and self.model != TeacherModelConfig():
+        other = claimed.setdefault(keys[0], name)
+        if other != name:
             raise ConfigError(
-                "both teacher.model and teacher.models are given; one teacher goes into the first, several into the "
-                "second"
+                f"teacher.models.{other} and .{name} have the same key {keys[0]}: only teacher.backend=worker lets "
+                "several teachers score one sample"
             )
-        if not self.models and self.routing_key != TeacherConfig.routing_key:
-            raise ConfigError("teacher.routing_key has no effect with a single teacher; teacher.models holds several")
-        for name, model in self.models.items():
-            if not model.path:
-                raise ConfigError(f"teacher.models.{name}.path is not given: a folder or hub id")
-            if not 0 < model.weight < float("inf"):
-                raise ConfigError(f"teacher.models.{name}.weight must be positive, got {model.weight}")
-            if model.keys is not None and not model.keys:
-                raise ConfigError(f"teacher.models.{name}.keys is empty, so that it would score nothing")
-
-    def _validate_placement(self) -> None:
-        if self.backend not in ("worker", "server"):
-            raise ConfigError(f"teacher.backend must be worker or server, got {self.backend!r}")
-        if self.placement not in (None, "colocated", "dedicated"):
-            raise ConfigError(f"teacher.placement must be colocated, dedicated or null, got {self.placement!r}")
-        on_server = self.backend == "server"
-        if on_server and self.placement == "colocated":
-            raise ConfigError("teacher.backend=server needs GPUs of its own: teacher.placement=dedicated")
-        if self.server and not on_server:
-            raise ConfigError("teacher.server has no effect with teacher.backend=worker")
-        if not (on_server or self.placement == "dedicated"):
-            for key in ("n_gpus_per_node", "nnodes"):
-                if getattr(self, key) != getattr(TeacherConfig, key):
-                    raise ConfigError(f"teacher.{key} has no effect without teacher.placement=dedicated")
-            return
-        if self.n_gpus_per_node is None:
-            raise ConfigError("a dedicated teacher needs teacher.n_gpus_per_node (and teacher.nnodes, default 1)")
-        if on_server:
-            self._validate_server()
-
-    def _validate_server(self) -> None:
-        defaults, plain = TeacherConfig(), TeacherModelConfig()
-        unused = [key for key in WORKER_SETTINGS if getattr(self, key) != getattr(defaults, key)]
-        for name, model in self.named.items():
-            section = f"models.{name}" if self.models else "model"
-            given = [f.name for f in fields(TeacherModelConfig) if getattr(model, f.name) != getattr(plain, f.name)]
-            unused += [f"{section}.{key}" for key in given if key != "path"]
-            unused += [f"{section}.weight"] if model.weight != NamedTeacherConfig.weight else []
-        if unused:
-            raise ConfigError(
-                f"teacher.{unused[0]} has no effect with teacher.backend=server, whose settings are in teacher.server"
-            )
-        claimed: dict[str, str] = {}
-        if self.models:
-            for name, model in self.named.items():
-                if len(model.keys) != 1 or EVERY_SAMPLE in model.keys:
-                    raise ConfigError(
-                        f"teacher.models.{name}.keys: with teacher.backend=server each teacher has one key, got "
-                        f"{', '.join(model.keys)}; teacher.backend=worker knows no such limit"
-                    )
-                other = claimed.setdefault(model.keys[0], name)
-                if other != name:
-                    raise ConfigError(
-                        f"teacher.models.{other} and .{name} have the same key {model.keys[0]}: only "
-                        "teacher.backend=worker lets several teachers score one sample"
-                    )
 
 
-def _check_keys(section: str, schema: type, given: dict) -> None:
+def _differs(one: Any, other: Any, key: str) -> bool:
+    return getattr(one, key) != getattr(other, key)
+
+
+def default_groups() -> dict[tuple[str, str], dict[str, Any]]:
+    """Return Hydra's config groups of this project by (group, name): all settings with their defaults.
+
+    `+gndpo=default` belongs into `algorithm.gndpo`, `+teacher=worker` and `+teacher=server` into `teacher`.
+    """
+    teacher = _defaults(TeacherSection)
+    return {
+        ("gndpo", "default"): _defaults(gndpo_section()),
+        ("teacher", "worker"): teacher,
+        ("teacher", "server"): teacher | {"backend": "server", "placement": "dedicated"},
+    }
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    container = OmegaConf.to_container(OmegaConf.structured(schema))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def declared_settings(section: str, schema: type) -> dict[str, Setting]:
+    """Return the settings of a section and of those within it, by their full keys."""
+    found: dict[str, Setting] = {}
+    for declared in fields(schema):
+        key, own = f"{section}.{declared.name}", of(declared)
+        if own is not None:
+            found[key] = own
+        if is_dataclass(declared.default_factory):
+            found |= declared_settings(key, declared.default_factory)
+        if schema is TeacherSection and declared.name == "models":
+            found |= declared_settings(f"{key}.<name>", NamedTeacherSection)
+    return found
+
+
+def _check_keys(section: str, schema: type, given: dict[str, Any]) -> None:
     known = {f.name: f for f in fields(schema)}
     for key, value in given.items():
         if key not in known:
@@ -410,13 +507,13 @@ def _check_keys(section: str, schema: type, given: dict) -> None:
         factory = known[key].default_factory
         if is_dataclass(factory) and isinstance(value, dict):
             _check_keys(f"{section}.{key}", factory, value)
-        elif schema is TeacherConfig and key == "models" and isinstance(value, dict):
+        elif schema is TeacherSection and key == "models" and isinstance(value, dict):
             for name, model in value.items():
                 if isinstance(model, dict):
-                    _check_keys(f"{section}.{key}.{name}", NamedTeacherConfig, model)
+                    _check_keys(f"{section}.{key}.{name}", NamedTeacherSection, model)
 
 
-def _read(section: str, schema: type, given: Any):
+def _read(section: str, schema: type, given: Any) -> Any:
     """Merge a config section over the defaults of `schema` and check keys, types and ranges."""
     if given is None:
         given = {}
@@ -442,9 +539,15 @@ def _check_ranges(section: str, config: Any) -> None:
         value, key = getattr(config, declared.name), f"{section}.{declared.name}"
         if is_dataclass(value):
             _check_ranges(key, value)
+        elif isinstance(value, dict):
+            for name, model in value.items():
+                if is_dataclass(model):
+                    _check_ranges(f"{key}.{name}", model)
+        if value == "":
+            raise ConfigError(f"{key} is empty")
         found = of(declared)
         if found is not None and value is not None and not found.allows(value):
-            null = f", or null for {found.null}" if found.null else ""
+            null = f", or null ({found.null})" if found.null else ""
             raise ConfigError(f"{key} must be {found.range}{null}, got {value!r}")
 
 
@@ -476,7 +579,7 @@ def read_signal_config(algorithm: Any, estimator: str) -> GNDPOConfig:
 
 
 def read_teacher_config(config: Any) -> TeacherConfig:
-    """The settings of `teacher`, with what follows the student filled in.
+    """Read `teacher` and resolve it: fill in what follows the student.
 
     Args:
         config: verl's whole config.
@@ -484,32 +587,62 @@ def read_teacher_config(config: Any) -> TeacherConfig:
     Raises:
         ConfigError: no teacher configured, unknown key, wrong type or value out of range.
     """
-    teacher = _read("teacher", TeacherConfig, _get(config, "teacher"))
-    teacher.validate()
+    section: TeacherSection = _read("teacher", TeacherSection, _get(config, "teacher"))
+    _check_teacher(section)
     student = config.actor_rollout_ref
-    if teacher.temperature is None:
-        teacher.temperature = float(student.rollout.temperature)
-        if not teacher.temperature > 0:
+    temperature = section.temperature
+    if temperature is None:
+        temperature = float(student.rollout.temperature)
+        if not temperature > 0:
             raise ConfigError(
-                f"actor_rollout_ref.rollout.temperature={teacher.temperature}: greedy rollouts have no log-probs to "
-                "compare; set it, or teacher.temperature, above 0"
+                f"actor_rollout_ref.rollout.temperature={temperature}: greedy rollouts have no log-probs to compare; "
+                "set it, or teacher.temperature, above 0"
             )
-    if teacher.max_token_len_per_gpu is None:
-        teacher.max_token_len_per_gpu = int(student.rollout.get("log_prob_max_token_len_per_gpu") or 16384)
-    teacher.placement = teacher.placement or ("dedicated" if teacher.backend == "server" else "colocated")
-    if teacher.fsdp.param_offload is None:
-        teacher.fsdp.param_offload = teacher.placement == "colocated"
-    attention = (student.model.get("override_config") or {}).get("attn_implementation")
-    if attention is not None:
-        for model in (teacher.model, *teacher.models.values()):
-            model.override_config.setdefault("attn_implementation", attention)
     # vLLM and SGLang return log-probs of a prompt at temperature 1 only.
-    if teacher.backend == "server" and teacher.temperature != 1.0:
+    if section.backend == "server" and temperature != 1.0:
         raise ConfigError(
-            f"teacher.backend=server scores at temperature 1, and teacher.temperature is {teacher.temperature} (null: "
-            "the rollout's); set it to 1.0, or use teacher.backend=worker"
+            f"teacher.backend=server scores at temperature 1, and teacher.temperature is {temperature} (null: the "
+            "rollout's); set it to 1.0, or use teacher.backend=worker"
         )
-    return teacher
+    placement = section.placement or ("dedicated" if section.backend == "server" else "colocated")
+    attention = (student.model.get("override_config") or {}).get("attn_implementation")
+    follows = {} if attention is None else {"attn_implementation": attention}
+    teachers = {
+        name: Teacher(
+            path=model.path or "",
+            trust_remote_code=model.trust_remote_code,
+            external_lib=model.external_lib,
+            override_config=follows | model.override_config,
+            keys=tuple(model.keys or ()),
+            weight=model.weight,
+        )
+        for name, model in _named(section).items()
+    }
+    offload = section.fsdp.param_offload
+    return TeacherConfig(
+        backend=section.backend,
+        placement=placement,
+        n_gpus_per_node=section.n_gpus_per_node or 0,
+        nnodes=section.nnodes,
+        teachers=teachers,
+        routing_key=section.routing_key,
+        temperature=temperature,
+        dtype=section.dtype or ("float32" if without_accelerator() else "bfloat16"),
+        max_token_len_per_gpu=section.max_token_len_per_gpu
+        or int(student.rollout.get("log_prob_max_token_len_per_gpu") or 16384),
+        logits_chunk_tokens=section.logits_chunk_tokens,
+        ulysses_sequence_parallel_size=section.ulysses_sequence_parallel_size,
+        attention=section.attention,
+        self_check=section.self_check,
+        fsdp=TeacherFSDP(
+            strategy=section.fsdp.strategy,
+            fsdp_size=section.fsdp.fsdp_size,
+            param_offload=placement == "colocated" if offload is None else offload,
+            reshard_after_forward=section.fsdp.reshard_after_forward,
+            wrap_policy=section.fsdp.wrap_policy,
+        ),
+        server=section.server,
+    )
 
 
 def uses_gndpo(config: Any) -> bool:

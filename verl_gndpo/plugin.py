@@ -28,7 +28,7 @@ class Hook(NamedTuple):
 
 HOOKS = (
     Hook("verl.trainer.ppo.core_algos", "verl_gndpo.estimators:register"),
-    Hook("hydra.core.plugins", "verl_gndpo.hydra_search_path:register"),
+    Hook("hydra.core.plugins", "verl_gndpo.hydra_groups:register"),
     Hook("verl.plugin.platform", "verl_gndpo.platforms.cpu:register_platform", True),
     Hook("verl.workers.engine.fsdp.transformer_impl", "verl_gndpo.platforms.cpu:register_engines", True),
 )

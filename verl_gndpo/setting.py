@@ -15,6 +15,7 @@ class Setting:
         doc: meaning and unit, one or two sentences.
         above, at_least, below, at_most: limits of a number; None: no such limit.
         choices: values that a name may have; None: any.
+        also: values outside of the limits that have a meaning of their own, which `doc` states.
         null: what null stands for, where it is allowed beside the range; "" where it needs no explanation.
     """
 
@@ -25,6 +26,7 @@ class Setting:
     below: float | None = None
     at_most: float | None = None
     choices: tuple[str, ...] | None = None
+    also: tuple[float, ...] = ()
     null: str = ""
 
     @property
@@ -33,13 +35,14 @@ class Setting:
         if self.choices is not None:
             return " | ".join(self.choices)
         limits = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
-        return " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None)
+        words = " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None)
+        return " or ".join([*(f"{value:g}" for value in self.also), words] if words else [])
 
     def allows(self, value: Any) -> bool:
         """Return whether a value lies in the range. NaN lies in no range; null (None) is not judged here."""
         if self.choices is not None:
             return value in self.choices
-        return not (
+        return value in self.also or not (
             (self.above is not None and not value > self.above)
             or (self.at_least is not None and not value >= self.at_least)
             or (self.below is not None and not value < self.below)

@@ -18,7 +18,8 @@ from verl.utils.tensordict_utils import nested_tensor_from_tensor_list
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
-from verl_gndpo.config import TeacherConfig, TeacherModelConfig
+from tests import settings
+from verl_gndpo.config import TeacherConfig
 from verl_gndpo.teacher.worker import TeacherWorker
 
 ATTENTION = {"attn_implementation": "sdpa"}
@@ -153,10 +154,9 @@ def start_actor(path, packed: bool, max_tokens: int = 4096, **model) -> Training
     return worker
 
 
-def teacher_config(path, **settings) -> TeacherConfig:
-    """Return the settings of a teacher that runs on the CPU; `settings` are those of `TeacherConfig`."""
-    model = TeacherModelConfig(path=str(path), override_config=ATTENTION)
-    return TeacherConfig(**{"model": model, "max_token_len_per_gpu": 4096} | settings)
+def teacher_config(path, **section) -> TeacherConfig:
+    """Return the settings of a teacher that runs on the CPU; `section` holds keys of `teacher`."""
+    return settings.teacher_config(path, model={"override_config": ATTENTION}, **section)
 
 
 def start_teacher(config: TeacherConfig) -> TeacherWorker:

@@ -9,6 +9,7 @@ from verl.utils import tensordict_utils as tu
 
 # Changes verl's engines in this process, for batches that ask for it.
 import verl_gndpo.verl_patches.student_top_k  # noqa: F401
+from tests import settings
 from tests.integration.helpers import (
     ATTENTION,
     as_batch,
@@ -22,7 +23,6 @@ from tests.integration.helpers import (
     teacher_config,
 )
 from tests.tiny_models import build_tiny
-from verl_gndpo.config import NamedTeacherConfig, TeacherConfig
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 
 TEMPERATURE, TEACHER_TEMPERATURE = 0.7, 0.9
@@ -95,13 +95,13 @@ def test_the_divergence_is_that_of_the_whole_distributions(pair):
 def test_several_teachers_have_the_mean_of_their_divergences(pair):
     """As of their log-probs: so their baseline is the mean of what the log-ratio will be."""
     models = {
-        name: NamedTeacherConfig(path=str(path), override_config=ATTENTION, keys=["*"], weight=weight)
+        name: {"path": str(path), "override_config": ATTENTION, "keys": ["*"], "weight": weight}
         for name, path, weight in (("other", pair.teacher, 1.0), ("self", pair.student, 3.0))
     }
     with one_rank():
         batch = pair.student_pass(start_actor(pair.student, packed=False), pair.vocabulary)
         batch["data_source"] = NonTensorStack(*["any"] * len(pair.rows))
-        config = TeacherConfig(models=models, temperature=TEMPERATURE, max_token_len_per_gpu=4096)
+        config = settings.teacher_config(models=models, temperature=TEMPERATURE)
         worker = start_teacher(config)
         scored = worker.compute_teacher_log_prob(batch)["teacher_kl"].values().double()
     student, other = (hugging_face_distributions(p, pair.rows, TEMPERATURE) for p in (pair.student, pair.teacher))

@@ -14,8 +14,8 @@ from transfer_queue import KVBatchMeta
 from verl.single_controller.ray import RayResourcePool
 
 from examples.quickstart.tiny_vlm import build_tiny_vlm
+from tests import settings
 from tests.integration.helpers import as_batch, hugging_face_log_probs, make_rows
-from verl_gndpo.config import NamedTeacherConfig, TeacherConfig
 from verl_gndpo.teacher.client import TeacherClient, prompt_of
 
 OPTIONS = {"override_config": {"attn_implementation": "sdpa"}}
@@ -69,11 +69,11 @@ def queue():
 @pytest.fixture(scope="module")
 def client(queue, paths):
     models = {
-        "first": NamedTeacherConfig(path=str(paths["one"]), keys=["a", "c"], weight=3, **OPTIONS),
-        "second": NamedTeacherConfig(path=str(paths["other"]), keys=["b", "c"], **OPTIONS),
-        "again": NamedTeacherConfig(path=str(paths["one"]), keys=["unused"], **OPTIONS),
+        "first": {"path": str(paths["one"]), "keys": ["a", "c"], "weight": 3, **OPTIONS},
+        "second": {"path": str(paths["other"]), "keys": ["b", "c"], **OPTIONS},
+        "again": {"path": str(paths["one"]), "keys": ["unused"], **OPTIONS},
     }
-    config = TeacherConfig(models=models, temperature=1.0, max_token_len_per_gpu=4096)
+    config = settings.teacher_config(models=models)
     client = TeacherClient(config, RayResourcePool([2], use_gpu=True, max_colocate_count=3), "cpu")
     client.load()
     return client

@@ -19,7 +19,6 @@ from tensordict.tensorclass import NonTensorStack
 
 from tests.integration import helpers
 from tests.tiny_models import build_tiny
-from verl_gndpo.config import TeacherFSDPConfig
 from verl_gndpo.kl import IDS, LOG_PROBS, top_log_probs
 
 RANKS = 4
@@ -342,7 +341,7 @@ def test_however_the_weights_are_sharded(family, ranks, settings):
     rows = model.rows()
     expected = [model.log_probs(row) for row in rows]
     sizes = {"ulysses_sequence_parallel_size": 2, "max_token_len_per_gpu": 40}
-    ranks("start", model.path, {"fsdp": TeacherFSDPConfig(**settings)} | sizes)
+    ranks("start", model.path, {"fsdp": settings} | sizes)
     ranks("watch")
     assert_equal(ranks.score(rows), expected)
     assert [moves for _, moves in ranks("watched")] == [0] * RANKS

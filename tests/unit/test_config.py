@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from verl_gndpo.config import (
     ConfigError,
-    TeacherConfig,
+    TeacherSection,
     gndpo_section,
     read_signal_config,
     read_teacher_config,
@@ -38,7 +38,7 @@ def teacher(**settings):
 
 def test_the_yaml_groups_say_what_the_dataclasses_default_to():
     config = compose("+gndpo=default", "+teacher=worker")
-    for section, schema in ((config.algorithm.gndpo, gndpo_section()), (config.teacher, TeacherConfig)):
+    for section, schema in ((config.algorithm.gndpo, gndpo_section()), (config.teacher, TeacherSection)):
         assert OmegaConf.to_container(section) == OmegaConf.to_container(OmegaConf.structured(schema))
 
 
@@ -134,9 +134,9 @@ def test_no_teacher_is_an_error_that_says_how_to_name_one():
         ({"logits_chunk_tokens": 0}, ["teacher.logits_chunk_tokens", "at least 1", "0"]),
         ({"max_token_len_per_gpu": "many"}, ["teacher.max_token_len_per_gpu", "many"]),
         ({"ulysses_sequence_parallel_size": 0}, ["teacher.ulysses_sequence_parallel_size", "at least 1"]),
-        ({"attention": "flash"}, ["teacher.attention", "sdpa or flex", "'flash'"]),
-        ({"backend": "sever"}, ["teacher.backend", "worker or server", "'sever'"]),
-        ({"placement": "else"}, ["teacher.placement", "colocated, dedicated", "'else'"]),
+        ({"attention": "flash"}, ["teacher.attention", "sdpa | flex", "'flash'"]),
+        ({"backend": "sever"}, ["teacher.backend", "worker | server", "'sever'"]),
+        ({"placement": "else"}, ["teacher.placement", "colocated | dedicated", "'else'"]),
         ({"placement": "dedicated"}, ["teacher.n_gpus_per_node"]),
         ({"n_gpus_per_node": 2}, ["teacher.n_gpus_per_node", "placement=dedicated"]),
         ({"backend": "server", "n_gpus_per_node": 1, "placement": "colocated"}, ["placement=dedicated"]),
@@ -149,7 +149,7 @@ def test_no_teacher_is_an_error_that_says_how_to_name_one():
         ({"fsdp": {"fsdp_size": 0}}, ["teacher.fsdp.fsdp_size", "-1", "got 0"]),
         ({"model": {}, "models": {"a": {"pth": "A"}}}, ["teacher.models.a.pth", "teacher.models.a.path?"]),
         ({"model": {}, "models": {"a": {}}}, ["teacher.models.a.path is not given"]),
-        ({"model": {}, "models": {"a": {"path": "A", "weight": 0}}}, ["teacher.models.a.weight", "positive"]),
+        ({"model": {}, "models": {"a": {"path": "A", "weight": 0}}}, ["teacher.models.a.weight", "above 0"]),
         ({"model": {}, "models": {"a": {"path": "A", "keys": []}}}, ["teacher.models.a.keys", "empty"]),
     ],
 )
@@ -169,7 +169,7 @@ def test_what_is_not_set_follows_the_student():
     )
     read = read_teacher_config(config)
     assert (read.temperature, read.max_token_len_per_gpu) == (0.7, 4096)
-    assert read.model.override_config == {"attn_implementation": "sdpa"}
+    assert read.teachers["teacher"].override_config == {"attn_implementation": "sdpa"}
 
 
 def test_what_is_set_wins_over_the_student():
@@ -186,8 +186,8 @@ def test_where_the_teacher_runs_decides_whether_its_weights_wait_on_the_host():
 
 
 def test_one_teacher_is_several_with_one_that_scores_everything():
-    (name, model), *others = teacher().named.items()
-    assert (name, model.path, model.keys, others) == ("teacher", "T", ["*"], [])
+    (name, model), *others = teacher().teachers.items()
+    assert (name, model.path, model.keys, others) == ("teacher", "T", ("*",), [])
 
 
 def test_several_teachers_follow_the_student_too():
@@ -196,10 +196,10 @@ def test_several_teachers_follow_the_student_too():
         "+teacher.models.maths.keys=[mmk12,TIGER-Lab/ViRL39K]",
         "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     )
-    named = read_teacher_config(config).named
+    named = read_teacher_config(config).teachers
     assert {name: model.keys for name, model in named.items()} == {
-        "geo": ["geo"],
-        "maths": ["mmk12", "TIGER-Lab/ViRL39K"],
+        "geo": ("geo",),
+        "maths": ("mmk12", "TIGER-Lab/ViRL39K"),
     }
     assert all(model.override_config == {"attn_implementation": "sdpa"} for model in named.values())
 

@@ -23,7 +23,7 @@ OVERRIDDEN |= {"_compute_old_log_prob", "_save_checkpoint", "_load_checkpoint"}
 
 def test_an_existing_config_needs_two_overrides():
     config = verl_config("algorithm.adv_estimator=gndpo", "+teacher.model.path=teacher")
-    assert read_teacher_config(config).model.path == "teacher"
+    assert read_teacher_config(config).teachers["teacher"].path == "teacher"
     assert read_signal_config(config.algorithm, "gndpo").signal.parameters == {"limit": 5.0}
 
 
@@ -45,7 +45,7 @@ def test_the_teacher_follows_the_student_unless_told():
     )
     teacher = read_teacher_config(config)
     assert teacher.temperature == 0.6 and teacher.max_token_len_per_gpu == 777
-    assert teacher.model.override_config == {"attn_implementation": "sdpa"}
+    assert teacher.teachers["teacher"].override_config == {"attn_implementation": "sdpa"}
     released = read_teacher_config(verl_config("+teacher.model.path=t", "+teacher.temperature=1.0"))
     assert released.temperature == 1.0
 

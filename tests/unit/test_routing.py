@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_gndpo.config import NamedTeacherConfig, TeacherConfig, TeacherModelConfig
+from tests.settings import teacher_config
 from verl_gndpo.teacher.client import prompt_of
 from verl_gndpo.teacher.routing import NoTeacherError, Routing, place_rows
 
 
 def routing(**models) -> Routing:
-    return Routing(TeacherConfig(models={name: NamedTeacherConfig(path=name, **m) for name, m in models.items()}))
+    return Routing(teacher_config(models={name: {"path": name, **m} for name, m in models.items()}))
 
 
 def test_a_single_teacher_scores_everything_and_needs_no_column():
-    single = Routing(TeacherConfig(model=TeacherModelConfig(path="T")))
+    single = Routing(teacher_config())
     assert single.column is None
     assert single.route("whatever").weights == (("teacher", 1.0),)
 

@@ -134,7 +134,7 @@ def _check_teacher_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
     if shards != -1 and shards < gpus and gpus % shards:
         detail = f"teacher.fsdp.fsdp_size={shards} does not divide the teacher's {gpus} GPUs"
         return [Check("settings", "error", detail, "a divisor of it, or -1 for all")]
-    vision = [model.override_config.get("attn_implementation") for model in teacher.named.values()]
+    vision = [model.override_config.get("attn_implementation") for model in teacher.teachers.values()]
     if teacher.dtype == "float32" and not without_accelerator() and set(vision) & {None, "flash_attention_2"}:
         detail = "teacher.dtype=float32, and flash_attention_2, verl's default for a vision tower, knows no float32"
         remedy = "+teacher.model.override_config.attn_implementation=sdpa"

@@ -28,7 +28,7 @@ class Routing:
     """Finds a sample's teachers by its value of `teacher.routing_key`."""
 
     def __init__(self, teacher: TeacherConfig):
-        self._named = teacher.named
+        self._named = teacher.teachers
         self._column = teacher.routing_key
         self._routes: dict[str, Route] = {}
 

@@ -97,16 +97,16 @@ def distillation_section(config: Any, teacher: TeacherConfig) -> Any:
     replica = template["inference"] = template["inference"] | teacher.server
     size = math.prod(replica.get(f"{kind}_parallel_size", 1) for kind in ("tensor_model", "data", "pipeline_model"))
     gpus = teacher.n_gpus_per_node * teacher.nnodes
-    if size < 1 or gpus % (size * len(teacher.named)):
+    if size < 1 or gpus % (size * len(teacher.teachers)):
         raise ConfigError(
-            f"teacher.n_gpus_per_node x teacher.nnodes is {gpus}, which {len(teacher.named)} teacher(s) can't share in "
-            f"replicas of {size} GPUs (teacher.server.tensor_model_parallel_size times data_ and "
+            f"teacher.n_gpus_per_node x teacher.nnodes is {gpus}, which {len(teacher.teachers)} teacher(s) can't share "
+            f"in replicas of {size} GPUs (teacher.server.tensor_model_parallel_size times data_ and "
             "pipeline_model_parallel_size; verl's default is 2)"
         )
-    replicas = gpus // size // len(teacher.named)
+    replicas = gpus // size // len(teacher.teachers)
     entries = [
         template | {"key": model.keys[0], "model_path": model.path, "num_replicas": replicas}
-        for model in teacher.named.values()
+        for model in teacher.teachers.values()
     ]
     # verl takes a single teacher from this entry, and of several only the others.
     section["teacher_models"] = {"teacher_model": entries[0]}

@@ -13,7 +13,7 @@ from verl.utils.device import get_device_name
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
-from verl_gndpo.config import TeacherConfig, TeacherModelConfig
+from verl_gndpo.config import Teacher, TeacherConfig
 from verl_gndpo.kl import IDS, LOG_PROBS
 from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.teacher.engine import TeacherEngineConfig
@@ -25,9 +25,8 @@ from verl_gndpo.teacher.rows import NAMES, check_rows
 FIELDS = ["input_ids", "position_ids", "response_mask", "multi_modal_inputs", *NAMES, IDS, LOG_PROBS]
 
 
-def _training_worker_config(teacher: TeacherConfig, model: TeacherModelConfig) -> TrainingWorkerConfig:
+def _training_worker_config(teacher: TeacherConfig, model: Teacher) -> TrainingWorkerConfig:
     on_cpu = without_accelerator()
-    dtype = teacher.dtype or ("float32" if on_cpu else "bfloat16")
     return TrainingWorkerConfig(
         model_type="teacher",
         model_config=HFModelConfig(
@@ -47,8 +46,8 @@ def _training_worker_config(teacher: TeacherConfig, model: TeacherModelConfig) -
             param_offload=teacher.fsdp.param_offload and not on_cpu,
             reshard_after_forward=teacher.fsdp.reshard_after_forward,
             wrap_policy=dict(teacher.fsdp.wrap_policy),
-            model_dtype=dtype,
-            mixed_precision={"param_dtype": dtype, "reduce_dtype": "float32", "buffer_dtype": "float32"},
+            model_dtype=teacher.dtype,
+            mixed_precision={"param_dtype": teacher.dtype, "reduce_dtype": "float32", "buffer_dtype": "float32"},
             use_torch_compile=False,
             use_dynamic_bsz=True,
             infer_max_token_len_per_gpu=teacher.max_token_len_per_gpu,
@@ -77,7 +76,7 @@ class TeacherWorker(Worker):
         self._routing = Routing(config)
         self.models: dict[str, TrainingWorker] = {}
         self._model_of: dict[str, str] = {}
-        for name, model in config.named.items():
+        for name, model in config.teachers.items():
             weights = (model.path, model.trust_remote_code, model.external_lib, model.override_config)
             key = self._model_of[name] = json.dumps(weights, sort_keys=True, default=str)
             if key not in self.models:

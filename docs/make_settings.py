@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write docs/settings.md from the declarations in verl_gndpo/config.py and of the registered bounds.
+
+python docs/make_settings.py
+"""
+
+import json
+from pathlib import Path
+
+from verl_gndpo.advantage import BOUNDS
+from verl_gndpo.config import TeacherSection, declared_settings, default_groups, gndpo_section
+from verl_gndpo.presets import PRESETS
+from verl_gndpo.setting import Setting
+
+PAGE = Path(__file__).with_name("settings.md")
+
+HEAD = """\
+# Settings
+
+`python docs/make_settings.py` writes this page from `verl_gndpo/config.py` and from the bounds in
+`verl_gndpo/advantage.py`, where each setting is declared once.
+
+`algorithm.adv_estimator` names a preset:
+
+{presets}.
+
+With any other estimator verl behaves as if this plugin were not installed. `+gndpo=default` and `+teacher=worker` (or
+`+teacher=server`) bring all settings of the two sections into a config. Without these groups, put a `+` before a key
+that is new to the config: `+teacher.model.path=...`.
+
+An unknown key is an error that names the nearest known one. A value out of range is an error before anything is
+started.
+
+What a config gives wins over the preset, setting by setting.
+"""
+
+
+def table(section: str, schema: type, head: str) -> str:
+    """Return the settings of a section as a Markdown table."""
+    lines = [f"## `{section}`", "", head, "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for key, declared in declared_settings(section, schema).items():
+        allowed = declared.range.replace("|", "\\|")
+        name = key.removeprefix(f"{section}.")
+        lines.append(f"| `{name}` | {default(key, declared)} | {allowed} | {meaning(key, declared)} |")
+    return "\n".join(lines) + "\n"
+
+
+def default(key: str, declared: Setting) -> str:
+    """Return the value in a config that does not give the setting, as YAML; behind it, the one that null stands for."""
+    group = default_groups()[("gndpo", "default") if key.startswith("algorithm") else ("teacher", "worker")]
+    value: object = group
+    for part in key.removeprefix("algorithm.gndpo.").removeprefix("teacher.").split("."):
+        value = value.get(part, declared.default) if isinstance(value, dict) else declared.default
+    given = f"`{json.dumps(value)}`"
+    return f"{given} (`{json.dumps(declared.default)}`)" if value is None and declared.default is not None else given
+
+
+def meaning(key: str, declared: Setting) -> str:
+    """Return the documentation of a setting in one line."""
+    name = key.removeprefix("algorithm.gndpo.")
+    bounds = [bound for bound, known in BOUNDS.items() if known.parameters.get(name) == declared]
+    prefix = f"With bound={', '.join(bounds)}: " if bounds and key.startswith("algorithm.gndpo.") else ""
+    doc = declared.doc[0].lower() + declared.doc[1:] if prefix else declared.doc
+    return prefix + doc + (f" null: {declared.null}." if declared.null else "")
+
+
+def page() -> str:
+    """Return the whole page."""
+    presets = ", ".join(f"`{name}`" for name in PRESETS)
+    signal = (
+        "How the teacher-student log-ratio becomes an advantage: [signal.md](signal.md) has the formulas. A default in "
+        "brackets is what null stands for unless the preset says otherwise."
+    )
+    teacher = "What scores the student's tokens, and where: [teacher.md](teacher.md)."
+    return "\n".join(
+        [
+            HEAD.format(presets=presets),
+            table("algorithm.gndpo", gndpo_section(), signal),
+            table("teacher", TeacherSection, teacher),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
