@@ -2,7 +2,7 @@
 """The advantage estimators that `algorithm.adv_estimator` can name. All arithmetic is in advantage.py."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from types import ModuleType
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl_gndpo.advantage import SignalState, compute_advantages
+from verl_gndpo.advantage import SignalState, Trace, compute_advantages
 from verl_gndpo.config import TaskReward, check_preset, read_signal_config
 from verl_gndpo.presets import PRESETS
 
@@ -28,9 +28,10 @@ def compute_log_ratio_advantage(
     teacher: Sequence[str] | None = None,
     kl: torch.Tensor | None = None,
     state: SignalState | None = None,
+    on_trace: Callable[[Trace], Any] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """verl's estimator interface over `advantage.compute_advantages`.
+    """Compute advantages through verl's estimator interface; see `advantage.compute_advantages`.
 
     Args:
         estimator: one of presets.py.
@@ -39,10 +40,11 @@ def compute_log_ratio_advantage(
         token_level_rewards: (batch, response_length), for `task_reward.coef` above 0.
         index: prompt of each row.
         config: verl's `algorithm` section; `config.gndpo` holds the settings.
-        teacher: of each row, which teacher has scored it; None: the same for all.
+        teacher: teacher of each row; None: one for all.
         kl: (batch, response_length), KL(student || teacher) at each position, nats, for baseline=kl.
-        state: what scale=ema carries from step to step; updated.
-        _: what verl hands every estimator and this signal does not use.
+        state: the average that scale=ema carries from step to step; it is updated.
+        on_trace: called once, with the stages of all valid tokens.
+        _: further arguments that verl gives every estimator.
 
     Returns:
         (advantages, returns), both (batch, response_length) float32; the two are the same tensor.
@@ -68,6 +70,7 @@ def compute_log_ratio_advantage(
         task_advantages=_task_advantages(settings.task_reward, token_level_rewards, response_mask, index, config),
         task_coef=settings.task_reward.coef,
         state=state,
+        on_trace=on_trace,
     )
     return advantages, advantages
 
@@ -79,7 +82,7 @@ def _task_advantages(
     index: Sequence[str] | None,
     config: Any,
 ) -> torch.Tensor | None:
-    """What verl's own estimator makes of the task reward; None where it is not mixed in."""
+    """Return the task reward's advantages by verl's own estimator; None if it is not mixed in."""
     if not task.coef:
         return None
     if token_level_rewards is None or index is None:
@@ -89,7 +92,7 @@ def _task_advantages(
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
     estimator = get_adv_estimator_fn(task.estimator)
-    # verl hands this setting of `algorithm` over by itself, to estimators that know it.
+    # verl passes this setting of `algorithm` as an argument of its own to estimators that take it.
     normalises = "norm_adv_by_std_in_grpo"
     own = {normalises: (config or {}).get(normalises, True)} if normalises in signature(estimator).parameters else {}
     advantages, _ = estimator(
@@ -106,11 +109,12 @@ def register_preset(name: str, **stages: Any) -> None:
     """Make a combination of stages selectable as `algorithm.adv_estimator=<name>`.
 
     Args:
-        name: of the estimator.
-        stages: keys of `algorithm.gndpo`, such as `bound` and its parameters; a stage that is not given is "none".
+        name: value of `algorithm.adv_estimator`.
+        stages: keys of `algorithm.gndpo`, such as `bound` and its parameters. A stage defaults to "none".
 
     Raises:
-        ValueError: the name is taken, or `config.ConfigError` where a stage or a parameter is refused.
+        ValueError: the name is taken.
+        ConfigError: a stage or a parameter is unknown or out of range.
     """
     core_algos = sys.modules.get("verl.trainer.ppo.core_algos")
     if name in PRESETS or (core_algos is not None and name in core_algos.ADV_ESTIMATOR_REGISTRY):

@@ -23,7 +23,7 @@ from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_
 from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_to_nested
 
-from verl_gndpo.advantage import SignalState
+from verl_gndpo.advantage import SignalState, Trace
 from verl_gndpo.checkpoint import load_state, save_state, step_folder
 from verl_gndpo.config import GNDPOConfig, Signal, TeacherConfig, read_signal_config, read_teacher_config, uses_gndpo
 from verl_gndpo.doctor.run import raise_on_errors
@@ -59,13 +59,13 @@ def step_order(signal: Signal) -> tuple[str, ...]:
 
 
 class GNDPOTrainerMixin(_Trainer):
-    """Asks the teacher and hands the batch to the estimator; everything else is the trainer that it is mixed into."""
+    """Asks the teacher, and gives the batch to the estimator. The trainer that it extends does everything else."""
 
     runs_gndpo_step = True
     """Distinguishes this class from verl's own without an import of it."""
 
     signal_state: SignalState | None = None
-    """What scale=ema carries from step to step; None for any other scale."""
+    """The running average of scale=ema; None for any other scale."""
 
     teacher: TeacherClient | ServerTeacher
 
@@ -95,12 +95,12 @@ class GNDPOTrainerMixin(_Trainer):
 
     @cached_property
     def _gndpo(self) -> GNDPOConfig:
-        """The resolved `algorithm.gndpo`."""
+        """Return the resolved `algorithm.gndpo`."""
         return read_signal_config(self.config.algorithm, self.config.algorithm.adv_estimator)
 
     @property
     def _needs_kl(self) -> bool:
-        """True if the baseline is the KL divergence, for which the teacher is given the student's distribution."""
+        """Return True if the baseline is the KL divergence, which takes the student's distribution."""
         return self.uses_gndpo and self._gndpo.signal.baseline == "kl"
 
     # --- set-up -------------------------------------------------------------------------------------------------------
@@ -176,12 +176,12 @@ class GNDPOTrainerMixin(_Trainer):
             self._score_finished()
 
     def _warn_of_failed_prompts(self) -> None:
-        # A custom sampler may keep no such account.
+        # A custom sampler may not count failures.
         failed = getattr(self.replay_buffer, "failure_keys", {}).get("train")
         if failed:
             logger.warning(
-                "%d prompts of this step have failed and verl goes on without them; where the teacher's servers are "
-                "the reason, the log has it under 'Error in _run_prompt'",
+                "%d prompts of this step have failed, and verl continues without them. If the teacher's servers are "
+                "the reason, the log shows it under 'Error in _run_prompt'.",
                 len(failed),
             )
 
@@ -197,16 +197,16 @@ class GNDPOTrainerMixin(_Trainer):
         data = DataProto(batch=stored.to_padded_tensor())
         data, changed = self._correct_rollout(data, metrics)
 
-        signal = {name: data.batch[name] for name in ("teacher_log_probs", "old_log_probs", "response_mask")}
-        advantages, returns = self._estimate(data, signal, uids, teachers)
+        log_probs = {name: data.batch[name] for name in ("teacher_log_probs", "old_log_probs")}
+        advantages, returns, trace = self._estimate(data, log_probs, uids, teachers)
         with marked_timer("gndpo_diagnostics", self.timing_raw, color="olive"):
             metrics.update(
                 self.monitor.look(
                     batch,
                     self.global_steps,
                     metrics,
-                    **signal,
-                    advantages=advantages,
+                    **log_probs,
+                    trace=trace,
                     lengths=nested_mask.offsets().diff().numpy(),
                     uids=uids,
                     teachers=teachers,
@@ -247,15 +247,18 @@ class GNDPOTrainerMixin(_Trainer):
         return data, [name for name in ("response_mask", "rollout_is_weights") if name in data.batch]
 
     def _estimate(
-        self, data: DataProto, signal: dict[str, torch.Tensor], uids: list[str], teachers: list[str] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return advantages and returns of the whole batch, both (batch, response_length), from our estimator.
+        self, data: DataProto, log_probs: dict[str, torch.Tensor], uids: list[str], teachers: list[str] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Trace]:
+        """Run the estimator over the whole batch.
 
         Args:
             data: a padded batch.
-            signal: its log-probs and mask.
+            log_probs: those of teacher and student.
             uids: the prompt of each row.
             teachers: the teacher of each row; None if there is only one.
+
+        Returns:
+            Advantages and returns, both (batch, response_length), and the stages that led to them.
         """
         algorithm = self.config.algorithm
         optional: dict[str, Any] = {}
@@ -263,14 +266,18 @@ class GNDPOTrainerMixin(_Trainer):
             optional["kl"] = data.batch["teacher_kl"]
         if self.signal_state is not None:
             optional["state"] = self.signal_state
-        return get_adv_estimator_fn(algorithm.adv_estimator)(
+        traces: list[Trace] = []
+        advantages, returns = get_adv_estimator_fn(algorithm.adv_estimator)(
             token_level_rewards=data.batch["rm_scores"],
             index=uids,
             config=algorithm,
             teacher=teachers,
-            **signal,
+            response_mask=data.batch["response_mask"],
+            on_trace=traces.append,
+            **log_probs,
             **optional,
         )
+        return advantages, returns, traces[0]
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import torch
 from benchmarks.stability import loop, plan, world
 from examples.quickstart import diagrams
 from examples.quickstart.run import ACCURACY, CORRELATION, read_metrics
-from verl_gndpo.advantage import bounded_log_ratio
+from verl_gndpo.advantage import Trace, compute_advantages
 from verl_gndpo.config import read_signal_config
 
 ARMS = ("gndpo", "log_odds_opd")
@@ -92,9 +93,10 @@ def run_in_process(models: world.World, arm: str, seed: int) -> dict:
     signal = read_signal_config({}, plan.ARMS[arm].estimator).signal
 
     def on_step(batch: loop.Batch, _) -> dict:
-        valid = batch.response_mask.bool()
-        k, _ = bounded_log_ratio(batch.teacher_log_probs[valid].double(), batch.old_log_probs[valid].double(), signal)
-        return {"sigma": k.std().item()}
+        traces: list[Trace] = []
+        inputs = (batch.teacher_log_probs, batch.old_log_probs, batch.response_mask)
+        compute_advantages(*inputs, replace(signal, baseline="none", scale="none"), on_trace=traces.append)
+        return {"sigma": float(traces[0].bounded.std(ddof=1))}
 
     settings = loop.Settings(
         steps=STEPS,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from verl_gndpo.presets import PRESETS
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -29,11 +31,11 @@ def test_estimator(tmp_path):
     arguments = ("--rows", "32", "--length", "64", "--rounds", "2", "--threads", "1")
     figures = run("estimator", tmp_path / "new" / "estimator.json", *arguments)
     assert figures["max_abs_diff"] < 1e-5
-    for result in figures["results"]:
-        assert set(result["seconds"]) == {"released", "ours", "ours_with_metrics", "verl_grpo"}
-        seconds = result["seconds"]
-        assert result["speedup_vs_released"] == pytest.approx(seconds["released"] / seconds["ours"])
-        assert result["with_metrics_vs_released"] == pytest.approx(seconds["ours_with_metrics"] / seconds["released"])
+    assert {row["preset"] for row in figures["rows"]} == set(PRESETS)
+    for row in figures["rows"]:
+        assert row["threads"] == 1 and row["heap"] in ("fresh", "warm")
+        assert row["released_over_ours"] == pytest.approx(row["released_s"] / row["ours_s"])
+        assert row["with_metrics_over_released"] == pytest.approx(row["with_metrics_s"] / row["released_s"])
 
 
 def test_teacher_scoring(tmp_path):

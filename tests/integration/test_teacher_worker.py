@@ -17,7 +17,8 @@ from tests.integration.helpers import (
     start_teacher,
     teacher_config,
 )
-from verl_gndpo.blockwise import log_ratio_advantages
+from verl_gndpo.advantage import compute_advantages
+from verl_gndpo.config import read_signal_config
 from verl_gndpo.teacher.worker import TeacherWorker
 
 TEMPERATURE = 0.7
@@ -74,8 +75,9 @@ def test_two_ranks_small_micro_batches_equal_one_rank_and_hugging_face(start, ro
     # Therefore advantages do not depend on ranks and micro-batches either.
     mask = nested([torch.ones_like(row["response"]) for row in rows]).to_padded_tensor(0)
     old = -torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
+    signal = read_signal_config(None, "gndpo").signal
     one, two = (
-        log_ratio_advantages(x["teacher_log_probs"].to_padded_tensor(0.0), old, mask)[0] for x in (whole, split)
+        compute_advantages(x["teacher_log_probs"].to_padded_tensor(0.0), old, mask, signal) for x in (whole, split)
     )
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 

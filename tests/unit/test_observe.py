@@ -4,6 +4,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,23 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from tests.helpers import trace_of
 from tests.unit.conftest import Letters
 from tests.unit.test_advantage import batch, batches
-from verl_gndpo.advantage import bounded_log_ratio, compute_advantages
+from tests.unit.test_stages import oracle
+from verl_gndpo.advantage import compute_advantages
 from verl_gndpo.config import Warn, WorstTokens, read_signal_config
 from verl_gndpo.doctor.settings import check_settings
-from verl_gndpo.estimators import compute_log_ratio_advantage
 from verl_gndpo.observe import worst_tokens
 from verl_gndpo.observe.limits import CORRELATION, FIRST_STEPS, REPEAT_AFTER_STEPS, SignalWarnings
 from verl_gndpo.observe.metrics import (
     NO_ADVANTAGE,
+    Tokens,
     describe_classes,
     describe_positions,
     describe_responses,
     describe_signal,
     describe_sources,
     describe_teachers,
-    pack,
     sum_parts,
 )
 from verl_gndpo.observe.token_classes import CLASSES, classify_tokens, classify_vocabulary
@@ -47,13 +49,15 @@ STAGES = {
 
 
 def table(teacher, old, mask, advantages, config, lengths):
-    """One row a valid token, in float64."""
-    teacher, old = teacher.double(), old.double()
+    """Return one row per valid token, in float64."""
     valid = mask.bool()
     rows, positions = (x.numpy() for x in valid.nonzero(as_tuple=True))
-    bounded = bounded_log_ratio(teacher[valid], old[valid], config)[0].numpy()
-    frame = pd.DataFrame({"row": rows, "position": positions, "k": bounded, "a": advantages[valid].double().numpy()})
-    frame["d"] = (teacher - old)[valid].numpy()
+    d = (teacher.double() - old.double())[valid].numpy()
+    alone = replace(config, baseline="none", scale="none")
+    # The oracle sets dropped tokens to 0; their k is D.
+    k = d if config.bound == "mask" else oracle(teacher, old, mask, alone, None, None, old)[valid.numpy()]
+    a = advantages[valid].double().numpy()
+    frame = pd.DataFrame({"row": rows, "position": positions, "d": d, "k": k, "a": a})
     frame["part"] = 10 * frame.position // lengths[rows]
     return frame
 
@@ -73,9 +77,9 @@ def test_every_number_of_the_signal_against_pandas(data, stages, random):
     ends = [int(row.nonzero().max()) + 1 if row.any() else 1 for row in mask]
     lengths = np.array([random.randint(end, width) for end in ends])
     sources = [random.choice(["x", "y/z"]) for _ in mask]
-    tokens = pack(teacher, old, mask, advantages, config)
+    tokens = Tokens(trace_of(teacher, old, mask, config, groups=groups))
     parts = sum_parts(tokens, lengths)
-    found = describe_signal(tokens, config) | describe_positions(parts) | describe_sources(tokens, parts, sources)
+    found = describe_signal(tokens) | describe_positions(parts) | describe_sources(tokens, parts, sources)
     assert all(isinstance(x, float) and math.isfinite(x) for x in found.values()), found
 
     frame = table(teacher, old, mask, advantages, config, lengths)
@@ -147,8 +151,7 @@ def test_the_gain_is_what_the_signal_was_multiplied_by():
 
     def gain(**stages):
         config = read_signal_config({"gndpo": stages}, "gndpo").signal
-        advantages = compute_advantages(*data, config, groups=["a", "b"] * 3)
-        return describe_signal(pack(*data, advantages, config), config)
+        return describe_signal(Tokens(trace_of(*data, config, groups=["a", "b"] * 3)))
 
     whitened = gain()
     assert whitened["gndpo/gain"] == pytest.approx(1 / math.hypot(whitened["gndpo/sigma"], 1e-4), rel=1e-5)
@@ -158,7 +161,7 @@ def test_the_gain_is_what_the_signal_was_multiplied_by():
     assert ranks["gndpo/gain"] == pytest.approx(1 / ranks["gndpo/sigma"], rel=1e-2), "ranks have deviation 1"
     teacher, old, mask = (x[:1, :1] for x in data)
     config = read_signal_config({"gndpo": {"scale": "rank"}}, "gndpo").signal
-    alone = describe_signal(pack(teacher, old, mask, torch.zeros(1, 1), config), config)
+    alone = describe_signal(Tokens(trace_of(teacher, old, mask, config)))
     assert alone["gndpo/gain"] == 0.0 and alone["gndpo/advantage_kurtosis"] == 0.0
 
 
@@ -167,11 +170,7 @@ def test_each_teachers_metrics_are_those_of_its_rows(scope):
     teacher, old, mask = batch(spread=4.0)
     labels = ["one", "two+three"] * 3
     config = read_signal_config({"gndpo": {"baseline": scope, "scale": scope}}, "gndpo").signal
-    inputs = {"teacher_log_probs": teacher, "old_log_probs": old, "response_mask": mask}
-    advantages, _ = compute_log_ratio_advantage(
-        "gndpo", **inputs, config={"gndpo": {"baseline": scope, "scale": scope}}, teacher=labels
-    )
-    metrics = describe_teachers(labels, pack(**inputs, advantages=advantages, signal=config), config)
+    metrics = describe_teachers(labels, Tokens(trace_of(teacher, old, mask, config, teachers=labels)))
     for label, rows in (("one", slice(0, 6, 2)), ("two+three", slice(1, 6, 2))):
         valid = mask[rows] != 0
         d = (teacher - old)[rows][valid].double().numpy()
@@ -187,13 +186,13 @@ def test_each_teachers_metrics_are_those_of_its_rows(scope):
 def test_one_token_that_dominates_and_many_alike():
     config = read_signal_config({"gndpo": {"preset": "opd_raw"}}, "gndpo").signal
     ones = torch.ones(2, 100)
-    alike = describe_signal(pack(ones, 0 * ones, ones, ones, config), config)
+    alike = describe_signal(Tokens(trace_of(ones, 0 * ones, ones, config, ones)))
     assert alike["gndpo/effective_sample_share"] == 1.0 and alike["gndpo/advantage_kurtosis"] == 0.0
     assert alike["gndpo/top_1pct_gradient_share"] == pytest.approx(0.01)
     # Its square alone does not fit into float32.
     outlier = 1e-3 * ones
     outlier[1, 7] = 1e30
-    lone = describe_signal(pack(ones, 0 * ones, ones, outlier, config), config)
+    lone = describe_signal(Tokens(trace_of(ones, 0 * ones, ones, config, outlier)))
     assert lone["gndpo/effective_sample_share"] == pytest.approx(1 / 200)
     assert lone["gndpo/top_1pct_gradient_share"] == pytest.approx(1.0)
     assert lone["gndpo/advantage_kurtosis"] == pytest.approx(195, rel=1e-3)
@@ -239,7 +238,7 @@ def test_metrics_by_kind_and_of_ends_against_pandas(data, random):
     teacher, old, mask = data
     config = read_signal_config(None, "gndpo").signal
     advantages = compute_advantages(teacher, old, mask, config)
-    tokens = pack(teacher, old, mask, advantages, config)
+    tokens = Tokens(trace_of(teacher, old, mask, config))
     lengths = np.full(len(mask), mask.shape[1])
     everywhere = np.array([random.randrange(5) for _ in range(mask.numel())], np.uint8)
     classes = everywhere[mask.numpy().reshape(-1) != 0]
@@ -263,7 +262,7 @@ def test_lengths_leave_out_the_rows_that_verl_adds():
     config = read_signal_config(None, "gndpo").signal
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]])
     zeros = torch.zeros(3, 4)
-    tokens, lengths = pack(zeros, zeros, mask, zeros, config), np.array([4, 4, 1])
+    tokens, lengths = Tokens(trace_of(zeros, zeros, mask, config)), np.array([4, 4, 1])
     ends = np.array([4, 4, 4, 0, 4, 4, 4, 4, 0], np.uint8)
     assert describe_responses(tokens, lengths, ends) == {
         "gndpo/response/length_mean": 4.0,
@@ -282,7 +281,7 @@ def test_the_worst_are_those_with_the_largest_log_ratio_in_their_place():
     teacher, old = torch.zeros(3, 4), torch.zeros(3, 4)
     teacher[0, 2], teacher[2, 3], teacher[2, 0] = -9.0, 7.0, -8.0
     mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]])
-    tokens = pack(teacher, old, mask, teacher, config)
+    tokens = Tokens(trace_of(teacher, old, mask, config))
     assert [place[1:] for place in find_worst(tokens, 2)] == [(0, 2), (2, 3)]
     assert tokens.d[[i for i, _, _ in find_worst(tokens, 2)]].tolist() == [-9.0, 7.0]
     assert len(find_worst(tokens, 100)) == 6
@@ -338,7 +337,7 @@ def test_where_the_worst_tokens_go(tmp_path, monkeypatch):
     file.touch()
     assert why_not_writable(tmp_path / "a" / "b.jsonl") is None and why_not_writable(file) is None
     assert "is a folder" in why_not_writable(tmp_path)
-    assert "is no folder" in why_not_writable(file / "b.jsonl")
+    assert "is not a folder" in why_not_writable(file / "b.jsonl")
     assert not (tmp_path / "a").exists()
 
 
@@ -377,7 +376,7 @@ SOURCES = {
             "data_source_gradient_share",
             {**SOURCES, "gndpo/data_source/a/gradient_share": 0.8},
             {**SOURCES, "gndpo/data_source/a/gradient_share": 0.9},
-            ["data source a has 90%", "60%", "mix.py --weights"],
+            ["data source a has 90%", "60%", "verl-gndpo data mix --weights"],
         ),
     ],
 )
@@ -463,8 +462,10 @@ def test_rejected_tokens_are_left_out_of_kinds(make_monitor, queue):
     mask = store["response_mask"].to_padded_tensor(0)
     mask[:, 0] = 0
     lengths = store["response_mask"].offsets().diff().numpy()
-    signal = {**padded, "response_mask": mask, "advantages": padded["old_log_probs"]}
-    metrics = make_monitor(config).look(meta, 1, {}, **signal, lengths=lengths, uids="aabb", teachers=["t"] * 4)
+    trace = trace_of(*padded.values(), mask, read_signal_config(None, "gndpo").signal)
+    metrics = make_monitor(config).look(
+        meta, 1, {}, **padded, trace=trace, lengths=lengths, uids="aabb", teachers=["t"] * 4
+    )
     assert metrics["gndpo/tokens"] == 10 == metrics["gndpo/teacher/t/tokens"]
     assert metrics["gndpo/token/other/share"] == 0 and metrics["gndpo/token/digits/share"] == 0.4
 

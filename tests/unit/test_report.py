@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.helpers import trace_of
 from verl_gndpo import cli
 from verl_gndpo.observe.worst_tokens import FILE_NAME as WORST_TOKENS
 from verl_gndpo.report import drawing, page, plots, table
@@ -477,21 +478,21 @@ def test_every_metric_that_is_drawn_is_read():
 def test_every_metric_of_the_plugin_is_drawn_or_excluded_on_purpose():
     torch = pytest.importorskip("torch")
     from verl_gndpo.config import Warn, read_signal_config
-    from verl_gndpo.observe import metrics as diagnostics
+    from verl_gndpo.observe import metrics
     from verl_gndpo.observe.limits import SignalWarnings
 
     config = read_signal_config({}, "gndpo").signal
-    teacher, old, advantages = torch.randn(3, 4, 20).clamp(max=0) - 0.1
-    tokens = diagnostics.pack(teacher, old, torch.ones(4, 20), advantages, config)
+    teacher, old = torch.randn(2, 4, 20).clamp(max=0) - 0.1
+    tokens = metrics.Tokens(trace_of(teacher, old, torch.ones(4, 20), config))
     lengths, classes = np.full(4, 20), np.arange(80, dtype=np.uint8) % 5
-    parts = diagnostics.sum_parts(tokens, lengths)
+    parts = metrics.sum_parts(tokens, lengths)
     logged = {
-        **diagnostics.describe_signal(tokens, config),
-        **diagnostics.describe_positions(parts),
-        **diagnostics.describe_classes(tokens, classes),
-        **diagnostics.describe_sources(tokens, parts, ["geo", "geo", "chart/qa", "chart/qa"]),
-        **diagnostics.describe_teachers(["math", "math", "math+chart", "math+chart"], tokens, config),
-        **diagnostics.describe_responses(tokens, lengths, classes),
+        **metrics.describe_signal(tokens),
+        **metrics.describe_positions(parts),
+        **metrics.describe_classes(tokens, classes),
+        **metrics.describe_sources(tokens, parts, ["geo", "geo", "chart/qa", "chart/qa"]),
+        **metrics.describe_teachers(["math", "math", "math+chart", "math+chart"], tokens),
+        **metrics.describe_responses(tokens, lengths, classes),
         # Of verl, and of the teachers' clients.
         "training/rollout_actor_probs_pearson_corr": 1.0,
         "gndpo/teacher_ahead_share": 1.0,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What in the metrics of a step a person should act on, and how."""
+"""Warn of metrics on which a person should act, and say how."""
 
 import math
 from collections.abc import Callable
@@ -8,15 +8,17 @@ from verl_gndpo.config import Warn
 
 CORRELATION = "training/rollout_actor_probs_pearson_corr"
 
-# The share of truncated responses that a run begins with is the mean over so many steps.
+# Number of steps at the start of a run whose mean share of truncated responses is the reference.
 FIRST_STEPS = 5
-# A warning is not repeated before.
+# Number of steps before a warning is repeated.
 REPEAT_AFTER_STEPS = 50
 
 
 class SignalWarnings:
-    """Compares each step's metrics with limits. Remembers how many responses the first steps truncated, and which
-    warnings it has given."""
+    """Compares each step's metrics with limits.
+
+    Remembers the share of truncated responses of the first steps, and when each warning was given.
+    """
 
     def __init__(self, limits: Warn):
         self._limits = limits
@@ -24,14 +26,15 @@ class SignalWarnings:
         self._given: dict[str, int] = {}
 
     def check(self, step: int, metrics: dict[str, float]) -> tuple[dict[str, float], list[str]]:
-        """
+        """Check the metrics of a step.
+
         Args:
-            step: counts up.
-            metrics: of this step, `gndpo/...` and verl's. What is absent or not finite is not judged.
+            step: verl's global step.
+            metrics: `gndpo/...` and verl's. A limit whose metric is absent or not finite is not checked.
 
         Returns:
-            gndpo/warning/<kind>: 1.0 where a limit is passed, else 0.0; absent where it is null or can't be judged;
-            the texts of the warnings that were not given within the last `REPEAT_AFTER_STEPS` steps.
+            gndpo/warning/<kind>: 1.0 if a limit is exceeded, else 0.0; absent if it is null or not checked.
+            The texts of warnings that were not given within the last `REPEAT_AFTER_STEPS` steps.
         """
         flags, texts = {}, []
         for kind, rule in RULES.items():
@@ -51,8 +54,8 @@ class SignalWarnings:
         if gain is None:
             return None
         text = (
-            f"gndpo/gain is {gain:.1f}, above {limit:g}: log-ratios hardly differ any more, and their noise is scaled "
-            "up with them. Near convergence, stop here; else raise algorithm.gndpo.std_floor, set "
+            f"gndpo/gain is {gain:.1f}, above {limit:g}: the log-ratios are nearly equal, and whitening inflates "
+            "their noise. Near convergence, stop here; otherwise raise algorithm.gndpo.std_floor, set "
             "algorithm.gndpo.gain_limit, or take a preset without a scale (algorithm.adv_estimator=opd)"
         )
         return gain > limit, text
@@ -62,9 +65,9 @@ class SignalWarnings:
         if share is None:
             return None
         text = (
-            f"{share:.0%} of the tokens, more than {limit:.0%}, get an advantage against the teacher's opinion of "
-            "them, because a baseline is subtracted or a task reward mixed in. algorithm.gndpo.baseline=none, a preset "
-            "that keeps signs (algorithm.adv_estimator=opd, power_opd or tv_opd), or a smaller task_reward.coef"
+            f"{share:.0%} of the tokens, more than {limit:.0%}, get an advantage whose sign is not that of the "
+            "log-ratio, because of the baseline or the task reward. Use algorithm.gndpo.baseline=none, a preset that "
+            "keeps signs (algorithm.adv_estimator=opd, power_opd or tv_opd), or a smaller task_reward.coef"
         )
         return share > limit, text
 
@@ -87,8 +90,8 @@ class SignalWarnings:
         if correlation is None:
             return None
         text = (
-            f"{CORRELATION} is {correlation:.4f}, below {limit:g}: rollout and training engine disagree on what the "
-            "student samples, and no signal helps against that. Give both the same dtype "
+            f"{CORRELATION} is {correlation:.4f}, below {limit:g}: rollout and training engine disagree about the "
+            "student's probabilities, which no signal can correct. Give both the same dtype "
             "(actor_rollout_ref.rollout.dtype, actor_rollout_ref.actor.fsdp_config.dtype), or correct for it with "
             "algorithm.rollout_correction.rollout_is=token"
         )
@@ -103,12 +106,12 @@ class SignalWarnings:
         }
         if not shares:
             return None
-        source = max(shares, key=shares.get)
+        source = max(shares, key=lambda name: shares[name])
         text = (
             f"data source {source} has {shares[source]:.0%} of the gradient, more than {limit:.0%}, with "
             f"{metrics[f'{prefix}{source}/share']:.0%} of the tokens: the others hardly train the student. Give them "
-            "more weight (data_prep/mix.py --weights); where the share of tokens is much smaller, the teacher may not "
-            "fit this source: leave it out or give it a teacher of its own (teacher.models)"
+            "more weight (verl-gndpo data mix --weights). If its share of tokens is much smaller, the teacher may not "
+            "fit this source: remove it, or give it a teacher of its own (teacher.models)"
         )
         return shares[source] > limit, text
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at the signal of every step: fetches what the metrics need, logs warnings, writes the worst tokens down."""
+"""Observe the signal of every step: compute metrics, log warnings, record the worst tokens."""
 
 import logging
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from verl.utils.fs import copy_to_local
 from verl.utils.model import get_generation_config
 from verl.utils.tokenizer import get_processor_token_id
 
+from verl_gndpo.advantage import Trace
 from verl_gndpo.config import GNDPOConfig
 from verl_gndpo.families import MEDIA
 from verl_gndpo.observe.limits import SignalWarnings
@@ -25,7 +26,6 @@ from verl_gndpo.observe.metrics import (
     describe_signal,
     describe_sources,
     describe_teachers,
-    pack,
     sum_parts,
 )
 from verl_gndpo.observe.token_classes import classify_tokens, classify_vocabulary
@@ -33,12 +33,12 @@ from verl_gndpo.observe.worst_tokens import WorstTokenLog, find_worst, locate, s
 
 logger = logging.getLogger(__name__)
 
-# What the metrics read beside the signal, of verl's agent loop; what a batch lacks is not described.
+# Fields of verl's agent loop that the metrics read, if a batch has them.
 FIELDS = ["responses", "prompts", "data_source"]
 
 
 class SignalMonitor:
-    """What the signal of a step looked like, once a step."""
+    """Describes the signal once per step."""
 
     def __init__(self, config: Any, settings: GNDPOConfig, tokenizer: Any, processor: Any = None):
         """
@@ -67,34 +67,33 @@ class SignalMonitor:
         *,
         teacher_log_probs: torch.Tensor,
         old_log_probs: torch.Tensor,
-        response_mask: torch.Tensor,
-        advantages: torch.Tensor,
+        trace: Trace,
         lengths: np.ndarray,
         uids: Sequence[str],
         teachers: Sequence[str] | None = None,
     ) -> dict[str, float]:
-        """
+        """Describe a step.
+
         Args:
             batch: the rows of the step, in the order of the tensors.
             step: verl's global step.
-            metrics: verl's of this step so far, which warnings may read.
-            teacher_log_probs, old_log_probs, response_mask, advantages: (batch, response_length), as the estimator saw
-                and returned them.
-            lengths: (batch,), tokens of each response, those that the mask leaves out included.
+            metrics: verl's metrics of this step so far, which warnings may read.
+            teacher_log_probs, old_log_probs: (batch, response_length), as the estimator got them.
+            trace: what the estimator made of them.
+            lengths: (batch,), tokens of each response, including those that the mask hides.
             uids: prompt of each row.
-            teachers: of each row, which teacher has scored it; None: one for all.
+            teachers: teacher of each row; None: one for all.
 
         Returns:
             The step's metrics, `gndpo/...` (docs/metrics.md).
         """
-        signal = self._settings.signal
-        tokens = pack(teacher_log_probs, old_log_probs, response_mask, advantages, signal)
+        tokens = Tokens(trace)
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
         sources = [str(name) for name in data["data_source"]] if "data_source" in data.keys() else None
         parts = sum_parts(tokens, lengths)
-        described = describe_signal(tokens, signal) | describe_positions(parts)
+        described = describe_signal(tokens) | describe_positions(parts)
         if teachers is not None:
-            described |= describe_teachers(teachers, tokens, signal)
+            described |= describe_teachers(teachers, tokens)
         if sources is not None:
             described |= describe_sources(tokens, parts, sources)
         classes = self._classify(data)
@@ -167,7 +166,7 @@ class SignalMonitor:
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    """What ends a response: the tokenizer's EOS, and those of the generation config, which the rollout obeys."""
+    """Return the ids that end a response: the tokenizer's EOS, and those of the generation config that rollouts use."""
     path = copy_to_local(model.get("hf_config_path") or model.path)
     generation = get_generation_config(path, trust_remote_code=model.get("trust_remote_code", False))
     ids = getattr(generation, "eos_token_id", None)

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kind of token each one of a batch is: the metrics by kind, and the ends of responses."""
+"""Classify the tokens of a batch, for metrics by kind of token and for the ends of responses."""
 
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
-# Disjoint: a token is of the first kind that fits. What ends a response, then what has a digit, then what has neither
-# letters nor digits (punctuation, whitespace, LaTeX braces, special tokens), then words close behind an image, then all
-# others.
+# A token belongs to the first class that fits: ends of responses; tokens with a digit; tokens without letters or digits
+# (punctuation, whitespace, LaTeX braces, special tokens); words shortly after an image; all others.
 CLASSES = ("eos", "digits", "format", "vision_adjacent", "other")
 EOS, DIGITS, FORMAT, VISION_ADJACENT, OTHER = range(len(CLASSES))
-# Of the vocabulary only: where images stand. In a response it counts as format.
+# Class of image placeholders in the vocabulary. In a response they count as format.
 PLACEHOLDER = len(CLASSES)
 
-# How far behind the last placeholder of an image a token is still close to it.
+# Number of tokens after the last placeholder of an image that are close to it.
 VISION_REACH = 16
 
-# What a tokenizer decodes a part of a character to.
+# Tokenizers decode a part of a character to this.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -43,7 +42,7 @@ def classify_vocabulary(
 def _classify(text: str) -> int:
     if any(c.isdigit() for c in text):
         return DIGITS
-    # A part of a character is as likely a part of a letter.
+    # A part of a character is most likely part of a letter.
     return OTHER if INCOMPLETE in text or any(c.isalpha() for c in text) else FORMAT
 
 
@@ -54,11 +53,11 @@ def classify_tokens(
     prompts: np.ndarray | None = None,
     prompt_lengths: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The kind of every response token.
+    """Return the class of every response token.
 
     Args:
         table: of `classify_vocabulary`.
-        responses: (tokens,) int64, ids of all responses, row after row, those that the mask leaves out included.
+        responses: (tokens,) int64, ids of all responses, row after row, including those that the mask hides.
         response_lengths: (batch,).
         prompts, prompt_lengths: likewise; None: images in prompts are not seen.
 
@@ -75,10 +74,10 @@ def classify_tokens(
         for distance in range(1, VISION_REACH + 1):
             near[(placeholders + distance)[placeholders + distance < end]] = True
         classes[placeholders] = FORMAT
-    if prompts is not None and prompts.size:
+    if prompts is not None and prompt_lengths is not None and prompts.size:
         prompt_ends = prompt_lengths.cumsum()
         for distance in range(1, VISION_REACH + 1):
-            # What stands so far before the response makes its first tokens close.
+            # A placeholder at this distance before the response is close to its first tokens.
             rows = np.flatnonzero(prompt_lengths >= distance)
             rows = rows[table.take(prompts[prompt_ends[rows] - distance], mode="clip") == PLACEHOLDER]
             for row in rows:

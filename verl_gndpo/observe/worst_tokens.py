@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens of a step on which teacher and student disagree most, with what stands around them, as lines of JSON."""
+"""Record the tokens of a step on which teacher and student disagree most, with their context, as lines of JSON."""
 
 import json
 import os
@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    # It imports torch, without which the checks before a run can do.
+    # It imports torch, which the checks before a run do not need.
     from verl_gndpo.observe.metrics import Tokens
 
 FILE_NAME = "gndpo_worst_tokens.jsonl"
-# Of the whole file; a step adds a few kilobytes.
+# Limit of the whole file. A step adds a few kilobytes.
 MAX_BYTES = 10_000_000
 
-# How many tokens of context are shown, and what the token itself is put between.
+# Tokens of context to both sides, and the marks around the token itself.
 BEFORE, AFTER = 12, 6
 OPENING, CLOSING = "⟦", "⟧"
 
 
 def find_worst(tokens: "Tokens", count: int) -> list[tuple[int, int, int]]:
-    """The `count` tokens with the largest |D|, largest first: D and not A, which a bound makes equal for many.
+    """Return the `count` tokens with the largest |D|, largest first. (A bound gives many tokens the same |A|.)
 
     Returns:
         For each, its index among the valid tokens, its row, and its position in the response.
@@ -41,40 +41,44 @@ def find_worst(tokens: "Tokens", count: int) -> list[tuple[int, int, int]]:
 def show_in_context(
     prompt: Sequence[int], response: Sequence[int], position: int, decode: Callable[[list[int]], str]
 ) -> str:
-    """The token between brackets, with the `BEFORE` tokens before it, the prompt's included, and the `AFTER` after it.
+    """Return a token between brackets, with `BEFORE` tokens before it (also of the prompt) and `AFTER` tokens after it.
 
     Args:
         prompt, response: ids of a row.
-        position: in the response.
-        decode: ids to text, special tokens included.
+        position: of the token, in the response.
+        decode: maps ids to text, including special tokens.
     """
-    before = [*prompt[-BEFORE:], *response[max(position - BEFORE, 0) : position]][-BEFORE:]
-    token, after = response[position : position + 1], response[position + 1 : position + 1 + AFTER]
-    # Piece by piece, so that the mark is where the token is even if a character is cut in two.
-    before, token, after = (decode(list(ids)) if len(ids) else "" for ids in (before, token, after))
+    # Decode the pieces separately, so that the mark is at the token even if it is a part of a character.
+    pieces = (
+        [*prompt[-BEFORE:], *response[max(position - BEFORE, 0) : position]][-BEFORE:],
+        [response[position]],
+        response[position + 1 : position + 1 + AFTER],
+    )
+    before, token, after = (decode(list(ids)) if len(ids) else "" for ids in pieces)
     return f"{before}{OPENING}{token}{CLOSING}{after}"
 
 
 class WorstTokenLog:
-    """Decides which steps are written down, and appends them to a file of bounded size."""
+    """Decides which steps are recorded, and appends them to a file of bounded size."""
 
     def __init__(self, path: Path, every: int):
         """
         Args:
-            path: the file; its folder is made when it is first needed.
-            every: steps from one that is written down to the next; 0: none is.
+            path: the file. Its folder is created when it is first needed.
+            every: record one of so many steps; 0: none.
         """
         self.path = path
         self._every = every
-        self._last = self._last_warned = None
+        self._last: int | None = None
+        self._last_warned: int | None = None
 
     def is_due(self, step: int, warned: bool) -> bool:
-        """Whether to write a step down: every `every`-th one, and one with a warning unless one within the last `every`
-        steps was.
+        """Return True if a step is to be recorded: every `every`-th one, and one with a warning unless one within the
+        last `every` steps was recorded for its warning.
 
         Args:
-            step: counted from 1.
-            warned: whether the step has raised a warning.
+            step: verl's global step, from 1.
+            warned: True if the step has raised a warning.
         """
         if not self._every or step == self._last:
             return False
@@ -87,10 +91,10 @@ class WorstTokenLog:
         return False
 
     def write(self, entries: list[dict]) -> str | None:
-        """Append one line an entry. The file is opened for that alone, so that a crash loses nothing.
+        """Append one line per entry. The file is closed again each time, so that a crash loses nothing.
 
         Returns:
-            None, or why this was the last write: the file has reached its size, or can't be written.
+            None, or the reason why this was the last write: the file is full, or can't be written.
         """
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
         try:
@@ -101,14 +105,14 @@ class WorstTokenLog:
                     return None
             reason = f"has reached {MAX_BYTES / 1e6:.0f} MB; move it away and restart for more"
         except OSError as error:
-            # A run of days must not end because of a file that nobody may look at.
+            # A long run must not end because of a file that may never be read.
             reason = f"can't be written: {error}"
         self._every = 0
         return f"{self.path} {reason}; no more of the worst tokens will be written"
 
 
 def locate(path: str | None, default_folder: str) -> Path:
-    """Where the worst tokens of a run are written.
+    """Return the file in which the worst tokens of a run are recorded.
 
     Args:
         path: `algorithm.gndpo.worst_tokens.path`; null: beside the file of verl's file logger, else in
@@ -122,10 +126,10 @@ def locate(path: str | None, default_folder: str) -> Path:
 
 
 def why_not_writable(path: Path) -> str | None:
-    """What would keep a file from being appended to, or made; None if nothing is known to. Leaves no trace."""
+    """Return why a file can't be appended to or created; None if nothing speaks against it. Changes nothing."""
     if path.is_dir():
         return f"{path} is a folder"
     nearest = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
     if not path.exists() and not nearest.is_dir():
-        return f"{nearest} is no folder"
+        return f"{nearest} is not a folder"
     return None if os.access(nearest, os.W_OK) else f"{nearest} is not writable"
