@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Lint, then the three levels of tests, on a machine without a GPU. Sets up .venv unless PYTHON names an environment.
+# Lint and types, then the three levels of tests, on a machine without a GPU. Sets up .venv unless PYTHON names an environment.
 #
 #   bash tests/run.sh                        # everything
-#   bash tests/run.sh lint                   # lint alone
+#   bash tests/run.sh lint                   # lint and types alone
 #   bash tests/run.sh tests/unit             # lint and one level: unit, integration or end_to_end
 #   bash tests/run.sh tests/unit -k routing  # every other argument goes to pytest
 set -euo pipefail
@@ -45,7 +45,7 @@ step() {
     echo "== ${summary[-1]}"
 }
 
-lint() { "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check .; }
+lint() { "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . && "$PYTHON" -m mypy; }
 run_pytest() { "$PYTHON" -m pytest --durations=10 "$@"; }
 # The unit tests run in one process per core, at most four, each with one thread.
 run_unit() { OMP_NUM_THREADS=1 run_pytest -n logical --maxprocesses 4 --dist loadfile "$@"; }

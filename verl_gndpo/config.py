@@ -478,8 +478,18 @@ def default_groups() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def _defaults(schema: type) -> dict[str, Any]:
-    container = OmegaConf.to_container(OmegaConf.structured(schema))
-    assert isinstance(container, dict)
+    return as_dict(OmegaConf.structured(schema))
+
+
+def as_dict(section: Any) -> dict[str, Any]:
+    """Return a section of an OmegaConf config, interpolations resolved, as dicts and lists.
+
+    Raises:
+        TypeError: it is not a section but a list or a value.
+    """
+    container = OmegaConf.to_container(section, resolve=True)
+    if not isinstance(container, dict):
+        raise TypeError(f"a section of settings is expected, got {section!r}")
     return {str(key): value for key, value in container.items()}
 
 
@@ -646,6 +656,6 @@ def read_teacher_config(config: Any) -> TeacherConfig:
 
 
 def uses_gndpo(config: Any) -> bool:
-    """Whether a verl config selects one of this project's estimators."""
+    """Return True if a verl config selects one of this project's estimators."""
     name = config.algorithm.adv_estimator
     return getattr(name, "value", name) in PRESETS

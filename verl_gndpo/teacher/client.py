@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher as the trainer sees it: a worker group that is asked for rows of verl's TransferQueue."""
+"""The trainer's side of the teacher: send rows of verl's TransferQueue to the workers."""
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ray
 import transfer_queue as tq
@@ -17,7 +18,7 @@ from verl_gndpo.verl_patches.replay_buffer import call_back
 
 
 class TeacherClient:
-    """Sends rows to the workers, each once, and waits for their scores, which the workers write beside the rows."""
+    """Sends each row to the workers once. The workers write its scores beside it."""
 
     def __init__(self, teacher: TeacherConfig, pool: RayResourcePool, device_name: str):
         """Start the workers, without waiting for them.
@@ -46,11 +47,11 @@ class TeacherClient:
         self._ranks = max(self._workers._query_dispatch_info("train")) + 1
 
     def score(self, batch: KVBatchMeta) -> dict[str, float]:
-        """Have every row of a batch scored, and wait for it.
+        """Score every row of a batch, and wait for it.
 
         Returns:
-            gndpo/teacher_ahead_share: share of the rows that were sent before by `score_ahead`;
-            timing_s/teacher_ahead: how long the workers have worked on such rows until now, since the last batch.
+            gndpo/teacher_ahead_share: share of the rows that `score_ahead` had sent already.
+            timing_s/teacher_ahead: seconds since the last batch in which the workers had such rows to score.
         """
         self._count_seconds_ahead()
         seconds, self._seconds_ahead = self._seconds_ahead, 0.0
@@ -58,7 +59,7 @@ class TeacherClient:
         missing = [row for row, key in enumerate(batch.keys) if key not in self._sent]
         ahead = len(batch) - len(missing)
         if missing:
-            # Each rank needs a row, or it would miss the others' gathering of the weights.
+            # Each rank needs a row, because all ranks gather the weights together.
             again = (row for row, key in enumerate(batch.keys) if key in self._sent)
             missing += [row for row, _ in zip(again, range(self._ranks - len(missing)), strict=False)]
             self._send([batch.keys[row] for row in missing], [batch.tags[row] for row in missing], batch.partition_id)
@@ -67,13 +68,13 @@ class TeacherClient:
         return {"gndpo/teacher_ahead_share": ahead / len(batch), "timing_s/teacher_ahead": seconds}
 
     def score_ahead(self, keys: list[str], tags: list[dict], partition: str) -> None:
-        """Have the workers begin with those of these rows that they don't have yet, if they are idle.
+        """Send rows that are not sent yet to the workers, if they are idle.
 
-        Nothing is sent before there is a prompt for each rank, since ranks would have to run one together.
+        Sends nothing before there is a prompt for each rank, because ranks would have to share one.
 
         Args:
-            keys, tags: of all rows of some prompts.
-            partition: of verl's TransferQueue.
+            keys, tags: keys and tags of all rows of some prompts.
+            partition: partition of verl's TransferQueue.
         """
         if self._running is not None:
             ready, pending = ray.wait(self._running.futures, num_returns=len(self._running.futures), timeout=0)
@@ -88,17 +89,17 @@ class TeacherClient:
             self._send([key for key, _ in new], [tag for _, tag in new], partition)
 
     def forget(self, prompts: set[str]) -> None:
-        """Rows of these prompts are about to be thrown away, and the workers must not be reading them then."""
+        """Wait until the workers no longer read rows of these prompts, which verl is about to delete."""
         sent = {key for key in self._sent if prompt_of(key) in prompts}
         if sent:
             self.finish()
             self._sent -= sent
 
     def finish(self) -> None:
-        """Wait for what the workers are doing.
+        """Wait until the workers are idle.
 
         Raises:
-            Whatever a worker has raised.
+            The exception of a worker.
         """
         if self._running is not None:
             running, self._running = self._running, None
@@ -131,17 +132,17 @@ class TeacherClient:
 
 
 def prompt_of(key: str) -> str:
-    """The prompt of a row: verl's agent loop names rows "{prompt}_{session}_{turn}"."""
+    """Return the prompt in a row's key, which verl's agent loop builds as "{prompt}_{session}_{turn}"."""
     return key.rsplit("_", 2)[0]
 
 
-def score_while_generating(replay_buffer, teacher: TeacherClient) -> Callable[[], None]:
-    """Have the teacher score finished prompts whenever verl's replay buffer waits for others.
+def score_while_generating(replay_buffer: Any, teacher: TeacherClient) -> Callable[[], None]:
+    """Score finished prompts whenever verl's replay buffer waits for others.
 
-    A custom sampler (trainer.v1.sampler.custom_sampler) that waits or throws rows away in another way is left alone.
+    Does nothing for a custom sampler (trainer.v1.sampler.custom_sampler) that waits or deletes rows in another way.
 
     Returns:
-        What has the teacher begin with prompts that are finished now; it does not wait.
+        A function that sends the prompts that are finished now to the teacher, without waiting for it.
     """
 
     def score_finished() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which teacher scores which sample, and on which rank."""
+"""Choose the teachers that score a sample, and the rank that runs it."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ class NoTeacherError(ValueError):
 
 @dataclass(frozen=True)
 class Route:
-    """The teachers of a sample."""
+    """Teachers that score a sample together."""
 
     weights: tuple[tuple[str, float], ...]
-    """Teachers by name, each with its share of the log-prob; the shares add up to 1."""
+    """Names of teachers, each with its share of the log-prob. The shares add up to 1."""
 
     @property
     def label(self) -> str:
-        """The teachers' names joined by "+": what metrics and statistics call the samples of this route."""
+        """Return the teachers' names joined by "+", which metrics and statistics use for samples of this route."""
         return "+".join(name for name, _ in self.weights)
 
 
@@ -34,20 +34,20 @@ class Routing:
 
     @property
     def column(self) -> str | None:
-        """The column that decides; None where every teacher scores every sample."""
+        """Return the name of the column that decides; None if every teacher scores every sample."""
         every = all(EVERY_SAMPLE in model.keys for model in self._named.values())
         return None if every else self._column
 
     @property
     def keys(self) -> list[str]:
-        """What the column may hold, sorted; "*" among them if it may hold anything."""
+        """Return the sorted values that have a teacher, including "*" if every value has one."""
         return sorted({key for model in self._named.values() for key in model.keys})
 
     def route(self, key: object) -> Route:
-        """The teachers of a sample.
+        """Return the teachers of a sample.
 
         Args:
-            key: its value in `column`; anything where there is no such column.
+            key: its value in `column`. Any value will do if `column` is None.
 
         Raises:
             NoTeacherError: no teacher has this key.
@@ -65,19 +65,19 @@ class Routing:
 
 
 def place_rows(prompts: Sequence[Hashable], routes: Sequence[Hashable], tokens: Sequence[int], ranks: int) -> list[int]:
-    """An order of rows in which consecutive parts, one a rank, hold whole prompts and give each rank like work.
+    """Order rows so that each rank gets whole prompts and about the same number of tokens.
 
-    All ranks work for one route at a time, since they hold its teacher's weights together; so the work of each route is
-    balanced by itself.
+    The rows are dispatched in consecutive parts, one per rank. All ranks run one route at a time, because each route's
+    teacher is sharded over all of them. The tokens of each route are therefore balanced separately.
 
     Args:
-        prompts: of each row, what tells its prompt from others.
-        routes: of each row, what tells its teachers from others; the same for all rows of a prompt.
-        tokens: of each row.
-        ranks: how many parts; as in verl's dispatch, the first ones are longer by one row where they can't be equal.
+        prompts: an identifier of each row's prompt.
+        routes: an identifier of each row's teachers, the same for all rows of a prompt.
+        tokens: the number of tokens of each row.
+        ranks: number of parts. If they can't have equal size, the first ones have one row more, as in verl's dispatch.
 
     Returns:
-        Row numbers. Where prompts can't be dealt out whole, some of them are cut.
+        Row numbers. Prompts are split between ranks only where whole prompts don't fill the parts.
     """
     groups: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -89,7 +89,7 @@ def place_rows(prompts: Sequence[Hashable], routes: Sequence[Hashable], tokens: 
         members = [rows for rows in groups.values() if routes[rows[0]] == route]
         for rows in sorted(members, key=lambda rows: -sum(tokens[row] for row in rows)):
             for part in _cut(rows, free):
-                # `_cut` has seen to it that there is such a rank.
+                # `_cut` ensures that there is such a rank.
                 rank = min((r for r in range(ranks) if free[r] >= len(part)), key=lambda r: load[r])
                 parts[rank] += part
                 free[rank] -= len(part)
@@ -98,7 +98,7 @@ def place_rows(prompts: Sequence[Hashable], routes: Sequence[Hashable], tokens: 
 
 
 def _cut(rows: list[int], free: list[int]) -> Iterable[list[int]]:
-    """Parts of a prompt's rows, each of which fits into some rank; a single part wherever that is possible."""
+    """Yield parts of a prompt's rows, as few as possible, each small enough for some rank."""
     while rows:
         room = max(free)
         yield rows[:room]

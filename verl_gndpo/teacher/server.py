@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`teacher.backend=server`: verl's own teacher replicas (vLLM or SGLang), for our estimators.
 
-verl's agent loop asks them as soon as a response is finished, if `distillation.enabled` is set. verl would put their
-log-probs into the actor's loss; here they become advantages like a worker's, and the actor keeps its policy loss.
+With `distillation.enabled`, verl's agent loop sends them each response as soon as it is finished. verl would put their
+log-probs into the actor's loss. Here they become advantages, like a worker's, and the actor keeps its policy loss.
 """
 
 import math
@@ -17,12 +17,12 @@ from transfer_queue import KVBatchMeta
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import RolloutConfig
 
-from verl_gndpo.config import ConfigError, TeacherConfig
+from verl_gndpo.config import ConfigError, TeacherConfig, as_dict
 from verl_gndpo.teacher.routing import Routing
 
 
 class ServerTeacher:
-    """The replicas' log-probs, there when a batch is: checked, cut to the responses, and stored like a worker's."""
+    """Checks the replicas' log-probs, which come with a batch, and stores those of the responses, as a worker does."""
 
     def __init__(self, teacher: TeacherConfig):
         self.routing = Routing(teacher)
@@ -31,7 +31,7 @@ class ServerTeacher:
         """Store `teacher_log_probs` of every row of a batch.
 
         Returns:
-            gndpo/teacher_ahead_share: share of the rows that were scored before the last was generated: all.
+            gndpo/teacher_ahead_share: share of the rows that were scored before the step asked for them: 1.
 
         Raises:
             ValueError: a replica has scored other tokens than the student's.
@@ -48,12 +48,12 @@ class ServerTeacher:
 
 
 def response_log_probs(data: TensorDict, names: list[str]) -> torch.Tensor:
-    """Of what verl stores of a replica's answer, the log-probs of the response tokens.
+    """Return the log-probs of the response tokens from what verl stores of a replica's answer.
 
     Args:
         data: nested `input_ids` (batch, length), `response_mask` (batch, response length), and `teacher_logprobs` and
-            `teacher_ids` (batch, length, 1): at each place log-prob and id of the token after it.
-        names: of the rows, for messages.
+            `teacher_ids` (batch, length, 1): at each place, log-prob and id of the next token.
+        names: names of the rows, for messages.
 
     Returns:
         Nested (batch, response length), float32, nats.
@@ -80,10 +80,10 @@ def response_log_probs(data: TensorDict, names: list[str]) -> torch.Tensor:
 
 
 def distillation_section(config: Any, teacher: TeacherConfig) -> Any:
-    """verl's `distillation` section for the replicas that `teacher` asks for.
+    """Return verl's `distillation` section for the replicas that `teacher` asks for.
 
     Args:
-        config: verl's whole config; it stays as it is.
+        config: verl's whole config, which is not changed.
         teacher: a resolved `teacher` section with `backend=server`.
 
     Raises:
@@ -91,8 +91,8 @@ def distillation_section(config: Any, teacher: TeacherConfig) -> Any:
     """
     unknown = sorted(set(teacher.server) - {field.name for field in fields(RolloutConfig)})
     if unknown:
-        raise ConfigError(f"teacher.server.{unknown[0]} is no setting of verl's rollout servers")
-    section = OmegaConf.to_container(config.distillation, resolve=True)
+        raise ConfigError(f"teacher.server.{unknown[0]} is not a setting of verl's rollout servers")
+    section = as_dict(config.distillation)
     template = section["teacher_models"]["teacher_model"]
     replica = template["inference"] = template["inference"] | teacher.server
     size = math.prod(replica.get(f"{kind}_parallel_size", 1) for kind in ("tensor_model", "data", "pipeline_model"))
@@ -108,24 +108,24 @@ def distillation_section(config: Any, teacher: TeacherConfig) -> Any:
         template | {"key": model.keys[0], "model_path": model.path, "num_replicas": replicas}
         for model in teacher.teachers.values()
     ]
-    # verl takes a single teacher from this entry, and of several only the others.
+    # verl reads this entry if there is one teacher, and only the other entries if there are several.
     section["teacher_models"] = {"teacher_model": entries[0]}
     if len(entries) > 1:
         section["teacher_models"] |= {f"teacher_{number}": entry for number, entry in enumerate(entries)}
     section |= {"enabled": True, "n_gpus_per_node": teacher.n_gpus_per_node, "nnodes": teacher.nnodes}
     section["teacher_key"] = teacher.routing_key
-    # A loss that verl's checks accept; no actor of ours computes it.
+    # A loss that verl's checks accept. The actor does not compute it.
     section["distillation_loss"] |= {"loss_mode": "k1", "use_policy_gradient": True}
-    section = OmegaConf.create(section)
+    result = OmegaConf.create(section)
     try:
-        omega_conf_to_dataclass(section)
+        omega_conf_to_dataclass(result)
     # verl's dataclasses, hydra and OmegaConf each raise their own.
     except Exception as error:
         raise ConfigError(f"verl refuses these teacher servers: {' '.join(str(error).split())}") from error
-    return section
+    return result
 
 
 def use_servers(config: Any, teacher: TeacherConfig) -> None:
-    """Have verl start the replicas and its agent loop ask them."""
+    """Change verl's config so that it starts the replicas, and its agent loop asks them."""
     with open_dict(config):
         config.distillation = distillation_section(config, teacher)

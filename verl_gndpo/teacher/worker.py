@@ -20,8 +20,8 @@ from verl_gndpo.teacher.engine import TeacherEngineConfig
 from verl_gndpo.teacher.routing import Routing
 from verl_gndpo.teacher.rows import NAMES, check_rows
 
-# What of a batch the teacher reads; verl's `response_mask` gives the response lengths. The names are for errors, and a
-# field that a batch lacks is left out, as the student's most likely tokens are unless the baseline is `kl`.
+# Fields of a batch that the teacher reads. `response_mask` has the response lengths; NAMES are for errors. verl skips
+# fields that a batch lacks, such as the student's most likely tokens unless the baseline is `kl`.
 FIELDS = ["input_ids", "position_ids", "response_mask", "multi_modal_inputs", *NAMES, IDS, LOG_PROBS]
 
 
@@ -62,9 +62,9 @@ def _training_worker_config(teacher: TeacherConfig, model: Teacher) -> TrainingW
 
 
 class TeacherWorker(Worker):
-    """Frozen models, sharded with FSDP, that score the response tokens of a batch; nothing else.
+    """Scores response tokens with frozen models that are sharded with FSDP.
 
-    Several teachers share its process, and those with the same weights share these.
+    Several teachers run in one process. Teachers with the same weights share them.
     """
 
     def __init__(self, config: TeacherConfig):
@@ -81,7 +81,7 @@ class TeacherWorker(Worker):
             key = self._model_of[name] = json.dumps(weights, sort_keys=True, default=str)
             if key not in self.models:
                 self.models[key] = TrainingWorker(_training_worker_config(config, model))
-        # They all are laid out over the ranks in the same way.
+        # All models have the same layout over ranks.
         self.set_dispatch_collect("train", **next(iter(self.models.values())).get_dispatch_collect())
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -92,22 +92,22 @@ class TeacherWorker(Worker):
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict:
-        """Log-probs of the response tokens under the teacher of each row, or their weighted mean under several.
+        """Score the response tokens of each row under its teacher; under several, return the weighted mean.
 
         Args:
-            data: this rank's rows, at least one, with the keys of FIELDS and the routing column, if there is one; see
+            data: this rank's rows, at least one, with FIELDS and the routing column, if there is one. See
                 `TeacherEngine.forward_backward_batch`.
 
         Returns:
-            `teacher_log_probs`, nested (batch, response length), float32, nats, rows in the order of `data`; and
-            `teacher_kl` like it, if the student's most likely tokens are in `data`. (The mean of several teachers'
-            log-ratios has the mean of their KL divergences for its expectation, so that both get the same weights.)
+            `teacher_log_probs`, nested (batch, response length), float32, nats, rows in the order of `data`. If `data`
+            has the student's most likely tokens, also `teacher_kl` of the same shape. (The expectation of the teachers'
+            mean log-ratio is the mean of their KL divergences, so both use the same weights.)
 
         Raises:
             NoTeacherError: a row has no teacher.
             ValueError: a row that can't be scored; see `check_rows` and `check_log_probs`.
         """
-        # Before rows are taken from the batch: verl hands positions on in a form that says its lengths wrongly.
+        # Before rows are selected from the batch, because verl sends positions with wrong lengths.
         tu.maybe_fix_3d_position_ids(data)
         keys = data[self._routing.column] if self._routing.column else [""] * len(data)
         routes = [self._routing.route(key) for key in keys]
@@ -117,7 +117,7 @@ class TeacherWorker(Worker):
             rows = [row for row, share in enumerate(shares) if share > 0]
             if not _on_any_rank(bool(rows)):
                 continue
-            # All ranks gather the weights together: one without rows for this teacher has it score its shortest.
+            # All ranks gather the weights together, so a rank without rows for this teacher scores its shortest row.
             taken = rows or [int(data["input_ids"].offsets().diff().argmin())]
             part = data if len(taken) == len(data) else tu.index_select_tensor_dict(data, taken)
             check_rows(part, model.model_config.hf_config)
@@ -128,7 +128,11 @@ class TeacherWorker(Worker):
                 for row, of_row in zip(rows, scored.unbind(), strict=False):
                     term = shares[row] * of_row
                     sums[row] = term if sums[row] is None else sums[row] + term
-        nested = {name: torch.nested.as_nested_tensor(sums, layout=torch.jagged) for name, sums in scores.items()}
+        # Every row has a teacher, so every row has a sum.
+        nested = {
+            name: torch.nested.as_nested_tensor([x for x in sums if x is not None], layout=torch.jagged)
+            for name, sums in scores.items()
+        }
         return tu.get_tensordict(tensor_dict=nested).cpu()
 
 

@@ -27,7 +27,7 @@ def test_a_run_without_gndpo_is_verls_own_business(make_config, on_cpu):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["teacher.server.gpu_mem=0.5"], ["teacher.server.gpu_mem", "no setting"]),
+        (["teacher.server.gpu_mem=0.5"], ["teacher.server.gpu_mem", "not a setting"]),
         (["teacher.server.tensor_model_parallel_size=3"], ["is 2, which 1 teacher(s) can't share", "replicas of 3"]),
         (["teacher.server.tensor_model_parallel_size=0"], ["replicas of 0", "tensor_model_parallel_size"]),
         (["teacher.server.max_model_len=10"], ["verl refuses these teacher servers", "max_model_len=10"]),
