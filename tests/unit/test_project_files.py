@@ -10,7 +10,11 @@ import yaml
 REPO = Path(__file__).parents[2]
 WORKFLOWS = sorted((REPO / ".github" / "workflows").glob("*.yml"))
 ISSUE_FORMS = sorted(path for path in (REPO / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config")
-PAGES = [REPO / name for name in ("CHANGELOG.md", "examples/README.md", "docs/benchmarks.md", "docs/cpu.md")]
+PAGES = [
+    *(path for path in REPO.glob("*.md")),
+    *(path for folder in ("docs", "examples", "patches") for path in (REPO / folder).rglob("*.md")),
+]
+README = REPO / "README.md"
 PYPROJECT = (REPO / "pyproject.toml").read_text()
 
 
@@ -147,11 +151,48 @@ def test_the_changelog_keeps_its_form():
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPO)))
 def test_the_links_of_a_page_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_the_readme_is_short_before_more():
+    before = README.read_text().split("\n## More\n")
+    assert len(before) == 2
+    assert len(before[0].split()) <= 1000
+
+
+def test_the_architecture_page_shows_every_room():
+    tree = (REPO / "docs/architecture.md").read_text().split("```\nverl_gndpo/\n")[1].split("```")[0]
+    shown = set(re.findall(r"^  ([\w.]+)/? ", tree, re.MULTILINE))
+    package = REPO / "verl_gndpo"
+    modules = {path.name for path in package.glob("*.py") if path.name != "__init__.py"}
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert shown == modules | folders
+
+
+def test_names_on_the_architecture_page_exist():
+    page = (REPO / "docs/architecture.md").read_text()
+    source = "".join(path.read_text() for path in (REPO / "verl_gndpo").rglob("*.py"))
+    names = re.findall(r"`((?:trainer|teacher|observe|advantage)\.(?!py`)[\w.]+)`", page)
+    assert len(names) >= 5
+    for name in names:
+        assert re.search(rf"\b(?:def|class) {name.rpartition('.')[2]}\b", source) or module_exists(name), name
+
+
+def module_exists(name: str) -> bool:
+    return (REPO / "verl_gndpo" / f"{name.replace('.', '/')}.py").is_file()
 
 
 def test_every_example_is_in_the_examples_table():
