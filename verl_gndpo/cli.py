@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `verl-gndpo`. Everything that takes long to import is imported by the command that needs it."""
+"""The command `verl-gndpo`. Each command imports what takes long to import by itself."""
 
 import sys
 import warnings
@@ -25,29 +25,35 @@ def main() -> None:
 def doctor(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="What follows `python -m verl.trainer.main_ppo` in a command. None: environment only."),
+        typer.Argument(help="Arguments of your `python -m verl.trainer.main_ppo` command. None: environment only."),
     ] = None,
     config_path: Annotated[
-        str, typer.Option("--config-path", "-cp", help="As Hydra's: a folder, absolute or relative to verl/trainer.")
+        str, typer.Option("--config-path", "-cp", help="As for Hydra: a folder, absolute or relative to verl/trainer.")
     ] = "config",
-    config_name: Annotated[str, typer.Option("--config-name", "-cn", help="As Hydra's.")] = "ppo_trainer",
+    config_name: Annotated[str, typer.Option("--config-name", "-cn", help="As for Hydra.")] = "ppo_trainer",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Also list patches of verl, estimators, bounds and model families.")
+    ] = False,
 ) -> None:
-    """Say whether a run could start, and if not, why: versions, plugin, accelerator, settings, models, data.
+    """Check whether a run can start: versions, plugin, accelerator, settings, models, data.
 
-    Exit code 0: it could. 1: something is wrong. 2: Hydra rejects the overrides.
+    Exit code 0: it can start. 1: something is wrong. 2: Hydra rejects the overrides.
     """
     from verl_gndpo.doctor.environment import check_verl
     from verl_gndpo.doctor.run import run_checks
 
     with warnings.catch_warnings():
-        # verl warns of each training engine that is not installed.
+        # verl warns about every training engine that is not installed.
         warnings.simplefilter("ignore")
         check_verl()
-        # Where verl can't be imported, run_checks says why, and there is nothing to compose.
+        # If verl can't be imported, run_checks says why, and there is nothing to compose.
         config = _compose(config_path, config_name, overrides) if overrides and sys.modules.get("verl") else None
         checks = run_checks(config)
+        extra = _inventory() if verbose and sys.modules.get("verl") else []
 
     _show(checks)
+    for line in extra:
+        typer.echo(line)
     errors, found_warnings = (sum(check.status == status for check in checks) for status in ("error", "warning"))
     counts = f"{errors} error(s), {found_warnings} warning(s)"
     if errors:
@@ -65,8 +71,8 @@ def report(
         list[str],
         typer.Argument(
             metavar="RUN",
-            help="metrics.jsonl of verl's file logger, or a folder that has one; LABEL=RUN names its line. The same "
-            "LABEL several times: seeds of one arm, drawn as a median with a band.",
+            help="metrics.jsonl of verl's file logger, or a folder with one. LABEL=RUN names its line. Runs with the "
+            "same LABEL are seeds of one arm, drawn as a median with a band.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for index.html, PNGs and summary.json.")],
@@ -75,12 +81,12 @@ def report(
         typer.Option(
             "--teacher-accuracy",
             metavar="[SOURCE=]SHARE",
-            help="For the gap closed; by data source where there are several. Else: teacher_accuracy of the "
-            "summary.json beside a run, where there is one.",
+            help="For the gap closed, per data source if there are several. Default: teacher_accuracy in the "
+            "summary.json beside a run, if there is one.",
         ),
     ] = None,
 ) -> None:
-    """Draw and compare runs, also unfinished ones: a page with plots and a table.
+    """Draw and compare runs, finished or not, on a page with plots and a table.
 
     Exit code 0: the page is written. 1: a run can't be read, or the page can't be written.
     """
@@ -111,10 +117,10 @@ def data(context: typer.Context) -> None:
 
 
 def _compose(config_path: str, config_name: str, overrides: list[str]) -> Any:
-    """The config that main_ppo would get.
+    """Return the config that main_ppo would get.
 
     Raises:
-        typer.Exit: code 2, after Hydra's message, where it rejects an override or doesn't find the config.
+        typer.Exit: code 2, after Hydra's message, if it rejects an override or doesn't find the config.
     """
     # verl first: its plugins add our config groups to Hydra's search path.
     import verl  # isort: skip
@@ -122,7 +128,7 @@ def _compose(config_path: str, config_name: str, overrides: list[str]) -> Any:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    # The folder of main_ppo, without importing that.
+    # The folder of main_ppo, without importing main_ppo.
     folder = Path(verl.__file__).parent / "trainer" / config_path
     try:
         with hydra.initialize_config_dir(str(folder), version_base=None):
@@ -136,14 +142,21 @@ def _compose(config_path: str, config_name: str, overrides: list[str]) -> Any:
 
 
 def _plugin_problem() -> str:
-    """Why `+teacher=worker` and `+gndpo=default` are unknown to Hydra, if verl has not loaded the plugin."""
+    """Return why Hydra does not know `+teacher=worker` and `+gndpo=default`, if verl has not loaded the plugin."""
     from verl_gndpo.doctor.environment import check_plugin
 
     return "\n".join(f"{check.detail} -> {check.remedy}" for check in check_plugin() if check.status == "error")
 
 
+def _inventory() -> list[str]:
+    """Return what is active beyond stock verl, one line each."""
+    from verl_gndpo.doctor.inventory import list_families, list_patches, list_signals
+
+    return [*list_patches(), *list_signals(), *list_families()]
+
+
 def _show(checks: "list[Check]") -> None:
-    """A table on a terminal; elsewhere one line a finding, which is never wrapped or cut."""
+    """Print a table on a terminal. Elsewhere print one line per finding, which is never wrapped or cut."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -151,8 +164,7 @@ def _show(checks: "list[Check]") -> None:
     console = Console()
     if not console.is_terminal:
         for check in checks:
-            remedy = f" -> {check.remedy}" if check.remedy else ""
-            typer.echo(f"{check.status:8}{check.name}: {check.detail}{remedy}")
+            typer.echo(f"{check.status:8}{check}")
         return
     table = Table(show_lines=True)
     for title in ("", "check", "finding"):

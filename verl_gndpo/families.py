@@ -215,6 +215,11 @@ def register_family(family: ModelFamily) -> None:
     _declared.update(dict.fromkeys(family.model_types, family))
 
 
+def declared_families() -> list[ModelFamily]:
+    """Return all declared families, in the order of their declaration."""
+    return list({id(family): family for family in _declared.values()}.values())
+
+
 def family_of(model: Any) -> ModelFamily:
     """Return the family of a model.
 

@@ -21,6 +21,7 @@ from tests.unit.test_advantage import batch, batches
 from tests.unit.test_stages import oracle
 from verl_gndpo.advantage import compute_advantages
 from verl_gndpo.config import Warn, WorstTokens, read_signal_config
+from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.settings import check_settings
 from verl_gndpo.observe import worst_tokens
 from verl_gndpo.observe.limits import CORRELATION, FIRST_STEPS, REPEAT_AFTER_STEPS, SignalWarnings
@@ -346,9 +347,9 @@ def test_a_path_that_can_not_be_written_is_an_error_before_the_run(tmp_path):
 
     base = ("algorithm.adv_estimator=gndpo", "+gndpo=default", "+teacher.model.path=T")
     path = f"algorithm.gndpo.worst_tokens.path={tmp_path}"
-    (problem,) = (c for c in check_settings(verl_config(*base, path)) if "worst_tokens" in c.detail)
+    (problem,) = (c for c in check_settings(Inputs(verl_config(*base, path))) if "worst_tokens" in c.detail)
     assert problem.status == "error" and "is a folder" in problem.detail and problem.remedy
-    off = check_settings(verl_config(*base, path, "algorithm.gndpo.worst_tokens.every=0"))
+    off = check_settings(Inputs(verl_config(*base, path, "algorithm.gndpo.worst_tokens.every=0")))
     assert not any("worst_tokens" in c.detail for c in off)
 
 

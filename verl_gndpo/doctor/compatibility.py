@@ -248,8 +248,8 @@ def _compare_tokenizers(student: ModelFiles, teacher: ModelFiles) -> Iterator[Di
                 break
 
 
-def _merges(tokenizer) -> list | None:
-    """The merges of a BPE tokenizer in order; None for a tokenizer of another kind or without a fast backend."""
+def _merges(tokenizer: Any) -> list | None:
+    """Return the merges of a BPE tokenizer in order; None for another kind of tokenizer, or without a fast backend."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else json.loads(backend.to_str())["model"].get("merges")
 
@@ -291,12 +291,12 @@ def _compare_special_tokens(student: ModelFiles, teacher: ModelFiles) -> Iterato
     if student.is_multimodal and teacher.is_multimodal:
         families = [family_of(model.config) for model in (student, teacher)]
         for key in dict.fromkeys(key for family in families for key in family.id_attributes):
-            a, b = (getattr(model.config, key, None) for model in (student, teacher))
-            if a != b:
-                yield Difference("special tokens", f"config.{key}: student {a}, teacher {b}", True)
+            own, other = (getattr(model.config, key, None) for model in (student, teacher))
+            if own != other:
+                yield Difference("special tokens", f"config.{key}: student {own}, teacher {other}", True)
 
 
-def _token_id(tokenizer, role: str) -> str:
+def _token_id(tokenizer: Any, role: str) -> str:
     token = getattr(tokenizer, f"{role}_token")
     return "none" if token is None else f"{token!r} ({getattr(tokenizer, f'{role}_token_id')})"
 

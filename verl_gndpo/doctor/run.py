@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What has to be true before a run is worth starting: `verl-gndpo doctor`, and the start of every training.
-
-Each `check_*` function looks at one thing and returns what it found as `Check`s; it prints and raises nothing.
-"""
+"""Run all checks of a run, or stop it when one of them finds an error."""
 
 import logging
 import sys
@@ -12,6 +9,7 @@ from verl_gndpo.config import uses_gndpo
 from verl_gndpo.doctor.check import Check, DoctorError
 from verl_gndpo.doctor.data import check_data, check_rewards, check_routing
 from verl_gndpo.doctor.environment import check_accelerator, check_plugin, check_verl, check_versions
+from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.models import check_models
 from verl_gndpo.doctor.settings import check_estimator, check_settings, check_verl_settings
 
@@ -19,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def run_checks(config: Any = None) -> list[Check]:
-    """Everything that can be known before a worker is placed.
+    """Check everything that can be known before a worker is placed.
 
     Args:
-        config: verl's whole config; None checks the environment only. Where it selects none of our estimators, teacher
-            and settings of ours are not looked at.
+        config: verl's whole config; None checks the environment only. If it selects none of this project's estimators,
+            the teacher and the settings of GNDPO are not checked.
     """
     checks = check_verl()
     if sys.modules.get("verl") is None:
@@ -32,25 +30,29 @@ def run_checks(config: Any = None) -> list[Check]:
     checks += [*plugin, *check_versions(config), *check_accelerator(config)]
     if config is None:
         return checks
-    # Without its trainer and the plugin, nothing could be asked about the rest of verl's config.
+    inputs = Inputs(config)
+    # The other checks ask verl's registries and trainers, which are incomplete without the plugin.
     if plugin[0].status != "error":
         checks += [*check_estimator(config), *check_verl_settings(config)]
         if uses_gndpo(config):
-            checks += [*check_settings(config), *check_models(config), *check_routing(config)]
-    return [*checks, *check_data(config), *check_rewards(config)]
+            checks += [*check_settings(inputs), *check_models(config), *check_routing(inputs)]
+    return [*checks, *check_data(inputs), *check_rewards(inputs)]
 
 
 def raise_on_errors(config: Any) -> None:
-    """Let a run start, or say everything that keeps it from starting. Warnings are logged.
+    """Check a run that is about to start, and log the warnings.
+
+    Args:
+        config: verl's whole config.
 
     Raises:
-        DoctorError: any check of `run_checks` found an error.
+        DoctorError: at least one check found an error.
     """
     checks = run_checks(config)
     for check in checks:
         if check.status == "warning":
-            logger.warning("%s: %s%s", check.name, check.detail, f" -> {check.remedy}" if check.remedy else "")
+            logger.warning("%s", check)
     errors = [check for check in checks if check.status == "error"]
     if errors:
-        lines = [f"  {c.name}: {c.detail}{f' -> {c.remedy}' if c.remedy else ''}" for c in errors]
+        lines = [f"  {check}" for check in errors]
         raise DoctorError("\n".join([f"verl-gndpo: {len(errors)} error(s), nothing was started", *lines]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run needs of its settings: ours, verl's, and the two together."""
+"""Check the settings of a run: this project's, verl's, and that they go together."""
 
 import contextlib
 import difflib
@@ -9,41 +9,35 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from verl_gndpo.config import (
-    TRAINER_MODES,
-    ConfigError,
-    TeacherConfig,
-    WorstTokens,
-    read_signal_config,
-    read_teacher_config,
-)
+from verl_gndpo.config import TRAINER_MODES, ConfigError, TeacherConfig, WorstTokens
 from verl_gndpo.doctor.check import Check, describe_error, select
+from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.observe.worst_tokens import why_not_writable
 from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.presets import PRESETS
 
 
 def check_estimator(config: Any) -> list[Check]:
-    """`algorithm.adv_estimator` is known to verl, and whether it is one of ours."""
+    """Check that verl has the estimator `algorithm.adv_estimator`, and say whether it is one of this project's."""
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
     name = config.algorithm.adv_estimator
     name = getattr(name, "value", name)
     if name in PRESETS:
         return [Check("estimator", "ok", f"algorithm.adv_estimator={name}")]
-    remedy = f"algorithm.adv_estimator={next(iter(PRESETS))} selects it"
     if name not in ADV_ESTIMATOR_REGISTRY:
         near = difflib.get_close_matches(name, ADV_ESTIMATOR_REGISTRY, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"verl has {', '.join(sorted(ADV_ESTIMATOR_REGISTRY))}"
-        return [Check("estimator", "error", f"algorithm.adv_estimator={name} is unknown to verl", hint)]
-    detail = f"algorithm.adv_estimator={name}: GNDPO is not selected, verl runs as it is"
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(sorted(ADV_ESTIMATOR_REGISTRY))}"
+        return [Check("estimator", "error", f"algorithm.adv_estimator={name}: verl has no such estimator", hint)]
+    detail = f"algorithm.adv_estimator={name}: GNDPO is not selected, so verl runs unchanged"
+    remedy = f"algorithm.adv_estimator={next(iter(PRESETS))} selects it"
     if select(config, "teacher") is not None:
         return [Check("estimator", "warning", f"{detail}, and the section teacher has no effect", remedy)]
     return [Check("estimator", "ok", detail, remedy)]
 
 
 def check_verl_settings(config: Any) -> list[Check]:
-    """verl's own validation, which it runs before anything else."""
+    """Run verl's own validation, which a training runs before anything else."""
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
@@ -51,105 +45,105 @@ def check_verl_settings(config: Any) -> list[Check]:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             validate_config(config, need_reference_policy(config), need_critic(config))
-    # It builds verl's dataclasses, each of which raises what it likes; AssertionError and Hydra's own among them.
+    # It builds verl's dataclasses, which raise errors of many types, AssertionError and Hydra's own among them.
     except Exception as error:
         return [Check("settings", "error", f"verl refuses this config: {describe_error(error)}")]
     return [Check("settings", "ok", "verl's own validation passes")]
 
 
-def check_settings(config: Any) -> list[Check]:
-    """`algorithm.gndpo`, `teacher`, and what of verl's settings doesn't go with them."""
-    errors = []
+def check_settings(inputs: Inputs) -> list[Check]:
+    """Check `algorithm.gndpo` and `teacher`, and refuse settings of verl that do not go with them."""
+    config, (signal, teacher, problems) = inputs.config, inputs.settings
+    errors = [Check("settings", "error", problem) for problem in problems]
 
     def error(detail: str, remedy: str) -> None:
         errors.append(Check("settings", "error", detail, remedy))
 
-    signal = teacher = None
-    try:
-        signal = read_signal_config(config.algorithm, config.algorithm.adv_estimator)
-    except ConfigError as problem:
-        error(str(problem), "")
-    try:
-        teacher = read_teacher_config(config)
-        if teacher.backend == "server":
-            from verl_gndpo.teacher.server import distillation_section
-
-            distillation_section(config, teacher)
-    except ConfigError as problem:
-        error(str(problem), "")
-    if teacher is not None and teacher.backend == "worker":
-        errors += _check_teacher_ranks(config, teacher)
+    if teacher is not None:
+        errors += _check_servers(config, teacher) if teacher.backend == "server" else _check_ranks(config, teacher)
     if signal is not None:
         errors += _check_worst_tokens(signal.worst_tokens)
-    if signal is not None and signal.signal.baseline == "kl":
-        errors += _check_kl(config, teacher)
-    if signal is not None and signal.task_reward.coef:
-        errors += _check_task_reward(signal.task_reward.estimator)
+        if signal.signal.baseline == "kl":
+            errors += _check_kl(config, teacher)
+        if signal.task_reward.coef:
+            errors += _check_task_reward(signal.task_reward.estimator)
     if select(config, "gndpo") is not None:
-        error("there is a section gndpo at the top level, which nothing reads", "move its keys to algorithm.gndpo")
+        error("nothing reads the section gndpo at the top level", "move its keys to algorithm.gndpo")
     if not config.trainer.use_v1:
-        error("trainer.use_v1=False: verl's old trainer doesn't ask a teacher", "trainer.use_v1=True")
+        error("trainer.use_v1=False: verl's old trainer does not use a teacher", "trainer.use_v1=True")
     mode = config.trainer.v1.trainer_mode
     if mode not in TRAINER_MODES:
-        error(f"trainer.v1.trainer_mode={mode} is unknown", f"one of {', '.join(TRAINER_MODES)}")
+        error(f"trainer.v1.trainer_mode={mode} is not supported", f"one of {', '.join(TRAINER_MODES)}")
     if config.algorithm.use_kl_in_reward:
-        detail = "algorithm.use_kl_in_reward=True: the teacher's log-ratio replaces the reward and a penalty in it"
+        detail = "algorithm.use_kl_in_reward=True: the teacher's log-ratio replaces the reward and the penalty in it"
         error(detail, "algorithm.use_kl_in_reward=False; actor_rollout_ref.actor.use_kl_loss=True adds a KL loss")
     if select(config, "distillation.enabled"):
-        detail = "distillation.enabled=True: verl's own distillation would be added to this one"
+        detail = "distillation.enabled=True: verl would add its own distillation to this one"
         error(detail, "distillation.enabled=False, or one of verl's estimators")
     if select(config, "critic.enable"):
-        error("critic.enable=True: this estimator has no use for a critic", "critic.enable=False or null")
+        error("critic.enable=True: this estimator does not use a critic", "critic.enable=False or null")
+    errors += _check_frozen_tower(config.actor_rollout_ref.actor)
+    return errors or [_describe_loss(config.actor_rollout_ref.actor)]
 
-    actor = config.actor_rollout_ref.actor
-    if actor.get("freeze_vision_tower"):
-        if actor.strategy not in ("fsdp", "fsdp2"):
-            detail = f"actor_rollout_ref.actor.freeze_vision_tower=True has no effect with strategy={actor.strategy}"
-            error(detail, "actor_rollout_ref.actor.strategy=fsdp2")
-        elif actor.strategy == "fsdp" and not select(actor, "fsdp_config.use_orig_params"):
-            error(
-                "actor_rollout_ref.actor.freeze_vision_tower=True: strategy=fsdp flattens frozen and trained weights "
-                "together unless fsdp_config.use_orig_params=True",
-                "actor_rollout_ref.actor.strategy=fsdp2, or actor_rollout_ref.actor.fsdp_config.use_orig_params=True",
-            )
-    if errors:
-        return errors
+
+def _describe_loss(actor: Any) -> Check:
+    """Name the actor's loss and aggregation, and note where they differ from the published ones."""
     loss_mode, loss_agg_mode = select(actor, "policy_loss.loss_mode"), actor.loss_agg_mode
     note = "" if loss_mode == "gspo" else "; the published loss is gspo"
     if loss_mode == "gspo" and loss_agg_mode != "seq-mean-token-mean":
         note = "; the published aggregation is seq-mean-token-mean"
-    return [Check("settings", "ok", f"actor's loss_mode={loss_mode}, loss_agg_mode={loss_agg_mode}{note}")]
+    return Check("settings", "ok", f"actor's loss_mode={loss_mode}, loss_agg_mode={loss_agg_mode}{note}")
 
 
-def _check_teacher_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
-    """The teacher's ranks can be grouped as they are to be, and each gets a row of every batch."""
+def _check_servers(config: Any, teacher: TeacherConfig) -> list[Check]:
+    """Check that verl accepts the teacher's servers."""
+    from verl_gndpo.teacher.server import distillation_section
+
+    try:
+        distillation_section(config, teacher)
+    except ConfigError as problem:
+        return [Check("settings", "error", str(problem))]
+    return []
+
+
+def _check_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
+    """Check that the ranks of a teacher worker form whole groups, and that each gets a row of every batch."""
     place = teacher if teacher.placement == "dedicated" else config.trainer
-    gpus = place.n_gpus_per_node * place.nnodes
+    gpus = (place.n_gpus_per_node or 0) * place.nnodes
     size = teacher.ulysses_sequence_parallel_size
     ranks, rest = divmod(gpus, size)
     if rest:
         detail = f"teacher.ulysses_sequence_parallel_size={size} does not divide the teacher's {gpus} GPUs"
-        return [Check("settings", "error", detail, "a divisor of it")]
+        return [Check("settings", "error", detail, f"a divisor of {gpus}")]
     shards = teacher.fsdp.fsdp_size
     if shards != -1 and shards < gpus and gpus % shards:
         detail = f"teacher.fsdp.fsdp_size={shards} does not divide the teacher's {gpus} GPUs"
-        return [Check("settings", "error", detail, "a divisor of it, or -1 for all")]
-    vision = [model.override_config.get("attn_implementation") for model in teacher.teachers.values()]
-    if teacher.dtype == "float32" and not without_accelerator() and set(vision) & {None, "flash_attention_2"}:
-        detail = "teacher.dtype=float32, and flash_attention_2, verl's default for a vision tower, knows no float32"
-        remedy = "+teacher.model.override_config.attn_implementation=sdpa"
+        return [Check("settings", "error", detail, f"a divisor of {gpus}, or -1 for all")]
+    flash = [
+        f"models.{name}" if select(config, "teacher.models") else "model"
+        for name, model in teacher.teachers.items()
+        if model.override_config.get("attn_implementation") in (None, "flash_attention_2")
+    ]
+    if teacher.dtype == "float32" and not without_accelerator() and flash:
+        detail = (
+            "teacher.dtype=float32, but flash_attention_2, verl's default for a vision tower, does not support float32"
+        )
+        remedy = " ".join(f"++teacher.{section}.override_config.attn_implementation=sdpa" for section in flash)
         return [Check("settings", "error", detail, remedy)]
     rows = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
     mode = config.trainer.v1.trainer_mode
     rows //= select(config, f"trainer.v1.{mode}.parameter_sync_step", 1)
     if rows < ranks:
-        detail = f"the teacher has {ranks} ranks, and a batch {rows} rows (data.train_batch_size times rollout.n)"
-        return [Check("settings", "error", detail, "give it fewer GPUs, or a larger batch")]
+        detail = (
+            f"the teacher has {ranks} ranks, but a batch has {rows} rows (data.train_batch_size times "
+            "actor_rollout_ref.rollout.n)"
+        )
+        return [Check("settings", "error", detail, "fewer GPUs for the teacher, or a larger batch")]
     return []
 
 
 def _check_worst_tokens(worst: WorstTokens) -> list[Check]:
-    """The file of the worst tokens can be written."""
+    """Check that the file of the worst tokens can be written."""
     problem = why_not_writable(Path(worst.path).expanduser()) if worst.path and worst.every else None
     if problem is None:
         return []
@@ -158,24 +152,24 @@ def _check_worst_tokens(worst: WorstTokens) -> list[Check]:
 
 
 def _check_kl(config: Any, teacher: TeacherConfig | None) -> list[Check]:
-    """Student and teacher can be compared at every position: logits of both, on workers that know what to return."""
+    """Check that the workers of both models can return what baseline=kl compares at every position."""
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     found = []
     if teacher is not None and teacher.backend == "server":
-        found.append(("teacher.backend=server returns log-probs of its own choice only", "teacher.backend=worker"))
+        found.append(("teacher.backend=server returns log-probs of the server's own choice", "teacher.backend=worker"))
     if actor.strategy not in ("fsdp", "fsdp2"):
         detail = f"actor_rollout_ref.actor.strategy={actor.strategy} does not return the student's most likely tokens"
         found.append((detail, "actor_rollout_ref.actor.strategy=fsdp2"))
     else:
         for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"):
             if select(actor, key, 1) > 1:
-                detail = f"actor_rollout_ref.actor.{key}={select(actor, key)} spreads a row's logits over ranks"
+                detail = f"actor_rollout_ref.actor.{key}={select(actor, key)} spreads a row's logits over several ranks"
                 found.append((detail, f"actor_rollout_ref.actor.{key}=1"))
     if model.get("use_fused_kernels"):
-        detail = "actor_rollout_ref.model.use_fused_kernels=True never has the student's logits"
+        detail = "actor_rollout_ref.model.use_fused_kernels=True never computes the student's logits"
         found.append((detail, "actor_rollout_ref.model.use_fused_kernels=False"))
     if select(config, "algorithm.rollout_correction.bypass_mode"):
-        detail = "algorithm.rollout_correction.bypass_mode=True leaves out the student's pass over the batch"
+        detail = "algorithm.rollout_correction.bypass_mode=True skips the student's pass over the batch"
         found.append((detail, "algorithm.rollout_correction.bypass_mode=False"))
     return [
         Check("settings", "error", f"algorithm.gndpo.baseline=kl: {detail}", f"{remedy}, or another baseline")
@@ -184,7 +178,7 @@ def _check_kl(config: Any, teacher: TeacherConfig | None) -> list[Check]:
 
 
 def _check_task_reward(name: str) -> list[Check]:
-    """The task reward's estimator is one of verl's, and asks for nothing that this step does not have."""
+    """Check that the estimator of the task reward is one of verl's, and needs nothing that the step does not have."""
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
     given = {"token_level_rewards", "response_mask", "index", "config"}
@@ -196,9 +190,27 @@ def _check_task_reward(name: str) -> list[Check]:
             usable.append(known)
     if name in usable:
         return []
-    detail = f"algorithm.gndpo.task_reward.estimator={name} is unknown to verl"
+    reason = "verl has no such estimator"
     if name in PRESETS:
-        detail = f"algorithm.gndpo.task_reward.estimator={name} makes its advantages of a teacher, not of rewards"
+        reason = "it computes advantages from a teacher, not from rewards"
     elif name in ADV_ESTIMATOR_REGISTRY:
-        detail = f"algorithm.gndpo.task_reward.estimator={name} needs more than rewards and the prompt of each row"
+        reason = "it needs more than the rewards and the prompt of each row"
+    detail = f"algorithm.gndpo.task_reward.estimator={name}: {reason}"
     return [Check("settings", "error", detail, f"one of {', '.join(sorted(usable))}")]
+
+
+def _check_frozen_tower(actor: Any) -> list[Check]:
+    """Check that the actor's strategy can freeze the vision tower."""
+    if not actor.get("freeze_vision_tower"):
+        return []
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        detail = f"actor_rollout_ref.actor.freeze_vision_tower=True has no effect with strategy={actor.strategy}"
+        return [Check("settings", "error", detail, "actor_rollout_ref.actor.strategy=fsdp2")]
+    if actor.strategy == "fsdp" and not select(actor, "fsdp_config.use_orig_params"):
+        detail = (
+            "actor_rollout_ref.actor.freeze_vision_tower=True: strategy=fsdp flattens frozen and trained weights "
+            "together unless fsdp_config.use_orig_params=True"
+        )
+        remedy = "actor_rollout_ref.actor.strategy=fsdp2, or actor_rollout_ref.actor.fsdp_config.use_orig_params=True"
+        return [Check("settings", "error", detail, remedy)]
+    return []

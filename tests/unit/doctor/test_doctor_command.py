@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from verl_gndpo import cli
 from verl_gndpo.doctor.check import Check
+from verl_gndpo.verl_patches import PATCHES
 
 LONG_PATH = "/a/very/long/path/" + "/".join(["folder"] * 40) + "/train.parquet"
 
@@ -136,3 +137,36 @@ def test_the_real_command_refuses_a_run_that_can_t_start(tmp_path):
         line.startswith("error   data:") and f"{tmp_path}/train.parquet does not exist" in line for line in lines
     )
     assert lines[-1].startswith("not ready: ")
+
+
+def test_verbose_lists_patches_and_what_a_module_of_the_user_registers(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from verl_gndpo import register_bound, register_preset\n"
+        "from verl_gndpo.setting import Setting\n"
+        "@register_bound('halved', part=Setting(0.5, 'Share of D.', above=0, at_most=1))\n"
+        "def halved(teacher, old, part):\n"
+        "    return part * (teacher - old)\n"
+        "register_preset('halved_opd', bound='halved')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-m", "verl_gndpo.cli", "doctor", "--verbose"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"VERL_USE_EXTERNAL_MODULES": "mine", "PYTHONPATH": path, "COLUMNS": "40"},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    patches = {line.split()[1].rstrip(":"): line for line in lines if line.startswith("patch ")}
+    assert patches.keys() == {patch.name for patch in PATCHES}
+    # The trainer's process has imported what these change, and not what only an actor imports with a setting.
+    for name in ("position_ids", "trainers", "internvl_pixel_values"):
+        assert f"patch {name}: applied" in patches[name]
+    assert "patch freeze_vision_tower: not needed (actor)" in patches["freeze_vision_tower"]
+    assert all("upstream: " in line and "remove when " in line for line in patches.values())
+    assert "estimator gndpo: bound=clamp, limit=5.0, baseline=batch, scale=batch" in lines
+    assert "estimator halved_opd: bound=halved, baseline=none, scale=none" in lines
+    assert "bound halved: part (0.5; above 0 and at most 1)" in lines
+    assert "bound none: no parameters" in lines
+    assert any(line.startswith("model family Qwen-VL: qwen2_vl") for line in lines)

@@ -32,7 +32,7 @@ def test_a_verl_that_can_t_be_imported(monkeypatch):
 def test_a_plugin_that_is_switched_off(monkeypatch):
     monkeypatch.delitem(sys.modules, "verl_gndpo.plugin")
     monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "other")
-    expect(check_plugin(), "error", "VERL_USE_EXTERNAL_PLUGINS=other leaves it out", "unset")
+    expect(check_plugin(), "error", "VERL_USE_EXTERNAL_PLUGINS=other excludes it", "unset")
 
 
 def test_a_plugin_that_is_not_installed(monkeypatch):
@@ -80,8 +80,14 @@ def test_a_rollout_engine_that_is_not_there(monkeypatch, make_config):
     [
         ("actor_rollout_ref.rollout.load_format=dummy", ["load_format=dummy", "load_format=auto", "another model"]),
         ("trainer.device=cuda", ["trainer.device=cuda", "trainer.device=cpu"]),
-        ("actor_rollout_ref.rollout.free_cache_engine=True", ["no sleep mode", "enable_sleep_mode=False"]),
-        ("actor_rollout_ref.rollout.enable_sleep_mode=True", ["no sleep mode", "free_cache_engine=False"]),
+        (
+            "actor_rollout_ref.rollout.free_cache_engine=True",
+            ["does not support sleep mode", "enable_sleep_mode=False"],
+        ),
+        (
+            "actor_rollout_ref.rollout.enable_sleep_mode=True",
+            ["does not support sleep mode", "free_cache_engine=False"],
+        ),
         (
             "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2",
             ["flash_attention_2", "sdpa"],

@@ -2,10 +2,12 @@
 """A whole run: a good one passes, a bad one is an error before training that lists everything."""
 
 import logging
+from collections import Counter
 
 import pytest
 from verl.trainer.ppo import v1
 
+from verl_gndpo.doctor import inputs, parquet
 from verl_gndpo.doctor.check import DoctorError
 from verl_gndpo.doctor.run import raise_on_errors, run_checks
 
@@ -43,3 +45,30 @@ def test_warnings_are_logged_and_don_t_stop_a_run(make_config, on_cpu, teacher, 
 def test_the_trainer_asks_before_it_builds_anything(make_config, on_cpu):
     with pytest.raises(DoctorError, match=r"teacher folder /no/where does not exist -> correct teacher\.model\.path"):
         v1.get_trainer_cls("sync")(make_config(teacher="/no/where"))
+
+
+def test_each_file_and_each_section_is_read_once(make_config, on_cpu, monkeypatch):
+    config = make_config("teacher.routing_key=data_source")
+    reads = Counter()
+
+    def count(owner, name, of):
+        function = getattr(owner, name)
+
+        def counted(*arguments, **options):
+            reads[of(arguments)] += 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(parquet.pq, "ParquetFile", lambda arguments: f"open {arguments[0].name}")
+    count(parquet.pq, "read_schema", lambda arguments: f"schema of {arguments[0].name}")
+    count(inputs, "read_teacher_config", lambda _: "teacher")
+    count(inputs, "read_signal_config", lambda _: "signal")
+    assert not [check for check in run_checks(config) if check.status == "error"]
+    # A file is opened once for rows and images, and once for the labels that routing and rewards share.
+    assert reads == {
+        **{f"open {name}.parquet": 2 for name in ("train", "test")},
+        **{f"schema of {name}.parquet": 1 for name in ("train", "test")},
+        "teacher": 1,
+        "signal": 1,
+    }

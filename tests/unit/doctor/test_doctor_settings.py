@@ -5,13 +5,16 @@ import pytest
 import torch
 
 from tests.unit.doctor.helpers import SERVER, errors, expect
+from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.run import run_checks
 from verl_gndpo.doctor.settings import check_estimator, check_settings, check_verl_settings
 from verl_gndpo.estimators import compute_log_ratio_advantage
 
 
-def test_an_estimator_that_nobody_knows(make_config):
-    check = expect(check_estimator(make_config("algorithm.adv_estimator=gndop")), "error", "gndop is unknown")
+def test_an_unknown_estimator(make_config):
+    check = expect(
+        check_estimator(make_config("algorithm.adv_estimator=gndop")), "error", "gndop: verl has no such estimator"
+    )
     assert check.remedy == "did you mean gndpo?"
 
 
@@ -39,7 +42,7 @@ def test_a_run_without_gndpo_is_verls_own_business(make_config, on_cpu):
     ],
 )
 def test_servers_are_set_up_as_verl_wants_them(make_config, overrides, words):
-    checks = check_settings(make_config(*SERVER, *overrides))
+    checks = check_settings(Inputs(make_config(*SERVER, *overrides)))
     if words:
         expect(checks, "error", *words)
     else:
@@ -47,16 +50,18 @@ def test_servers_are_set_up_as_verl_wants_them(make_config, overrides, words):
 
 
 def test_shards_have_to_divide_the_ranks(make_config):
-    checks = check_settings(make_config("trainer.n_gpus_per_node=3", "teacher.fsdp.fsdp_size=2"))
+    checks = check_settings(Inputs(make_config("trainer.n_gpus_per_node=3", "teacher.fsdp.fsdp_size=2")))
     expect(checks, "error", "teacher.fsdp.fsdp_size=2 does not divide the teacher's 3 GPUs")
-    assert not errors(check_settings(make_config("trainer.n_gpus_per_node=4", "teacher.fsdp.fsdp_size=2")))
+    assert not errors(check_settings(Inputs(make_config("trainer.n_gpus_per_node=4", "teacher.fsdp.fsdp_size=2"))))
 
 
-def test_flash_attention_knows_no_float32(make_config, monkeypatch):
+def test_flash_attention_does_not_support_float32(make_config, monkeypatch):
     monkeypatch.setattr("verl_gndpo.doctor.settings.without_accelerator", lambda: False)
     plain = "actor_rollout_ref.model.override_config.attn_implementation=null"
-    expect(check_settings(make_config("teacher.dtype=float32", plain)), "error", "knows no float32", "sdpa")
-    assert not errors(check_settings(make_config("teacher.dtype=float32")))
+    expect(
+        check_settings(Inputs(make_config("teacher.dtype=float32", plain))), "error", "does not support float32", "sdpa"
+    )
+    assert not errors(check_settings(Inputs(make_config("teacher.dtype=float32"))))
 
 
 def test_what_verl_itself_refuses_is_told_in_one_line(make_config):
@@ -71,18 +76,18 @@ def test_what_verl_itself_refuses_is_told_in_one_line(make_config):
         ("algorithm.gndpo.limt=3", ["algorithm.gndpo.limt", "did you mean algorithm.gndpo.limit?"]),
         ("teacher.tempature=1", ["teacher.tempature", "did you mean teacher.temperature?"]),
         ("teacher.model.path=null", ["no teacher is configured", "teacher.model.path"]),
-        ("gndpo.clip=3", ["a section gndpo at the top level", "algorithm.gndpo"]),
+        ("gndpo.clip=3", ["nothing reads the section gndpo at the top level", "algorithm.gndpo"]),
         ("trainer.use_v1=False", ["trainer.use_v1=True"]),
         ("trainer.v1.trainer_mode=asinc", ["trainer_mode=asinc", "sync, colocate_async, separate_async"]),
         ("algorithm.use_kl_in_reward=True", ["algorithm.use_kl_in_reward=False", "use_kl_loss"]),
         ("distillation.enabled=True", ["distillation.enabled=False"]),
         ("critic.enable=True", ["critic.enable=False"]),
         ("teacher.ulysses_sequence_parallel_size=2", ["size=2 does not divide the teacher's 1 GPUs"]),
-        ("trainer.n_gpus_per_node=16", ["the teacher has 16 ranks, and a batch 8 rows", "data.train_batch_size"]),
+        ("trainer.n_gpus_per_node=16", ["the teacher has 16 ranks, but a batch has 8 rows", "data.train_batch_size"]),
     ],
 )
 def test_a_setting_that_does_not_go_with_gndpo(make_config, override, words):
-    checks = check_settings(make_config(override))
+    checks = check_settings(Inputs(make_config(override)))
     expect(checks, "error", *words)
     assert len(checks) == 1
 
@@ -90,31 +95,34 @@ def test_a_setting_that_does_not_go_with_gndpo(make_config, override, words):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("algorithm.rollout_correction.bypass_mode=True", ["leaves out the student's pass", "bypass_mode=False"]),
-        ("actor_rollout_ref.model.use_fused_kernels=True", ["never has the student's logits"]),
+        ("algorithm.rollout_correction.bypass_mode=True", ["skips the student's pass", "bypass_mode=False"]),
+        ("actor_rollout_ref.model.use_fused_kernels=True", ["never computes the student's logits"]),
         ("actor_rollout_ref.actor.strategy=veomni", ["strategy=veomni does not return", "strategy=fsdp2"]),
-        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", ["_size=2 spreads a row's logits over ranks"]),
+        (
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+            ["_size=2 spreads a row's logits over several ranks"],
+        ),
         ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2", ["fsdp_config.ulysses"]),
     ],
 )
 def test_a_setting_that_does_not_go_with_the_kl_baseline(make_config, override, words):
-    checks = check_settings(make_config("algorithm.adv_estimator=v_opd", override))
+    checks = check_settings(Inputs(make_config("algorithm.adv_estimator=v_opd", override)))
     expect(checks, "error", *words)
     assert len(checks) == 1
-    assert not errors(check_settings(make_config(override)))
+    assert not errors(check_settings(Inputs(make_config(override))))
 
 
 def test_the_kl_baseline_needs_workers(make_config):
     servers = (*SERVER, "teacher.server.tensor_model_parallel_size=1")
-    assert not errors(check_settings(make_config(*servers)))
-    checks = check_settings(make_config(*servers, "algorithm.gndpo.baseline=kl"))
+    assert not errors(check_settings(Inputs(make_config(*servers))))
+    checks = check_settings(Inputs(make_config(*servers, "algorithm.gndpo.baseline=kl")))
     expect(checks, "error", "baseline=kl: teacher.backend=server", "teacher.backend=worker")
-    assert not errors(check_settings(make_config("algorithm.gndpo.baseline=kl")))
+    assert not errors(check_settings(Inputs(make_config("algorithm.gndpo.baseline=kl"))))
 
 
 def test_one_teacher_can_be_all_that_there_are(make_config):
     each = ("algorithm.gndpo.baseline=teacher", "algorithm.gndpo.scale=teacher")
-    assert not errors(check_settings(make_config(*each)))
+    assert not errors(check_settings(Inputs(make_config(*each))))
 
 
 USABLE = "gpg, grpo, grpo_passk, grpo_vectorized, opo, reinforce_plus_plus, reinforce_plus_plus_baseline, rloo"
@@ -123,25 +131,25 @@ USABLE = "gpg, grpo, grpo_passk, grpo_vectorized, opo, reinforce_plus_plus, rein
 @pytest.mark.parametrize(
     ("estimator", "words"),
     [
-        ("gae", ["=gae needs more than rewards", USABLE]),
-        ("remax", ["=remax needs more than rewards"]),
-        ("gndpo", ["=gndpo makes its advantages of a teacher"]),
-        ("grppo", ["=grppo is unknown to verl", USABLE]),
+        ("gae", ["=gae: it needs more than the rewards", USABLE]),
+        ("remax", ["=remax: it needs more than the rewards"]),
+        ("gndpo", ["=gndpo: it computes advantages from a teacher"]),
+        ("grppo", ["=grppo: verl has no such estimator", USABLE]),
     ],
 )
 def test_the_task_reward_needs_an_estimator_of_rewards(make_config, estimator, words):
     task = "algorithm.gndpo.task_reward."
-    checks = check_settings(make_config(f"{task}coef=0.5", f"{task}estimator={estimator}"))
+    checks = check_settings(Inputs(make_config(f"{task}coef=0.5", f"{task}estimator={estimator}")))
     expect(checks, "error", *words)
     # Where it is not mixed in, nobody asks for it.
-    assert not errors(check_settings(make_config(f"{task}estimator={estimator}")))
+    assert not errors(check_settings(Inputs(make_config(f"{task}estimator={estimator}"))))
 
 
 @pytest.mark.parametrize("estimator", [*USABLE.split(", "), "gdpo", "rloo_vectorized"])
 def test_the_estimators_that_are_offered_work(make_config, estimator):
     task = "algorithm.gndpo.task_reward."
     config = make_config(f"{task}coef=0.5", f"{task}estimator={estimator}")
-    assert not errors(check_settings(config))
+    assert not errors(check_settings(Inputs(config)))
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(4, 3)
     teacher, old = -torch.rand(4, 3, generator=generator), -torch.rand(4, 3, generator=generator)
@@ -170,7 +178,7 @@ def test_the_estimators_that_are_offered_work(make_config, estimator):
 )
 def test_a_frozen_vision_tower_needs_a_strategy_that_can_freeze_it(make_config, overrides, words):
     actor = "actor_rollout_ref.actor."
-    checks = check_settings(make_config(actor + "freeze_vision_tower=True", *[actor + o for o in overrides]))
+    checks = check_settings(Inputs(make_config(actor + "freeze_vision_tower=True", *[actor + o for o in overrides])))
     if words:
         expect(checks, "error", *words)
     else:
@@ -179,5 +187,7 @@ def test_a_frozen_vision_tower_needs_a_strategy_that_can_freeze_it(make_config, 
 
 def test_another_loss_than_the_published_one_is_a_note(make_config):
     actor = "actor_rollout_ref.actor."
-    expect(check_settings(make_config(actor + "loss_agg_mode=token-mean")), "ok", "token-mean; the published")
-    expect(check_settings(make_config(actor + "policy_loss.loss_mode=vanilla")), "ok", "the published loss is gspo")
+    expect(check_settings(Inputs(make_config(actor + "loss_agg_mode=token-mean"))), "ok", "token-mean; the published")
+    expect(
+        check_settings(Inputs(make_config(actor + "policy_loss.loss_mode=vanilla"))), "ok", "the published loss is gspo"
+    )

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read what several checks need of one run, each thing once."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from verl_gndpo.config import (
+    ConfigError,
+    GNDPOConfig,
+    TeacherConfig,
+    TeacherSection,
+    read_signal_config,
+    read_teacher_config,
+)
+from verl_gndpo.doctor.check import select
+from verl_gndpo.doctor.parquet import DataFile
+
+
+class Settings(NamedTuple):
+    """The two sections that this project adds to verl's config."""
+
+    signal: GNDPOConfig | None
+    """`algorithm.gndpo`; None if it can't be read."""
+
+    teacher: TeacherConfig | None
+    """`teacher`; None if it can't be read."""
+
+    problems: list[str]
+    """Why sections can't be read."""
+
+
+class Inputs:
+    """The config of one run, its settings and its data files. Reads lazily, and each thing once."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self._files: dict[str, DataFile] = {}
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The sections `algorithm.gndpo` and `teacher` of a run that uses one of this project's estimators."""
+        signal = teacher = None
+        problems = []
+        try:
+            signal = read_signal_config(self.config.algorithm, self.config.algorithm.adv_estimator)
+        except ConfigError as error:
+            problems.append(str(error))
+        try:
+            teacher = read_teacher_config(self.config)
+        except ConfigError as error:
+            problems.append(str(error))
+        return Settings(signal, teacher, problems)
+
+    def files(self, key: str) -> list[str]:
+        """Return the files of `data.<key>`, which may name one, several or none."""
+        files = self.config.data.get(key)
+        return [files] if isinstance(files, str) else list(files or ())
+
+    def file(self, name: str) -> DataFile:
+        """Return a parquet file of the data by the name that the config gives it. It may be missing or damaged."""
+        if name not in self._files:
+            source = select(self.config, "data.reward_fn_key", "data_source")
+            routing = select(self.config, "teacher.routing_key", TeacherSection().routing_key)
+            self._files[name] = DataFile(Path(name).expanduser(), self.config.data, source, routing)
+        return self._files[name]
