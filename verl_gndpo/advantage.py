@@ -279,7 +279,9 @@ class Sums:
     def of_pieces(cls, x: np.ndarray, sizes: np.ndarray) -> "Sums":
         """Add up consecutive pieces of x, (tokens,) float64, which together are all of it. Pieces may be empty."""
         if sizes.size == 1:
-            return cls(sizes, x.sum(keepdims=True), np.dot(x, x).reshape(1))
+            # Not numpy's dot: its threads and torch's would wait for each other, for milliseconds per call.
+            squares = torch.dot(*[torch.from_numpy(x)] * 2).reshape(1).numpy()
+            return cls(sizes, x.sum(keepdims=True), squares)
         full = sizes > 0
         starts = (sizes.cumsum() - sizes)[full]
         total, squares = np.zeros((2, sizes.size))

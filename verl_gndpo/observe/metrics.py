@@ -165,8 +165,8 @@ def describe_signal(tokens: Tokens) -> dict[str, float]:
 def _k3(d: np.ndarray, scratch: np.ndarray) -> float:
     """Return the mean of exp(D) - 1 - D. Overwrites `scratch`, of d's size."""
     bounded = np.minimum(d, K3_MAX_LOG_RATIO, out=scratch)
-    minus = _mean(bounded)
-    return _mean(np.expm1(bounded, out=scratch)) - minus
+    minus = bounded.mean()
+    return float(np.expm1(bounded, out=scratch).mean() - minus)
 
 
 def _describe_sizes(a: np.ndarray, magnitude: np.ndarray, scratch: np.ndarray) -> dict[str, float]:
@@ -180,7 +180,7 @@ def _describe_sizes(a: np.ndarray, magnitude: np.ndarray, scratch: np.ndarray) -
     if largest > NO_ADVANTAGE:
         # In units of the largest, so that no power leaves float32.
         unit = np.multiply(a, np.float32(1 / largest), out=scratch)
-        squares, total = _squares(unit), float(magnitude.sum(dtype=np.float64))
+        squares, total = _squares(unit), float(magnitude.sum())
         unit -= np.float32(_mean(unit))
         variance = _squares(unit)
         fourth = _squares(np.multiply(unit, unit, out=unit))
@@ -188,7 +188,7 @@ def _describe_sizes(a: np.ndarray, magnitude: np.ndarray, scratch: np.ndarray) -
         threshold = float(np.partition(magnitude, n - top)[n - top])
         above = magnitude[np.flatnonzero(magnitude > threshold)]
         # Several may be as large as the smallest of the top.
-        largest_ones = float(above.sum(dtype=np.float64)) + (top - above.size) * threshold
+        largest_ones = float(above.sum()) + (top - above.size) * threshold
         shares = {
             "gndpo/advantage_kurtosis": n * fourth / variance**2 - 3 if variance > 0 else 0.0,
             # n equal tokens give 1, one token among n zeros 1/n.
@@ -226,7 +226,12 @@ def sum_parts(tokens: Tokens, lengths: np.ndarray) -> Parts:
     edges = -(np.arange(PARTS + 1) * -lengths[:, None] // PARTS)
     # No valid token is after the end of a response, and the parts together must be the whole row.
     edges[:, -1] = tokens.valid.shape[1]
-    count = _segment_sums(tokens.valid.reshape(-1).view(np.int8), np.diff(edges, axis=1), np.int64)
+    count = np.diff(np.minimum(edges, lengths[:, None]), axis=1)
+    # Rows whose mask has holes are counted token by token.
+    holes = np.flatnonzero(tokens.counts != lengths)
+    if holes.size:
+        inside = tokens.valid[holes].reshape(-1).view(np.int8)
+        count[holes] = _segment_sums(inside, np.diff(edges[holes], axis=1), np.int64)
     return Parts(count, *(_segment_sums(x, count, np.float32) for x in (tokens.d, tokens.magnitude)))
 
 
@@ -257,15 +262,22 @@ def describe_classes(tokens: Tokens, classes: np.ndarray) -> dict[str, float]:
         gndpo/token/<class>/{k1,advantage_abs_mean}: nats and mean of |A|; absent where a step has no such token.
     """
     described: dict[str, float] = {}
+    # Several times faster than `bincount`.
+    counts = np.array([np.count_nonzero(classes == number) for number in range(len(CLASSES))])
+    sums = np.zeros((len(CLASSES), 2), np.float64)
     weights = np.empty_like(tokens.d)
+    largest = int(counts.argmax())
+    for number in np.flatnonzero(counts).tolist():
+        if number != largest:
+            # A product with zeros and ones takes a fraction of the time of selecting, or of weights in `bincount`.
+            np.copyto(weights, classes == number)
+            sums[number] = np.dot(weights, tokens.d), np.dot(weights, tokens.magnitude)
+    # All others together leave it.
+    sums[largest] = np.array([tokens.d.sum(), tokens.magnitude.sum()], np.float64) - sums.sum(0)
     for number, name in enumerate(CLASSES):
-        mine = classes == number
-        count = np.count_nonzero(mine)
-        described[f"gndpo/token/{name}/share"] = count / classes.size
-        if count:
-            # A product with zeros and ones takes a fraction of the time of selecting, or of `bincount`.
-            np.copyto(weights, mine)
-            means = _means(float(count), np.dot(weights, tokens.d), np.dot(weights, tokens.magnitude))
+        described[f"gndpo/token/{name}/share"] = float(counts[number] / classes.size)
+        if counts[number]:
+            means = _means(float(counts[number]), *sums[number])
             described |= {f"gndpo/token/{name}/{metric}": value for metric, value in means.items()}
     return described
 
@@ -348,7 +360,8 @@ def _segment_sums(x: np.ndarray, sizes: np.ndarray, dtype: type) -> np.ndarray:
 
 
 def _mean(x: np.ndarray) -> float:
-    return float(x.mean(dtype=np.float64))
+    # numpy adds pairwise: the error is a few units in the last place of the mean of |x|.
+    return float(x.mean())
 
 
 def _squares(x: np.ndarray) -> float:
