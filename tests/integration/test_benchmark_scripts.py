@@ -38,6 +38,33 @@ def test_estimator(tmp_path):
         assert row["with_metrics_over_released"] == pytest.approx(row["with_metrics_s"] / row["released_s"])
 
 
+def test_gpu_check(tmp_path):
+    """The check for a GPU, at small sizes on the CPU: every part measures, and the numbers that must agree do."""
+    out = tmp_path / "gpu_check.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert lines == [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    by_part = {}
+    for line in lines:
+        by_part.setdefault(line["part"], []).append(line)
+    assert [line["wrong"] for line in by_part["race"]] == [0] * 4
+    assert len(by_part["score"]) == 5 and all(line["finite"] and line["max_diff"] < 1e-4 for line in by_part["score"])
+    reference, ours = by_part["full_logits"]
+    assert ours["max_diff"] < 1e-4
+    assert ours["speedup"] == pytest.approx(reference["seconds"] / ours["seconds"], rel=0.05)
+    assert all(line["mean_diff"] < 1e-5 for line in by_part["flex"])
+    assert all(line["max_diff"] < 1e-5 for line in by_part["offload"]) and len(by_part["offload"]) == 6
+    bfloat16, float32 = by_part["precision"][:2]
+    assert float32["mean_diff"] < 1e-5 < bfloat16["mean_diff"]
+    for name in ("grouped_query", "varlen"):
+        one, other = by_part[name][:2]
+        assert one["max_diff"] == 0 and other["max_diff"] < 1e-5
+    assert len(by_part["chunks"]) == 5 and len(by_part["kernels"]) == 12
+
+
 def test_teacher_scoring(tmp_path):
     arguments = ("--shapes", "small", "--rounds", "1", "--threads", "1", "--methods", "ours")
     rows = run("teacher_scoring", tmp_path / "teacher.json", *arguments)["rows"]

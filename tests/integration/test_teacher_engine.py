@@ -100,24 +100,24 @@ class Rank:
 
     def spoil(self, what):
         """Break this project's attention but no other, or the places from which responses are predicted."""
-        from verl_gndpo.teacher import attention, engine
+        from verl_gndpo.teacher import attention, scorer
 
-        self.intact = attention._causal, engine.Layout
+        self.intact = attention._causal, scorer.Layout
         if what == "scaling":
             attention._causal = lambda q, k, v, scaling, window: self.intact[0](q * 1.5, k, v, scaling, window)
         else:
 
-            class Shifted(engine.Layout):
+            class Shifted(scorer.Layout):
                 def __init__(self, *arguments, **options):
                     super().__init__(*arguments, **options)
                     self.predicting = (self.predicting - 1).clamp(min=0)
 
-            engine.Layout = Shifted
+            scorer.Layout = Shifted
 
     def repair(self):
-        from verl_gndpo.teacher import attention, engine
+        from verl_gndpo.teacher import attention, scorer
 
-        attention._causal, engine.Layout = self.intact
+        attention._causal, scorer.Layout = self.intact
 
 
 class Ranks:

@@ -22,6 +22,7 @@ from verl_gndpo.conversion.report import UNLICENSED, Report
 from verl_gndpo.data_facts import read_facts
 from verl_gndpo.doctor.check import Check
 from verl_gndpo.doctor.data import check_rewards
+from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.rewards import compute_score
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE
 
@@ -586,7 +587,7 @@ def refusals(train: Path, val: Path) -> list[Check]:
             "reward": {"custom_reward_function": {"path": "pkg://verl_gndpo.rewards", "name": "compute_score"}},
         }
     )
-    return check_rewards(config)
+    return check_rewards(Inputs(config))
 
 
 def test_a_training_file_with_facts_of_another_version_is_refused(tmp_path):

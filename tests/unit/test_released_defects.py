@@ -294,7 +294,7 @@ def test_the_mixin_hands_the_batch_to_the_estimator(gndpo_step):
     valid = log_ratio[mask.bool()]
     expected = (log_ratio - valid.mean()) / (valid.var() + 1e-8).sqrt() * mask
     torch.testing.assert_close(written["advantages"].double(), expected, atol=1e-6, rtol=0)
-    assert metrics["gndpo/mu"] == pytest.approx(valid.mean().item()) and metrics["gndpo/tokens"] == mask.sum()
+    assert metrics["gndpo/mu"] == pytest.approx(valid.mean().item(), rel=1e-5) and metrics["gndpo/tokens"] == mask.sum()
     assert estimator_saw["index"] == ["a", "a", "b", "b"]
     assert estimator_saw["token_level_rewards"].shape == mask.shape
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
-from verl.utils.ulysses import gather_heads_scatter_seq, gather_seq_scatter_heads
 
 from verl_gndpo.families import ModelFamily
 from verl_gndpo.teacher.packing import Layout
@@ -55,6 +54,8 @@ def tokens_to_heads(
     Returns:
         The three, (1, heads of this rank, tokens of the padded row, head size).
     """
+    from verl.utils.ulysses import gather_seq_scatter_heads
+
     # Each rank needs at least one head of keys and values.
     key, value = (tensor.repeat_interleave(max(group.size() // key.shape[1], 1), 1) for tensor in (key, value))
     return tuple(gather_seq_scatter_heads(tensor, seq_dim=2, head_dim=1, group=group) for tensor in (query, key, value))
@@ -62,6 +63,8 @@ def tokens_to_heads(
 
 def heads_to_tokens(out: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     """Undo `tokens_to_heads`: (1, heads of this rank, tokens, ...) to (1, heads, tokens of this rank's part, ...)."""
+    from verl.utils.ulysses import gather_heads_scatter_seq
+
     return gather_heads_scatter_seq(out, head_dim=1, seq_dim=2, group=group)
 
 
