@@ -174,6 +174,8 @@ def score(model: Any, scorer: Scorer, groups: list[PromptGroup], rows: Rows) -> 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 RACE = """
+import sys, time
+from contextlib import nullcontext
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -189,7 +191,9 @@ mesh = init_device_mesh(device, (8,))
 for layer in model:
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
-for blocking in (False, True):
+sys.path.insert(0, sys.argv[1])
+from verl_gndpo.verl_patches.offload import waiting_for_copies
+for way in ("asynchronous", "waiting", "blocking"):
     for busy in (False, True):
         for parameter in model.parameters():
             parameter._local_tensor.fill_(1.0)
@@ -197,24 +201,27 @@ for blocking in (False, True):
             torch.cuda.synchronize()
             if busy:
                 torch.cuda._sleep(int(2e9))
-        model.to("cpu", non_blocking=not blocking)
+        start = time.perf_counter()
+        with waiting_for_copies(lambda: cuda and torch.cuda.synchronize()) if way == "waiting" else nullcontext():
+            model.to("cpu", non_blocking=way != "blocking")
         if cuda:
             torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
         wrong = sum(int((p._local_tensor != 1).sum()) for p in model.parameters())
         total = sum(p._local_tensor.numel() for p in model.parameters())
-        print(f"{int(blocking)} {int(busy)} {wrong} {total}", flush=True)
+        print(f"{way} {int(busy)} {wrong} {total} {seconds:.3f}", flush=True)
         model.to(0 if cuda else "cpu")
 """
 
 
 def part_race(*_: Any) -> None:
     """Offload unevenly sharded FSDP2 parameters from a busy GPU, and count the values that are wrong on the host."""
-    done = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", RACE, sys.path[0]], capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise RuntimeError(done.stderr[-500:])
     for line in done.stdout.splitlines():
-        blocking, busy, wrong, total = map(int, line.split())
-        say("race", blocking=bool(blocking), busy=bool(busy), wrong=wrong, values=total)
+        way, busy, wrong, total, seconds = line.split()
+        say("race", way=way, busy=bool(int(busy)), wrong=int(wrong), values=int(total), seconds=float(seconds))
 
 
 def needed_attention(groups: list[PromptGroup]) -> int:

@@ -50,7 +50,7 @@ def test_gpu_check(tmp_path):
     by_part = {}
     for line in lines:
         by_part.setdefault(line["part"], []).append(line)
-    assert [line["wrong"] for line in by_part["race"]] == [0] * 4
+    assert [line["wrong"] for line in by_part["race"]] == [0] * 6
     assert len(by_part["score"]) == 5 and all(line["finite"] and line["max_diff"] < 1e-4 for line in by_part["score"])
     reference, ours = by_part["full_logits"]
     assert ours["max_diff"] < 1e-4

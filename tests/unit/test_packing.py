@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.packed import SHAPES, RanksOfRow, groups_of, sequences
-from verl_gndpo.teacher.packing import Layout, PromptGroup, concatenate, group_by_prompt, pack
+from verl_gndpo.teacher.packing import LEAST_PART, Layout, PromptGroup, alike, concatenate, group_by_prompt, pack
 
 CPU = torch.device("cpu")
 
@@ -104,3 +104,13 @@ def test_the_same_ids_split_elsewhere_are_another_prompt():
     positions = [torch.arange(6), torch.arange(6)]
     groups = group_by_prompt(ids, positions, [2, 3], [{}, {}])
     assert [(group.prompt, group.responses) for group in groups] == [(4, (2,)), (3, (3,))]
+
+
+@given(st.lists(st.integers(1, 20000), min_size=1, max_size=40))
+def test_responses_attend_with_others_of_similar_length(lengths):
+    groups = alike(lengths)
+    assert sorted(member for group in groups for member in group) == list(range(len(lengths)))
+    padded = sum(len(group) * max(lengths[member] for member in group) for group in groups)
+    assert padded <= 1.25 * sum(lengths)
+    for group in groups:
+        assert min(lengths[m] for m in group) >= LEAST_PART * max(lengths[m] for m in group)

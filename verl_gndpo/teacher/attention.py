@@ -40,7 +40,7 @@ def attend_by_prompt(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """Attend prompt by prompt, the responses to a prompt as one batch, padded to the longest.
+    """Attend prompt by prompt, responses of similar length to a prompt as one batch.
 
     Args:
         query: (1, heads, tokens of the padded row, head size).
@@ -51,24 +51,22 @@ def attend_by_prompt(
     Returns:
         (1, heads, tokens of the padded row, head size).
     """
-    repeats = query.shape[1] // key.shape[1]
-    query, key, value = query[0], key[0].repeat_interleave(repeats, 0), value[0].repeat_interleave(repeats, 0)
+    query, key, value = query[0], key[0], value[0]
     out = torch.empty_like(query)
     # Padding attends to nothing.
     out[:, layout.tokens :] = 0
     for group in layout.places:
         own = query[:, group.prompt], key[:, group.prompt], value[:, group.prompt]
         out[:, group.prompt] = _causal(*own, scaling, sliding_window)
-        if group.responses is None:
-            continue
-        # (heads, responses, longest, head size) to (responses, heads, ...): a batch that shares the prompt's keys.
-        queries, keys, values = (tensor[:, group.responses].transpose(0, 1) for tensor in (query, key, value))
-        keys, values = (
-            torch.cat([shared.unsqueeze(0).expand(len(group.responses), -1, -1, -1), tensor], 2)
-            for shared, tensor in zip(own[1:], (keys, values), strict=True)
-        )
-        attended = _causal(queries, keys, values, scaling, sliding_window)
-        out[:, group.responses.flatten()[group.valid]] = attended.transpose(0, 1).flatten(1, 2)[:, group.valid]
+        for batch in group.responses:
+            # (heads, responses, longest, head size) to (responses, heads, ...): a batch that shares the prompt's keys.
+            queries, keys, values = (tensor[:, batch.places].transpose(0, 1) for tensor in (query, key, value))
+            keys, values = (
+                torch.cat([shared.unsqueeze(0).expand(len(batch.places), -1, -1, -1), tensor], 2)
+                for shared, tensor in zip(own[1:], (keys, values), strict=True)
+            )
+            attended = _causal(queries, keys, values, scaling, sliding_window)
+            out[:, batch.places.flatten()[batch.valid]] = attended.transpose(0, 1).flatten(1, 2)[:, batch.valid]
     return out.unsqueeze(0)
 
 
@@ -80,23 +78,24 @@ def _causal(
     if not batched:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     length, reach = query.shape[2], key.shape[2]
+    attend = functools.partial(scaled_dot_product_attention, scale=scaling)
     if sliding_window is not None and sliding_window < reach:
         ahead = (
             torch.arange(reach, device=query.device) - torch.arange(reach - length, reach, device=query.device)[:, None]
         )
-        mask = (ahead <= 0) & (ahead > -sliding_window)
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        # With a mask as a tensor, no kernel but the slowest takes fewer heads of keys than of queries.
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        out = attend(query, key, value, attn_mask=(ahead <= 0) & (ahead > -sliding_window))
     elif length == reach:
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        out = attend(query, key, value, is_causal=True, enable_gqa=True)
     else:
-        mask = causal_lower_right(length, reach)
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        out = attend(query, key, value, attn_mask=causal_lower_right(length, reach), enable_gqa=True)
     return out if batched else out.squeeze(0)
 
 
 class FlexKernel:
-    """FlexAttention over one layout: it pads nothing and repeats no prompt's keys, but has to be compiled on an
-    accelerator."""
+    """FlexAttention over one layout. It pads nothing and repeats no keys, but is compiled on an accelerator."""
 
     def __init__(self, layout: Layout):
         group, response, place = [], [], []

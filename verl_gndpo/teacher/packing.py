@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
+LEAST_PART = 0.8
+"""Length of the shortest response relative to the longest in a batch of attention: at most a quarter is padding."""
+
 
 @dataclass(frozen=True)
 class PromptGroup:
@@ -132,18 +135,42 @@ def concatenate(groups: Iterable[PromptGroup], values: Sequence[torch.Tensor]) -
 
 
 @dataclass(frozen=True)
+class ResponsePlaces:
+    """The places of responses of similar length, which attend as one batch."""
+
+    places: torch.Tensor
+    """(responses, longest response), the places of each response's tokens, padded at the ends with another place."""
+
+    valid: torch.Tensor
+    """(response tokens,), indices into the flattened `places` that are not padding."""
+
+
+@dataclass(frozen=True)
 class GroupPlaces:
-    """Where the tokens of a group stand in the row of a micro-batch."""
+    """The places of a group's tokens in the row of a micro-batch."""
 
     prompt: slice
-    """The prompt; of a group with a single response, prompt and response: they are one causal sequence."""
+    """The prompt. For a group with a single response, prompt and response, because they are one causal sequence."""
 
-    responses: torch.Tensor | None
-    """(responses, longest response), the places of each response's tokens, padded at the ends with the place of the
-    first one; None for a single response."""
+    responses: tuple[ResponsePlaces, ...]
+    """Batches of responses; none for a single response."""
 
-    valid: torch.Tensor | None
-    """(response tokens,), indices into the flattened `responses` that are no padding; None for a single response."""
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Group responses so that padding each to the longest of its group adds little.
+
+    One long response among short ones would otherwise multiply the attention of all of them (docs/benchmarks.md).
+
+    Returns:
+        Indices of the responses in each group, longest group first. No response is shorter than `LEAST_PART` of the
+        longest in its group.
+    """
+    groups: list[list[int]] = []
+    for response in sorted(range(len(lengths)), key=lambda response: -lengths[response]):
+        if not groups or lengths[response] < LEAST_PART * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(response)
+    return groups
 
 
 class Layout:
@@ -176,19 +203,21 @@ class Layout:
             end = start + group.prompt
             lengths = torch.tensor(group.responses, device=device)
             starts = end + lengths.cumsum(0) - lengths
-            within = torch.arange(int(lengths.max()), device=device)
+            within = torch.arange(max(group.responses), device=device)
             valid = within < lengths.unsqueeze(1)
             places = torch.where(valid, starts.unsqueeze(1) + within, end)
             # The prompt's last token predicts the first of each response, and each token but the last the next one.
             before = torch.cat([torch.full_like(places[:, :1], end - 1), places[:, :-1]], 1)
             predicting.append(before[valid])
             stop = start + group.tokens
-            self.places.append(
-                GroupPlaces(slice(start, stop), None, None)
-                if len(lengths) == 1
-                # Looked up once, not in every layer, because the host has to wait for an accelerator to answer.
-                else GroupPlaces(slice(start, end), places, valid.flatten().nonzero().squeeze(1))
-            )
+            batches = []
+            # Looked up once, not in every layer, because the host has to wait for an accelerator to answer.
+            for members in alike(group.responses):
+                longest = max(group.responses[member] for member in members)
+                inside = valid[members, :longest].flatten().nonzero().squeeze(1)
+                batches.append(ResponsePlaces(places[members, :longest], inside))
+            single = len(group.responses) == 1
+            self.places.append(GroupPlaces(slice(start, stop if single else end), () if single else tuple(batches)))
             start = stop
         self.predicting = torch.cat(predicting)
         """(response tokens,), the place whose output predicts each response token, response by response."""

@@ -97,6 +97,18 @@ PATCHES = index(
         diff="0006-internvl-text-only-batches.patch",
     ),
     Patch(
+        name="fsdp2_offload",
+        module="verl.utils.fsdp_utils",
+        changes="offload_fsdp2_model_to_cpu",
+        applied_by="verl_gndpo.verl_patches.offload:offload_in_order",
+        breaks="Offloading silently corrupts parameters whose shards are uneven, because FSDP2 pads them on the host "
+        "before they have arrived.",
+        since="verl 0.9.1 (earlier ones not tried)",
+        upstream="none known",
+        remove_when="verl waits for the transfer, or torch pads on the device",
+        where="every process",
+    ),
+    Patch(
         name="freeze_vision_tower",
         module=_ENGINE,
         changes="FSDPEngineWithLMHead._build_module and _build_lora_module",
