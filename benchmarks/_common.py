@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: rivals timed in turns, figures written as JSON, a table on the terminal."""
+"""Helpers of the benchmarks: time rivals in turns, write figures as JSON, print a table."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from rich.table import Table
 
 
 def time_in_turns(rivals: dict[str, Callable[[], object]], rounds: int, before: Callable[[], object]) -> dict:
-    """Time every rival once a round, so that whatever else the machine does falls on all of them alike.
+    """Time every rival once per round, so that other load on the machine affects all of them equally.
 
     Args:
-        rivals: by name, what to time. One round is run before the timed ones.
-        rounds: timed calls of each.
+        rivals: functions to time, by name. One round runs before the timed ones.
+        rounds: number of timed calls of each.
         before: called before every call, not timed.
 
     Returns:
-        {name: [seconds, ...]}, one entry a round.
+        {name: [seconds, ...]}, one entry per round.
     """
     seconds = {name: [] for name in rivals}
     for _ in range(rounds + 1):
@@ -41,7 +41,7 @@ def medians(samples: dict[str, list[float]]) -> dict[str, float]:
 
 
 def machine() -> dict:
-    """Where the figures come from: processor, cores, versions, and the load that they were measured under."""
+    """Describe the machine: processor, cores, versions, and its load."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -57,7 +57,7 @@ def machine() -> dict:
 
 
 def with_children(process: psutil.Process) -> list[psutil.Process]:
-    """The process and all below it; empty once it has ended."""
+    """Return a process and all of its descendants; empty once it has ended."""
     try:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -65,8 +65,10 @@ def with_children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def proportional(process: psutil.Process) -> dict[str, int]:
-    """What a process holds alone plus its share of what it has in common with others (PSS), in bytes: {"Pss": whole,
-    "Pss_Anon": without pages of files}; zeros once it has ended."""
+    """Return the proportional set size of a process in bytes, {"Pss": whole, "Pss_Anon": without pages of files}.
+
+    Both are 0 once the process has ended.
+    """
     sizes = {"Pss": 0, "Pss_Anon": 0}
     try:
         lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
@@ -80,7 +82,7 @@ def proportional(process: psutil.Process) -> dict[str, int]:
 
 
 def write_json(path: Path | None, figures: dict) -> None:
-    """Write `figures` to `path`, which never holds a part of them; None: nowhere."""
+    """Write `figures` to `path` in one step. None: nowhere."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ def write_json(path: Path | None, figures: dict) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:
-    """Numbers right, the first column left; floats with three significant digits."""
+    """Print a table: numbers right-aligned, the first column left-aligned, floats with three significant digits."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")

@@ -40,7 +40,7 @@ SAMPLE_S = 2.0
 WATCH_S = 0.05
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 24
 ESTIMATORS = {"gndpo": "gndpo", "verl_opd": "grpo", "grpo": "grpo"}
-# What shows in the metrics that an arm learns from its teacher. An untrained student earns no reward, so that GRPO has
+# Metrics that show that an arm learns from its teacher. An untrained student earns no reward, so that GRPO has
 # nothing to learn.
 ALIVE = {
     "gndpo": ("gndpo/log_ratio/mean", "gndpo/sigma", "actor/grad_norm"),
@@ -50,7 +50,7 @@ ALIVE = {
 
 
 def verl_opd_settings(teacher: Path) -> list[str]:
-    """verl's own distillation; its engine gets what the rollout's has in the CPU profile."""
+    """Return the settings of verl's own distillation. Its engine gets those of the rollout's in the CPU profile."""
     inference = "distillation.teacher_models.teacher_model.inference"
     return [
         "distillation.enabled=True",
@@ -138,7 +138,7 @@ def watch(process: psutil.Popen, metrics: Path) -> tuple[float, float, Counter]:
 
 
 def title(process: psutil.Process) -> str:
-    """What a process calls itself (`ray::...`, `VLLM::...`), or its program and first two arguments."""
+    """Return the name that a process gives itself (`ray::...`, `VLLM::...`), or its program and first two arguments."""
     try:
         words = process.cmdline()
     except psutil.Error:  # it has ended
@@ -155,7 +155,7 @@ def median_seconds(steps: list[dict]) -> dict[str, float]:
 
 
 def check_alive(arm: str, steps: list[dict]) -> None:
-    """Raises SystemExit unless every step of an arm has finite figures, other than 0, of what it learns from."""
+    """Raise SystemExit unless every step of an arm has finite figures, other than 0, of what it learns from."""
     for number, step in enumerate(steps, 1):
         for name in ALIVE[arm]:
             value = step.get(name)

@@ -90,7 +90,7 @@ class Shape:
 
     @property
     def length(self) -> int:
-        """The number of tokens of a sequence: prompt, image, the two marks around it, response."""
+        """Return the number of tokens of a sequence: prompt, image, the two marks around it, response."""
         return 2 * self.prompt_tokens + self.grid[0] * self.grid[1] // 4 + 2 + self.response_tokens
 
 
@@ -392,7 +392,7 @@ def measure(method: str, folder: Path, threads: int) -> None:
     imported |= children
     processes = [psutil.Process(pid) for pid in imported]
     loaded = sum(resident("VmRSS", pid) for pid in imported)
-    # This resets the kernel's high-water marks, so that they leave out the loading of the model.
+    # This resets the kernel's high-water marks, so that they exclude the loading of the model.
     for pid in imported:
         Path(f"/proc/{pid}/clear_refs").write_text("5")
     score(0)

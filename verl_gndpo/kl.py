@@ -3,24 +3,24 @@
 
 Both distributions are cut into k + 1 parts: the student's k most likely tokens, and one for all others. Merging tokens
 into one part can only lower a KL divergence, so that this is a lower bound of the exact one, grows with k, and is exact
-where k is the size of the vocabulary. Pure functions; `return_top_k` has the student compute its side, and
-`teacher.scoring` the teacher's.
+where k is the size of the vocabulary. The functions are pure. The student's side is
+`verl_patches.student_top_k`, the teacher's `teacher.scoring`.
 """
 
 import math
 
 import torch
 
-# Names of what the student's pass over a batch stores of each response token, for the teacher to read; and of the entry
-# of a batch that asks for it, which holds k.
+# Fields that the student's pass stores per response token for the teacher; and the entry of a batch that requests them,
+# which holds k.
 IDS, LOG_PROBS, REQUEST = "student_top_ids", "student_top_log_probs", "student_top_k"
 
-# What float32 can still tell from 0: a teacher for which a part is impossible would make the divergence infinite.
+# Smallest positive float32. A part that is impossible for the teacher would make the divergence infinite.
 _LEAST = torch.finfo(torch.float32).tiny
 
 
 def top_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most likely tokens, and the mass of all others.
+    """Return the k most likely tokens, and the mass of all others.
 
     Args:
         logits: (tokens, vocabulary), divided by the temperature.
@@ -37,11 +37,11 @@ def top_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(student || teacher) over k tokens and one part for all others.
+    """Return KL(student || teacher) over k tokens and one part for all others.
 
     Args:
-        student, teacher: (..., k + 1), log-probs of the same tokens and the log-mass of all others, nats. A token that
-            the teacher's vocabulary lacks has -inf there, and counts to the others.
+        student, teacher: (..., k + 1), log-probs of the same tokens and the log-mass of all others, nats. A token
+            that the teacher's vocabulary lacks has -inf there, and counts among the others.
 
     Returns:
         (...,), float32, nats, at least 0.

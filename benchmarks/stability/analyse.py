@@ -20,7 +20,7 @@ RESAMPLES = 10_000
 
 
 def table(runs: Iterable[dict]) -> pd.DataFrame:
-    """A row a run of the phase "test": regime, arm, seed, learning_rate and what it is judged by.
+    """Return one row per run of the phase "test": regime, arm, seed, learning_rate and outcomes.
 
     ``gap_closed`` is the primary outcome, ``gap_closed_end`` that of the last measurement, ``peak_drop`` the largest
     fall from the best accuracy so far, ``gradient_peak`` the greatest over the median gradient norm.
@@ -60,7 +60,7 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 def compare(runs: pd.DataFrame, arm: str, rival: str, outcome: str = "gap_closed") -> pd.DataFrame:
     """By regime, `arm` less `rival` over the seeds that both have: mean, 95 % interval, and the verdict.
 
-    A verdict is "wins" or "loses" where the interval leaves out 0, and else "-".
+    A verdict is "wins" or "loses" if the interval excludes 0, and otherwise "-".
     """
     rows = []
     for regime, part in runs.groupby("regime", sort=False):
@@ -86,7 +86,7 @@ def means(runs: pd.DataFrame, outcome: str) -> pd.DataFrame:
 
 
 def markdown(frame: pd.DataFrame, digits: int = 2) -> str:
-    """A table of Markdown; numbers rounded, the best of each column not marked: intervals decide, not digits."""
+    """Return a table in Markdown with rounded numbers. The best of a column is not marked, because intervals decide."""
 
     def cell(value) -> str:
         return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
@@ -98,7 +98,7 @@ def markdown(frame: pd.DataFrame, digits: int = 2) -> str:
 
 
 def _plot_means(runs: pd.DataFrame, ours: str, path: Path) -> None:
-    """The primary outcome of every arm with its interval: a panel a regime."""
+    """Plot the primary outcome of every arm with its interval, one panel per regime."""
     regimes = [regime for regime in plan.REGIMES if regime in set(runs["regime"])]
     arms = [arm for arm in plan.ARMS if arm in set(runs["arm"])]
     columns = min(4, len(regimes))
@@ -127,7 +127,7 @@ def _plot_means(runs: pd.DataFrame, ours: str, path: Path) -> None:
 
 
 def _plot_differences(runs: pd.DataFrame, arm: str, path: Path) -> None:
-    """`arm` less each of RIVALS, paired: a panel a rival, a row a regime; filled where the interval leaves out 0."""
+    """Plot paired differences of `arm` to each rival by regime. A point is filled if its interval excludes 0."""
     figure, grid = plt.subplots(1, len(plan.RIVALS), figsize=(10.8, 3.6), sharey=True, layout="constrained")
     for axes, rival in zip(grid, plan.RIVALS, strict=True):
         found = compare(runs, arm, rival)
@@ -146,7 +146,7 @@ def _plot_differences(runs: pd.DataFrame, arm: str, path: Path) -> None:
 
 
 def _plot_rates(runs: list[dict], path: Path) -> None:
-    """How much each arm depends on its learning rate, from the selection's runs."""
+    """Plot how the outcome of each arm depends on its learning rate, from the runs of the selection."""
     regimes = [r for r in plan.REGIMES if any(x["regime"] == r and x["phase"] == "selection" for x in runs)]
     columns = min(4, len(regimes))
     rows = -(-len(regimes) // columns)
@@ -180,7 +180,7 @@ def _plot_rates(runs: list[dict], path: Path) -> None:
 
 
 def verdict(runs: pd.DataFrame, plans: plan.Round) -> str:
-    """What became of a round's claim."""
+    """Return the verdict on a round's claim."""
     counts = [compare(runs, plans.ours, rival)["verdict"].value_counts() for rival in plan.RIVALS]
     parts = [
         f"wins against {rival} in {count.get('wins', 0)} regimes and loses in {count.get('loses', 0)}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """On-policy distillation in one process: sample, score with the teacher, turn into advantages, one update.
 
-What verl spreads over workers is here a function each, on the same modules of Hugging Face and with verl's own GSPO
+Each of verl's workers is a function here, on the same modules of Hugging Face and with verl's own GSPO
 loss, so that hundreds of short trainings fit on two cores. A prompt with its image is run once (`read_prompts`); its
 keys and values serve all responses to it, for sampling and for scoring.
 
@@ -90,13 +90,13 @@ class Rollout:
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Tokens of each response, shape (R,), int64."""
+        """Return the number of tokens of each response, (R,), int64."""
         return self.response_mask.sum(-1)
 
 
 @dataclass
 class Batch:
-    """What a signal may see of a step, all without gradients.
+    """The inputs of a signal for one step, all without gradients.
 
     Attributes:
         teacher_log_probs, old_log_probs: of the sampled tokens, shape (R, T), float32.
@@ -123,13 +123,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one training.
+    """Settings of one training.
 
     Attributes:
         steps: updates.
         learning_rate: constant.
         seed: of the order of prompts and of the sampling; the same in all arms makes them comparable in pairs.
-        prompts, n: prompts a step and responses to each.
+        prompts, n: number of prompts per step, and of responses to each.
         optimizer: "adamw" (betas 0.9 and 0.999, weight decay 0.01) or "sgd" (without momentum).
         grad_clip: bound of the gradient's norm; None for no clipping.
         temperature: of sampling and of all log-probs.
@@ -347,7 +347,7 @@ def make_batch(
     teacher: tuple[torch.Tensor, torch.Tensor],
     student: tuple[torch.Tensor, torch.Tensor],
 ) -> Batch:
-    """Put together what a signal may see of a step; `teacher` and `student` are what `score` returned."""
+    """Collect the inputs of a signal; `teacher` and `student` are results of `score`."""
     lengths = rollout.lengths
     rewards = torch.zeros(rollout.responses.shape)
     rewards[torch.arange(len(lengths)), lengths - 1] = task_rewards(problems, rollout)

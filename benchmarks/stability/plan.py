@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the study compares, and how: fixed before its seeds are run.
+"""The plan of the study, fixed before its seeds are run.
 
 Primary outcome of a run: gap closed, (accuracy - before) / (teacher - before), averaged over the measurements after the
 start, which rewards learning soon and not losing it again. Secondary: gap closed at the end, peak drop, gradient norms.
@@ -126,15 +126,15 @@ class Round:
     own_rates: tuple[str, ...] = ()
 
     def family(self, regime: str) -> str:
-        """The regime whose learning rates `regime` has."""
+        """Return the regime whose learning rates `regime` uses."""
         return regime if regime in self.own_rates else REGIMES[regime].family or regime
 
     def learning_rates(self, regime: str) -> tuple[float, ...]:
-        """The grid."""
+        """Return the grid of learning rates."""
         return self.adamw_rates if REGIMES[regime].optimizer == "adamw" else self.sgd_rates
 
     def seeds_of(self, regime: str, arm: str) -> tuple[int, ...]:
-        """Those that an arm has in a regime."""
+        """Return the seeds of an arm in a regime."""
         return self.seeds if ARMS[arm].contender else self.seeds[: 5 if regime in MAIN_TABLE else 3]
 
 
@@ -163,7 +163,7 @@ ROUNDS = {
 
 
 def settings(regime: Regime, learning_rate: float, seed: int, *, evaluate_on: str, steps: int = STEPS) -> Settings:
-    """What `loop.train` is told."""
+    """Return the settings of `loop.train`."""
     return Settings(
         steps=steps,
         learning_rate=learning_rate,
@@ -180,7 +180,7 @@ def settings(regime: Regime, learning_rate: float, seed: int, *, evaluate_on: st
 
 
 def corruption(regime: Regime) -> Callable[[Batch, torch.Generator], Batch] | None:
-    """What happens to the teacher's log-probs on their way to the signal; `full_kl` and the KL baseline don't see it.
+    """Return the corruption of the teacher's log-probs. `full_kl` and the KL baseline don't see it.
 
     None: nothing.
     """
@@ -198,7 +198,7 @@ def corruption(regime: Regime) -> Callable[[Batch, torch.Generator], Batch] | No
 
 
 def advantage(arm: Arm, seed: int, multiplier: float = 1.0) -> Callable[[Batch], torch.Tensor] | str:
-    """What `loop.train` takes: from a batch to advantages, by the estimators that a run of verl would use."""
+    """Return the function from a batch to advantages, by the estimators that a run of verl would use."""
     if arm.estimator == "full_kl":
         return "full_kl"
     generator = torch.Generator().manual_seed(seed)
@@ -238,8 +238,7 @@ def _estimate(estimator: str, stages: dict, batch: Batch) -> torch.Tensor:
 
 
 def fingerprint(regime: str, arm: str) -> str:
-    """A digest of all that is fixed here about the runs of an arm in a regime: others' results must not be taken for
-    them."""
+    """Return a digest of everything that fixes the runs of an arm in a regime, to detect results of another plan."""
     content = {
         "arm": [ARMS[arm].estimator, ARMS[arm].settings, ARMS[arm].multiplier],
         "regime": dataclasses.asdict(REGIMES[regime]),

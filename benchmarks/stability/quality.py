@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good each signal's gradient is at fixed weights: its variance over resampled batches, and its direction.
+"""Measure each signal's gradient at fixed weights: its variance over resampled batches, and its direction.
 
 The reference is the gradient of KL(student || teacher) over the whole vocabulary at the positions that the student has
 reached, averaged over all batches: what every estimator from sampled tokens stands in for.
@@ -42,7 +42,7 @@ def measure(out: Path, regimes: tuple[str, ...], batches: int = BATCHES) -> Path
 
 
 def _arms() -> list[str]:
-    """All that are not another arm times a constant."""
+    """Return all arms that are not another arm times a constant."""
     return [arm for arm in plan.ARMS if plan.ARMS[arm].multiplier == 1.0]
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the study's loop tell the truth? The same arms through verl's trainer, vLLM and the teacher worker.
+"""Compare the study's loop with real runs: the same arms through verl's trainer, vLLM and the teacher worker.
 
-    python -m benchmarks.stability.real_loop --out outputs/stability     # about 5 minutes an arm on two cores
+    python -m benchmarks.stability.real_loop --out outputs/stability     # about 5 minutes per arm on two cores
 
 Start point, prompts' distribution, batch, learning rate and optimizer are the same; sampled responses are not, so that
 verl's run is held against several seeds of the study's loop: accuracy while it learns, and signal and gradient norm of
@@ -75,7 +75,7 @@ def run_verl(arm: str, out: Path) -> list[dict]:
 
 
 def describe_verl(lines: list[dict]) -> dict:
-    """The figures that both loops have."""
+    """Return the figures that both loops have."""
     first = next(line["data"] for line in lines if line["step"] == 1)
     steps = [line["data"] for line in lines if "timing_s/step" in line["data"]]
     return {
@@ -89,7 +89,7 @@ def describe_verl(lines: list[dict]) -> dict:
 
 
 def run_in_process(models: world.World, arm: str, seed: int) -> dict:
-    """The same training in the study's loop."""
+    """Run the same training in the study's loop."""
     signal = read_signal_config({}, plan.ARMS[arm].estimator).signal
 
     def on_step(batch: loop.Batch, _) -> dict:

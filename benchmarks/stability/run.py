@@ -24,7 +24,7 @@ _state: dict = {}
 
 
 def read_runs(path: Path) -> list[dict]:
-    """The complete lines of a `runs.jsonl`, or of its `.gz`; [] where there is none."""
+    """Return the complete lines of a `runs.jsonl`, or of its `.gz`; [] if there is no such file."""
     if not path.exists():
         return []
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as source:
@@ -33,13 +33,13 @@ def read_runs(path: Path) -> list[dict]:
 
 
 def gap_closed(run: dict) -> float:
-    """The primary outcome: (accuracy - before) / (teacher - before), averaged over the measurements after the start."""
+    """Return the primary outcome: (accuracy - before) / (teacher - before), averaged over the later measurements."""
     (_, before), *later = run["accuracy"]
     return (statistics.mean(accuracy for _, accuracy in later) - before) / (run["teacher"] - before)
 
 
 def choose_rates(runs: Iterable[dict], plans: plan.Round) -> dict[tuple[str, str], float]:
-    """By (regime, arm), the rate of the round's grid with the best mean primary outcome over its selection's seeds."""
+    """Return the rate with the best mean primary outcome over the seeds of the selection, by (regime, arm)."""
     outcomes: dict[tuple, dict[float, list[float]]] = {}
     for run in runs:
         in_round = run["seed"] in plans.selection_seeds and run["learning_rate"] in plans.learning_rates(run["regime"])
@@ -50,7 +50,7 @@ def choose_rates(runs: Iterable[dict], plans: plan.Round) -> dict[tuple[str, str
 
 
 def mean_gain(runs: Iterable[dict], regime: str, learning_rate: float, seeds: Iterable[int]) -> float:
-    """Of gndpo's selection runs at that rate: what `opd_gain_matched` multiplies by."""
+    """Return the mean gain of gndpo's selection runs at that rate, the factor of `opd_gain_matched`."""
     gains = [
         run["gain"]
         for run in runs
@@ -67,7 +67,7 @@ def _start_worker(out: str, names: tuple[str, ...]) -> None:
 
 
 def _train(job: dict) -> dict:
-    """One training; the job and what came of it."""
+    """Run one training, and return the job with its result."""
     began = time.perf_counter()
     regime, arm = plan.REGIMES[job["regime"]], plan.ARMS[job["arm"]]
     evaluate_on = "validation" if job["phase"] == "selection" else "test"

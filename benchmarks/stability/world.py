@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stability study trains and measures on: the quickstart's teacher, students of four qualities, problems.
+"""Models and problems of the stability study: the quickstart's teacher, students of four qualities, problems.
 
 A start point is the quickstart's student, fine-tuned on responses of somebody who mostly sees one pip too few on
 certain dice and reads all others right (`STARTS`). Its greedy accuracy follows from how many problems ask for one of
@@ -27,8 +27,8 @@ from examples.quickstart.pretrain import Problems
 TRAIN_PROBLEMS, VALIDATION_PROBLEMS, TEST_PROBLEMS, TRAIN_SEED = 2048, 256, 448, 2
 CARELESSNESS = 0.7
 TOLERANCE = 0.04
-"""How far a start point's accuracy may be from its share. Start 40 was measured 0.003 to 0.013 below it, over other
-seeds of the models and ATEN_CPU_CAPABILITY default, avx2 and avx512."""
+"""Largest difference between a start point's accuracy and its share. Start 40 was measured 0.003 to 0.013 below it,
+over other seeds of the models and ATEN_CPU_CAPABILITY default, avx2 and avx512."""
 DEGRADED_STRENGTH = 2.25
 """The strength of `degrade` that `World.degraded` has: the teacher solves about 0.7 of such problems."""
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a teacher can score a student's tokens, decided from the two model folders. No weights are loaded.
+"""Decide from two model folders whether a teacher can score a student's tokens. Loads no weights.
 
-The teacher gets the student's own token ids and pixel values. So an id has to mean the same token to both, and both
-have to cut an image into the same patches; everything else, such as the chat template, only says how close the
-teacher's training was to what it is going to see.
+The teacher gets the student's own token ids and pixel values. Both models must therefore map ids to the same tokens and
+cut images into the same patches. Other differences, such as the chat template, only mean that the teacher was trained
+on somewhat different inputs.
 """
 
 import json
@@ -24,11 +24,11 @@ torchvision_ops.install()
 
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer  # noqa: E402
 
-# What the vision half's config says of its input. `image_size` is there where images have one size.
+# Settings of a vision config that describe its input. Only models with images of one size have `image_size`.
 VISION_KEYS = ("patch_size", "spatial_merge_size", "temporal_patch_size", "image_size", "in_channels")
-# What of an image processor decides the patches, the values in them and their number. A worker gets the student's
-# pixels whatever the last ones say, but a teacher made for other sizes is another teacher, and a server cuts images
-# itself.
+# Settings of an image processor that determine the patches, their values and their number. A worker gets the student's
+# pixels regardless of the last ones. But a teacher for other sizes was trained on other inputs, and a server cuts
+# images itself.
 IMAGE_KEYS = (
     "patch_size",
     "merge_size",
@@ -48,7 +48,7 @@ IMAGE_KEYS = (
     "max_patches",
 )
 
-# Where tokenizers differ: words, digits, code, formulas, whitespace, other scripts, emoji.
+# Texts on which tokenizers differ: words, digits, code, formulas, whitespace, other scripts, emoji.
 PROBES = (
     "Find the measure of angle ABC. It is 42.5 degrees, isn't it?",
     "def f(x):\n\treturn {'a': x ** 2, \"b\": [1234567890]}\n\n\n",
@@ -64,7 +64,7 @@ class ModelNotFound(ValueError):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a model folder says of its input."""
+    """The parts of a model folder that describe the model's input."""
 
     name: str
     config: Any
@@ -78,31 +78,31 @@ class ModelFiles:
 
     @property
     def vision(self) -> Any | None:
-        """The part of the config that describes the vision tower; None for a text-only model."""
+        """Return the part of the config that describes the vision tower; None for a text-only model."""
         return family_of(self.config).vision_config_of(self.config)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: the tokenizer's length plus padding."""
+        """Return the number of rows of the embedding: the tokenizer's length plus padding."""
         return self.config.get_text_config().vocab_size
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which the teacher is not like the student."""
+    """One difference between teacher and student."""
 
     topic: str
     """tokenizer, vocabulary, special tokens, images or chat template."""
 
     detail: str
-    """What differs, with both values."""
+    """The difference, with both values."""
 
     fatal: bool
-    """Whether the teacher's scores would be wrong or impossible, rather than just of a less fitting teacher."""
+    """True if scores would be wrong or impossible. Otherwise the teacher only fits less well."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether verl copies a path from elsewhere (hdfs:// and the like), so that it can't be looked at here."""
+    """Return True if verl copies a path from another system (such as hdfs://), so that it can't be read here."""
     return re.match(r"[a-z][a-z0-9]*://", path) is not None
 
 
@@ -183,9 +183,9 @@ def _cannot_read(role: str, part: str, path: str, error: Exception) -> str:
 
 
 def compare(student: ModelFiles, teacher: ModelFiles) -> list[Difference]:
-    """Everything in which the teacher's input differs from the student's; empty if nothing does.
+    """Return all differences between the inputs of teacher and student.
 
-    A vocabulary padded to another size is no difference, as long as it holds all of the tokenizer's tokens.
+    Vocabularies that are padded to different sizes are equal if both hold all of the tokenizer's tokens.
     """
     return [
         *_compare_tokenizers(student, teacher),
@@ -326,7 +326,7 @@ def _compare_images(student: ModelFiles, teacher: ModelFiles) -> Iterator[Differ
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it, whichever of transformers' classes it comes in."""
+    """Return a setting in the form that JSON has, from any of transformers' classes."""
     if isinstance(value, tuple):
         return list(value)
     # SizeDict is a mapping-like dataclass that lists the fields of every kind of size.

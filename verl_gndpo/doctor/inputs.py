@@ -39,7 +39,7 @@ class Inputs:
 
     @cached_property
     def settings(self) -> Settings:
-        """The sections `algorithm.gndpo` and `teacher` of a run that uses one of this project's estimators."""
+        """Return the sections `algorithm.gndpo` and `teacher` of a run with one of this project's estimators."""
         signal = teacher = None
         problems = []
         try:

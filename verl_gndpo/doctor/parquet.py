@@ -73,7 +73,7 @@ class DataFile:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns."""
+        """Return the names of the columns."""
         return self._schema.names
 
     @property
@@ -83,7 +83,7 @@ class DataFile:
 
     @cached_property
     def labels(self) -> set[Label]:
-        """The different labels of all rows."""
+        """Return the distinct labels of all rows."""
         labels: set[Label] = set()
         with pq.ParquetFile(self._path) as file:
             leaves = {file.schema.column(i).path for i in range(file.metadata.num_columns)}

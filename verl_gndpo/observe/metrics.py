@@ -71,7 +71,7 @@ class Tokens:
 
     @property
     def gain(self) -> float | None:
-        """The factor that the scale multiplied by, 1/(unit of k); None if it differs between rows, or has none."""
+        """Return the factor of the scale, 1/(unit of k); None if rows differ in it, or for scale=rank."""
         if self._trace.gain is None:
             return None
         first, *others = np.unique(self._trace.gain[self.counts > 0])

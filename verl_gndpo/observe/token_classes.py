@@ -22,7 +22,7 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 def classify_vocabulary(
     texts: Sequence[str], special: Collection[int], eos: Collection[int], placeholders: Collection[int]
 ) -> np.ndarray:
-    """The kind of every id, as far as the id alone tells.
+    """Return the class of every id, as far as the id alone determines it.
 
     Args:
         texts: each id's token, decoded.

@@ -29,7 +29,7 @@ class PromptGroup:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that the language model runs for this group."""
+        """Return the number of tokens that the language model runs for this group."""
         return self.prompt + sum(self.responses)
 
 
@@ -174,7 +174,7 @@ def alike(lengths: Sequence[int]) -> list[list[int]]:
 
 
 class Layout:
-    """Where in the row of a micro-batch each prompt and each response stands.
+    """The places of prompts and responses in the row of a micro-batch.
 
     Args:
         groups: in their order in the row.
