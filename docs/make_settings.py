@@ -9,7 +9,7 @@ from pathlib import Path
 
 from verl_gndpo.advantage import BOUNDS
 from verl_gndpo.config import TeacherSection, declared_settings, default_groups, gndpo_section
-from verl_gndpo.presets import PRESETS
+from verl_gndpo.presets import PRESETS, RECIPE
 from verl_gndpo.setting import Setting
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -24,9 +24,11 @@ HEAD = """\
 
 {presets}.
 
-With any other estimator verl behaves as if this plugin were not installed. `+gndpo=default` and `+teacher=worker` (or
-`+teacher=server`) bring all settings of the two sections into a config. Without these groups, put a `+` before a key
-that is new to the config: `+teacher.model.path=...`.
+With any other estimator verl behaves as if this plugin were not installed.
+
+`+recipe=gndpo` brings the whole published method into a config, estimator included; its table is below.
+`+gndpo=default` and `+teacher=worker` (or `+teacher=server`) bring all settings of this project's two sections. Without
+these groups, put a `+` before a key that is new to the config: `+teacher.model.path=...`.
 
 An unknown key is an error that names the nearest known one. A value out of range is an error before anything is
 started.
@@ -64,6 +66,22 @@ def meaning(key: str, declared: Setting) -> str:
     return prefix + doc + (f" null: {declared.null}." if declared.null else "")
 
 
+RECIPE_HEAD = """\
+The settings of verl in the published runs that define the update of a batch. As with any group of Hydra, what a command
+gives itself wins, wherever it stands. `verl-gndpo doctor` lists the differences of a config and the overrides that
+remove them. Batch size, learning rate, lengths and the frozen vision tower are in `examples/run_qwen2_5vl_gndpo.sh`.
+"""
+
+
+def recipe() -> str:
+    """Return the published recipe as a Markdown table."""
+    lines = ["## `+recipe=gndpo`", "", RECIPE_HEAD, "| key | published |", "|---|---|"]
+    for key, value in RECIPE.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        lines.append(f"| `{key}` | `{text}` |")
+    return "\n".join(lines) + "\n"
+
+
 def page() -> str:
     """Return the whole page."""
     presets = ", ".join(f"`{name}`" for name in PRESETS)
@@ -75,6 +93,7 @@ def page() -> str:
     return "\n".join(
         [
             HEAD.format(presets=presets),
+            recipe(),
             table("algorithm.gndpo", gndpo_section(), signal),
             table("teacher", TeacherSection, teacher),
         ]

@@ -20,7 +20,7 @@ VAL_FILE=${VAL_FILE:-$DATA_DIR/test.parquet}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen2_5vl_gndpo}
 ESTIMATOR=${ESTIMATOR:-gndpo}                 # gndpo, opd, another preset of docs/signal.md, or any of verl's own
 
-BATCH=${BATCH:-32}                            # prompts per step; one update per step, strictly on-policy
+BATCH=${BATCH:-32}                            # prompts per step, and per update
 N=${N:-16}                                    # responses per prompt
 LR=${LR:-1e-6}
 EPOCHS=${EPOCHS:-1}
@@ -57,18 +57,12 @@ mkdir -p "$OUTPUT_DIR"
 export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$OUTPUT_DIR/metrics.jsonl}
 
 OVERRIDES=(
-    # The method: log-ratios to the teacher, whitened over the batch, with GSPO and seq-mean-token-mean.
+    # The method, as published: signal, loss, one update per batch, no KL and no entropy term.
+    +recipe=gndpo
     algorithm.adv_estimator="$ESTIMATOR"
     +gndpo=default
     +teacher=worker
     teacher.model.path="$TEACHER"
-    actor_rollout_ref.actor.policy_loss.loss_mode=gspo
-    actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
-    actor_rollout_ref.actor.clip_ratio_low=0.2
-    actor_rollout_ref.actor.clip_ratio_high=0.2
-    actor_rollout_ref.actor.use_kl_loss=False
-    actor_rollout_ref.actor.entropy_coeff=0
-    algorithm.use_kl_in_reward=False
 
     data.train_files="$TRAIN_FILE"
     data.val_files="$VAL_FILE"
@@ -85,7 +79,6 @@ OVERRIDES=(
     actor_rollout_ref.actor.freeze_vision_tower="$FREEZE_VISION"
     actor_rollout_ref.actor.optim.lr="$LR"
     actor_rollout_ref.actor.grad_clip=1.0
-    actor_rollout_ref.actor.ppo_mini_batch_size="$BATCH"
     actor_rollout_ref.actor.use_dynamic_bsz=True
     actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$TOKENS_PER_GPU"
 

@@ -11,14 +11,14 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_gndpo.advantage import BASELINES, BOUNDS, SCALES, Signal
 from verl_gndpo.platforms import without_accelerator
-from verl_gndpo.presets import PRESETS
+from verl_gndpo.presets import PRESETS, RECIPE
 from verl_gndpo.setting import Setting, of, setting
 
 EVERY_SAMPLE = "*"
@@ -465,12 +465,17 @@ def _differs(one: Any, other: Any, key: str) -> bool:
 
 
 def default_groups() -> dict[tuple[str, str], dict[str, Any]]:
-    """Return Hydra's config groups of this project by (group, name): all settings with their defaults.
+    """Return Hydra's config groups of this project by (group, name).
 
-    `+gndpo=default` belongs into `algorithm.gndpo`, `+teacher=worker` and `+teacher=server` into `teacher`.
+    `+gndpo=default` belongs into `algorithm.gndpo`, `+teacher=worker` and `+teacher=server` into `teacher`. They hold
+    all settings with their defaults. `+recipe=gndpo` belongs into the whole config, and holds settings of verl.
     """
     teacher = _defaults(TeacherSection)
+    recipe = OmegaConf.create()
+    for key, value in RECIPE.items():
+        OmegaConf.update(recipe, key, value)
     return {
+        ("recipe", "gndpo"): as_dict(recipe, resolve=False),
         ("gndpo", "default"): _defaults(gndpo_section()),
         ("teacher", "worker"): teacher,
         ("teacher", "server"): teacher | {"backend": "server", "placement": "dedicated"},
@@ -481,13 +486,16 @@ def _defaults(schema: type) -> dict[str, Any]:
     return as_dict(OmegaConf.structured(schema))
 
 
-def as_dict(section: Any) -> dict[str, Any]:
-    """Return a section of an OmegaConf config, interpolations resolved, as dicts and lists.
+def as_dict(section: Any, *, resolve: bool = True) -> dict[str, Any]:
+    """Return a section of an OmegaConf config as dicts and lists.
+
+    Args:
+        resolve: put values in the place of interpolations.
 
     Raises:
         TypeError: it is not a section but a list or a value.
     """
-    container = OmegaConf.to_container(section, resolve=True)
+    container = OmegaConf.to_container(section, resolve=resolve)
     if not isinstance(container, dict):
         raise TypeError(f"a section of settings is expected, got {section!r}")
     return {str(key): value for key, value in container.items()}
@@ -659,3 +667,78 @@ def uses_gndpo(config: Any) -> bool:
     """Return True if a verl config selects one of this project's estimators."""
     name = config.algorithm.adv_estimator
     return getattr(name, "value", name) in PRESETS
+
+
+class Ignored(NamedTuple):
+    """One setting of verl that means nothing to our estimators, so that a run proceeds without it."""
+
+    key: str
+    value: Any
+    instead: Any
+    why: str
+
+
+def ignored_settings(config: Any, signal: GNDPOConfig) -> list[Ignored]:
+    """Return the settings of verl that are on in a config and that a run of ours turns off.
+
+    Args:
+        config: verl's whole config, with one of our estimators.
+        signal: its section `algorithm.gndpo`.
+    """
+    off: dict[str, tuple[Any, str]] = {
+        "algorithm.use_kl_in_reward": (
+            False,
+            "advantages come from the teacher, not from a reward that a penalty could change "
+            "(actor_rollout_ref.actor.use_kl_loss=True adds a KL loss)",
+        ),
+        "trainer.critic_warmup": (0, "there is no critic to warm up, and the student would not learn meanwhile"),
+        "actor_rollout_ref.actor.use_prefix_grouper": (False, "verl's v1 trainers never read it"),
+    }
+    # A sampler of the user's own decides itself what to filter.
+    if not signal.task_reward.coef and not OmegaConf.select(config, "trainer.v1.sampler.custom_sampler.path"):
+        off["algorithm.filter_groups.enable"] = (
+            False,
+            "it drops groups by their rewards, which are only logged here, and waits forever if they never differ",
+        )
+    values = {key: OmegaConf.select(config, key) for key in off}
+    return [Ignored(key, value, *off[key]) for key, value in values.items() if value]
+
+
+class Difference(NamedTuple):
+    """One setting that is not as in the published runs."""
+
+    key: str
+    value: Any
+    published: Any
+
+
+def recipe_differences(config: Any) -> list[Difference]:
+    """Return all differences of a config from the published recipe of GNDPO.
+
+    The signal counts where `algorithm.adv_estimator=gndpo` claims it. A run with another estimator of ours has chosen
+    another signal, so that only the rest is compared.
+
+    Args:
+        config: verl's whole config, with one of our estimators and a valid section `algorithm.gndpo`.
+    """
+    own = str(getattr(config.algorithm.adv_estimator, "value", config.algorithm.adv_estimator))
+    asynchronous = config.trainer.v1.trainer_mode == "separate_async"
+    found = []
+    for key, published in RECIPE.items():
+        if key == "algorithm.adv_estimator" or (".separate_async." in key and not asynchronous):
+            continue
+        if isinstance(published, str) and published.startswith("${"):
+            published = OmegaConf.select(config, published[2:-1])
+        found.append(Difference(key, OmegaConf.select(config, key), published))
+    if own == RECIPE["algorithm.adv_estimator"]:
+        section = _read("algorithm.gndpo", gndpo_section(), _get(config.algorithm, "gndpo"))
+        plain = gndpo_section()()
+        signal = _resolve_signal(plain, own, PRESETS[own]).signal
+        stages = {key: getattr(signal, key) for key in STAGES} | dict(signal.parameters)
+        others = {"preset": own, "std_floor": plain.std_floor, "gain_limit": plain.gain_limit}
+        for key, published in {**stages, **others}.items():
+            value = getattr(section, key)
+            found.append(Difference(f"algorithm.gndpo.{key}", published if value is None else value, published))
+        coef = section.task_reward.coef
+        found.append(Difference("algorithm.gndpo.task_reward.coef", coef, plain.task_reward.coef))
+    return [difference for difference in found if difference.value != difference.published]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offer this project's config groups to Hydra: `+teacher=worker`, `+teacher=server`, `+gndpo=default`."""
+"""Offer this project's config groups to Hydra: `+recipe=gndpo`, `+gndpo=default`, `+teacher=worker`."""
 
 from types import ModuleType
 
@@ -26,6 +26,6 @@ def store_groups() -> None:
 
     from verl_gndpo.config import default_groups
 
-    packages = {"gndpo": "algorithm.gndpo", "teacher": "teacher"}
+    packages = {"gndpo": "algorithm.gndpo", "teacher": "teacher", "recipe": "_global_"}
     for (group, name), node in default_groups().items():
         ConfigStore.instance().store(group=group, name=name, node=node, package=packages[group], provider="verl-gndpo")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published signals by name, as stages of `algorithm.gndpo`. Each is an `algorithm.adv_estimator`, too."""
+"""What is published: signals by name, and the recipe in which GNDPO's own signal was used.
+
+Each signal gives stages of `algorithm.gndpo`, and is an `algorithm.adv_estimator`, too.
+"""
 
 from typing import Any
 
@@ -27,3 +30,28 @@ PRESETS: dict[str, dict[str, Any]] = {
     # vOPD, arXiv 2605.07865.
     "v_opd": {"bound": "none", "baseline": "kl", "scale": "none"},
 }
+
+RECIPE: dict[str, Any] = {
+    "algorithm.adv_estimator": "gndpo",
+    "algorithm.use_kl_in_reward": False,
+    # The student's log-probs are those of the training engine, and no token is weighted or dropped.
+    "algorithm.rollout_correction.bypass_mode": False,
+    "algorithm.rollout_correction.rollout_is": None,
+    "algorithm.rollout_correction.rollout_rs": None,
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "gspo",
+    "actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-mean",
+    "actor_rollout_ref.actor.clip_ratio_low": 0.2,
+    "actor_rollout_ref.actor.clip_ratio_high": 0.2,
+    "actor_rollout_ref.actor.use_kl_loss": False,
+    "actor_rollout_ref.actor.entropy_coeff": 0,
+    # One update per batch, and new weights for every batch.
+    "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": "${data.train_batch_size}",
+    "trainer.v1.separate_async.parameter_sync_step": 1,
+    "actor_rollout_ref.rollout.temperature": 1.0,
+}
+"""Settings of verl in the published runs of GNDPO, by their full keys: `+recipe=gndpo`.
+
+They define the update of a batch. Sizes, learning rate and the frozen vision tower are those of the run's models and
+data: examples/run_qwen2_5vl_gndpo.sh sets them.
+"""

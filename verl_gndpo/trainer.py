@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl import DataProto
@@ -25,7 +25,15 @@ from verl.workers.utils.padding import response_to_nested
 
 from verl_gndpo.advantage import SignalState, Trace
 from verl_gndpo.checkpoint import load_state, save_state, step_folder
-from verl_gndpo.config import GNDPOConfig, Signal, TeacherConfig, read_signal_config, read_teacher_config, uses_gndpo
+from verl_gndpo.config import (
+    GNDPOConfig,
+    Signal,
+    TeacherConfig,
+    ignored_settings,
+    read_signal_config,
+    read_teacher_config,
+    uses_gndpo,
+)
 from verl_gndpo.doctor.run import raise_on_errors
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.observe.monitor import SignalMonitor
@@ -84,7 +92,10 @@ class GNDPOTrainerMixin(_Trainer):
 
     def _prepare(self, config: DictConfig) -> None:
         """Change verl's config where our settings ask for more than an advantage estimator."""
-        signal = read_signal_config(config.algorithm, config.algorithm.adv_estimator).signal
+        gndpo = read_signal_config(config.algorithm, config.algorithm.adv_estimator)
+        signal = gndpo.signal
+        for ignored in ignored_settings(config, gndpo):
+            OmegaConf.update(config, ignored.key, ignored.instead)
         if self.teacher_config.backend == "server":
             use_servers(config, self.teacher_config)
         freeze_tower_in_actor(config.actor_rollout_ref)

@@ -11,7 +11,7 @@ from verl_gndpo.doctor.data import check_data, check_rewards, check_routing
 from verl_gndpo.doctor.environment import check_accelerator, check_plugin, check_verl, check_versions
 from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.models import check_models
-from verl_gndpo.doctor.settings import check_estimator, check_settings, check_verl_settings
+from verl_gndpo.doctor.settings import check_estimator, check_recipe, check_settings, check_verl_settings
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def run_checks(config: Any = None) -> list[Check]:
     if plugin[0].status != "error":
         checks += [*check_estimator(config), *check_verl_settings(config)]
         if uses_gndpo(config):
-            checks += [*check_settings(inputs), *check_models(config), *check_routing(inputs)]
+            checks += [*check_settings(inputs), *check_recipe(inputs), *check_models(config), *check_routing(inputs)]
     return [*checks, *check_data(inputs), *check_rewards(inputs)]
 
 

@@ -9,11 +9,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from verl_gndpo.config import TRAINER_MODES, ConfigError, TeacherConfig, WorstTokens
+from verl_gndpo.config import (
+    TRAINER_MODES,
+    ConfigError,
+    GNDPOConfig,
+    TeacherConfig,
+    WorstTokens,
+    ignored_settings,
+    recipe_differences,
+)
 from verl_gndpo.doctor.check import Check, describe_error, select
 from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.observe.worst_tokens import why_not_writable
-from verl_gndpo.platforms import without_accelerator
+from verl_gndpo.platforms import HOST_BACKEND, without_accelerator
 from verl_gndpo.presets import PRESETS
 
 
@@ -52,21 +60,22 @@ def check_verl_settings(config: Any) -> list[Check]:
 
 
 def check_settings(inputs: Inputs) -> list[Check]:
-    """Check `algorithm.gndpo` and `teacher`, and refuse settings of verl that do not go with them."""
+    """Check `algorithm.gndpo` and `teacher`, and name settings of verl that do not go with them."""
     config, (signal, teacher, problems) = inputs.config, inputs.settings
-    errors = [Check("settings", "error", problem) for problem in problems]
+    found = [Check("settings", "error", problem) for problem in problems]
 
     def error(detail: str, remedy: str) -> None:
-        errors.append(Check("settings", "error", detail, remedy))
+        found.append(Check("settings", "error", detail, remedy))
 
     if teacher is not None:
-        errors += _check_servers(config, teacher) if teacher.backend == "server" else _check_ranks(config, teacher)
+        found += _check_servers(config, teacher) if teacher.backend == "server" else _check_ranks(config, teacher)
     if signal is not None:
-        errors += _check_worst_tokens(signal.worst_tokens)
+        found += _check_worst_tokens(signal.worst_tokens)
+        found += _check_ignored(config, signal)
         if signal.signal.baseline == "kl":
-            errors += _check_kl(config, teacher)
+            found += _check_kl(config, teacher)
         if signal.task_reward.coef:
-            errors += _check_task_reward(signal.task_reward.estimator)
+            found += _check_task_reward(signal.task_reward.estimator)
     if select(config, "gndpo") is not None:
         error("nothing reads the section gndpo at the top level", "move its keys to algorithm.gndpo")
     if not config.trainer.use_v1:
@@ -74,25 +83,105 @@ def check_settings(inputs: Inputs) -> list[Check]:
     mode = config.trainer.v1.trainer_mode
     if mode not in TRAINER_MODES:
         error(f"trainer.v1.trainer_mode={mode} is not supported", f"one of {', '.join(TRAINER_MODES)}")
-    if config.algorithm.use_kl_in_reward:
-        detail = "algorithm.use_kl_in_reward=True: the teacher's log-ratio replaces the reward and the penalty in it"
-        error(detail, "algorithm.use_kl_in_reward=False; actor_rollout_ref.actor.use_kl_loss=True adds a KL loss")
+    elif mode == "separate_async":
+        found += _check_separate_async(config)
     if select(config, "distillation.enabled"):
         detail = "distillation.enabled=True: verl would add its own distillation to this one"
         error(detail, "distillation.enabled=False, or one of verl's estimators")
     if select(config, "critic.enable"):
         error("critic.enable=True: this estimator does not use a critic", "critic.enable=False or null")
-    errors += _check_frozen_tower(config.actor_rollout_ref.actor)
-    return errors or [_describe_loss(config.actor_rollout_ref.actor)]
+    found += _check_frozen_tower(config.actor_rollout_ref.actor)
+    found += _check_sampling(config.actor_rollout_ref.rollout)
+    return found or [Check("settings", "ok", "algorithm.gndpo and teacher go with the rest of the config")]
 
 
-def _describe_loss(actor: Any) -> Check:
-    """Name the actor's loss and aggregation, and note where they differ from the published ones."""
-    loss_mode, loss_agg_mode = select(actor, "policy_loss.loss_mode"), actor.loss_agg_mode
-    note = "" if loss_mode == "gspo" else "; the published loss is gspo"
-    if loss_mode == "gspo" and loss_agg_mode != "seq-mean-token-mean":
-        note = "; the published aggregation is seq-mean-token-mean"
-    return Check("settings", "ok", f"actor's loss_mode={loss_mode}, loss_agg_mode={loss_agg_mode}{note}")
+def check_recipe(inputs: Inputs) -> list[Check]:
+    """List all differences from the published recipe, and the overrides that remove them."""
+    signal = inputs.settings.signal
+    if signal is None:
+        return []
+    differences = recipe_differences(inputs.config)
+    if not differences:
+        return [Check("recipe", "ok", f"as published, with the signal {signal.preset}")]
+
+    def text(value: Any) -> str:
+        return "null" if value is None else str(value)
+
+    found = [f"{key}={text(value)} ({text(published)})" for key, value, published in differences]
+    overrides = " ".join(f"{key}={text(published)}" for key, _, published in differences)
+    remedy = (
+        "+recipe=gndpo sets verl's settings as published, except those that the command gives itself; at the end of "
+        f"the command, {overrides} sets them all"
+    )
+    return [Check("recipe", "warning", f"not as published (in brackets): {', '.join(found)}", remedy)]
+
+
+def _check_ignored(config: Any, signal: GNDPOConfig) -> list[Check]:
+    """Name the settings of verl that the run turns off, and a filter that it keeps and that may never end."""
+    found = []
+    for key, value, instead, why in ignored_settings(config, signal):
+        found.append(Check("settings", "warning", f"{key}={value} is ignored: {why}", f"{key}={instead}"))
+    if select(config, "algorithm.filter_groups.enable") and signal.task_reward.coef:
+        detail = (
+            "algorithm.filter_groups.enable=True replaces every group whose rewards are equal, without a limit: the "
+            "run takes no step if they never differ"
+        )
+        found.append(Check("settings", "warning", detail, "algorithm.filter_groups.enable=False"))
+    return found
+
+
+def _check_sampling(rollout: Any) -> list[Check]:
+    """Warn where responses are not sampled from the distribution whose log-probs are compared with the teacher's."""
+    off = {"top_p": 1.0} if rollout.top_p < 1 else {}
+    off |= {"top_k": -1} if rollout.top_k > 0 else {}
+    return [
+        Check(
+            "settings",
+            "warning",
+            f"actor_rollout_ref.rollout.{key}={rollout[key]} never samples the student's less likely tokens, but their "
+            "probability counts in the log-ratio to the teacher, whose mean is then not the reverse KL divergence",
+            f"actor_rollout_ref.rollout.{key}={value}",
+        )
+        for key, value in off.items()
+    ]
+
+
+def _check_separate_async(config: Any) -> list[Check]:
+    """Check what verl's trainer `separate_async` asserts when it is created (trainer_separate_async.py)."""
+    rollout, reward_model = config.actor_rollout_ref.rollout, config.reward.reward_model
+    steps, batch = config.trainer.v1.separate_async.parameter_sync_step, config.data.train_batch_size
+    mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    found = []
+    if batch != steps * mini:
+        whole, rest = divmod(batch, max(mini, 1))
+        found.append(
+            (
+                f"data.train_batch_size={batch} is not trainer.v1.separate_async.parameter_sync_step={steps} times "
+                f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}",
+                f"data.train_batch_size={steps * mini}"
+                if rest or not whole
+                else f"trainer.v1.separate_async.parameter_sync_step={whole}",
+            )
+        )
+    for key in ("nnodes", "n_gpus_per_node"):
+        if not rollout[key] > 0:
+            detail = f"actor_rollout_ref.rollout.{key}={rollout[key]}: the rollout needs GPUs of its own"
+            found.append((detail, f"actor_rollout_ref.rollout.{key}=1, or more"))
+    if rollout.checkpoint_engine.backend == "naive":
+        engine = "actor_rollout_ref.rollout.checkpoint_engine"
+        remedy = f"{engine}.backend=nccl"
+        if without_accelerator():
+            module = "verl_gndpo.platforms.host_checkpoint_engine"
+            remedy = f"{engine}.backend={HOST_BACKEND} {engine}.custom_backend_module={module}"
+        found.append((f"{engine}.backend=naive can't send weights to other processes", remedy))
+    if reward_model.enable and not reward_model.enable_resource_pool:
+        found.append(
+            (
+                "reward.reward_model.enable_resource_pool=False: the rollout never leaves its GPUs to a reward model",
+                "reward.reward_model.enable_resource_pool=True, with nnodes and n_gpus_per_node of its own",
+            )
+        )
+    return [Check("settings", "error", f"trainer.v1.trainer_mode=separate_async: {d}", r) for d, r in found]
 
 
 def _check_servers(config: Any, teacher: TeacherConfig) -> list[Check]:

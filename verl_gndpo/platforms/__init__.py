@@ -3,6 +3,9 @@
 
 import os
 
+HOST_BACKEND = "host_file"
+"""Name of the checkpoint engine in host_checkpoint_engine.py."""
+
 
 def without_accelerator() -> bool:
     """Return whether this process belongs to a run on CPUs only.

@@ -22,11 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 
+from verl_gndpo.platforms import HOST_BACKEND
+
 SHARED_MEMORY = "/dev/shm"
 WAIT_S = 600
 
 
-@CheckpointEngineRegistry.register("host_file")
+@CheckpointEngineRegistry.register(HOST_BACKEND)
 class HostFileCheckpointEngine(CheckpointEngine):
     """Actor rank 0 writes all weights to one file; each rollout worker reads them from it."""
 

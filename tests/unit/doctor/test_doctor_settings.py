@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings that don't go together: each problem names what, where and what to do."""
 
+import re
+
+import hydra
 import pytest
 import torch
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 
+from tests.helpers import verl_config
 from tests.unit.doctor.helpers import SERVER, errors, expect
+from verl_gndpo.config import ignored_settings, recipe_differences
 from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.run import run_checks
-from verl_gndpo.doctor.settings import check_estimator, check_settings, check_verl_settings
+from verl_gndpo.doctor.settings import check_estimator, check_recipe, check_settings, check_verl_settings
 from verl_gndpo.estimators import compute_log_ratio_advantage
 
 
@@ -79,7 +86,6 @@ def test_what_verl_itself_refuses_is_told_in_one_line(make_config):
         ("gndpo.clip=3", ["nothing reads the section gndpo at the top level", "algorithm.gndpo"]),
         ("trainer.use_v1=False", ["trainer.use_v1=True"]),
         ("trainer.v1.trainer_mode=asinc", ["trainer_mode=asinc", "sync, colocate_async, separate_async"]),
-        ("algorithm.use_kl_in_reward=True", ["algorithm.use_kl_in_reward=False", "use_kl_loss"]),
         ("distillation.enabled=True", ["distillation.enabled=False"]),
         ("critic.enable=True", ["critic.enable=False"]),
         ("teacher.ulysses_sequence_parallel_size=2", ["size=2 does not divide the teacher's 1 GPUs"]),
@@ -185,9 +191,179 @@ def test_a_frozen_vision_tower_needs_a_strategy_that_can_freeze_it(make_config, 
         assert not errors(checks)
 
 
-def test_another_loss_than_the_published_one_is_a_note(make_config):
-    actor = "actor_rollout_ref.actor."
-    expect(check_settings(Inputs(make_config(actor + "loss_agg_mode=token-mean"))), "ok", "token-mean; the published")
-    expect(
-        check_settings(Inputs(make_config(actor + "policy_loss.loss_mode=vanilla"))), "ok", "the published loss is gspo"
+def apply(config, overrides):
+    """Return the config with overrides at the end of its command. As for Hydra, the keys must exist."""
+    for override in overrides:
+        path, key = override.split("=")[0].rsplit(".", 1)
+        assert key in OmegaConf.select(config, path), override
+    return OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+
+
+def overrides_in(text):
+    return re.findall(r"[\w.]+=[\w.-]+", text)
+
+
+IGNORED = {
+    "algorithm.use_kl_in_reward": "True",
+    "trainer.critic_warmup": "5",
+    "actor_rollout_ref.actor.use_prefix_grouper": "True",
+    "algorithm.filter_groups.enable": "True",
+}
+
+
+@pytest.mark.parametrize("key", IGNORED)
+def test_what_has_no_meaning_is_told_and_turned_off(make_config, make_trainer, key):
+    override = f"{key}={IGNORED[key]}"
+    checks = [c for c in check_settings(Inputs(make_config(override)))]
+    check = expect(checks, "warning", f"{override} is ignored")
+    assert len(checks) == 1 and check.remedy.startswith(f"{key}=")
+    assert not [c for c in check_settings(Inputs(make_config(check.remedy))) if c.status != "ok"]
+    # The trainer does without, too, and an estimator of verl's own keeps it.
+    ours, theirs = (
+        make_trainer(f"algorithm.adv_estimator={name}", "+teacher.model.path=T", override) for name in ("gndpo", "grpo")
     )
+    assert str(OmegaConf.select(ours.config, key)) == check.remedy.split("=")[1]
+    assert str(OmegaConf.select(theirs.config, key)) == IGNORED[key]
+
+
+def test_a_run_without_kl_in_reward_starts_no_reference(make_trainer):
+    ours = ("+teacher.model.path=T", "algorithm.use_kl_in_reward=True")
+    assert not make_trainer("algorithm.adv_estimator=gndpo", *ours).use_reference_policy
+    assert make_trainer("algorithm.adv_estimator=grpo", *ours).use_reference_policy
+
+
+def test_filtered_groups_are_kept_where_rewards_count(make_config, make_trainer):
+    filtered = ("algorithm.filter_groups.enable=True", "algorithm.gndpo.task_reward.coef=0.5")
+    expect(check_settings(Inputs(make_config(*filtered))), "warning", "takes no step if they never differ")
+    overrides = ("algorithm.adv_estimator=gndpo", "+gndpo=default", "+teacher.model.path=T", *filtered)
+    assert make_trainer(*overrides).replay_buffer.filter_groups_metric == "reward"
+    assert make_trainer(*overrides[:-1]).replay_buffer.filter_groups_metric is None
+    sampler = ("trainer.v1.sampler.custom_sampler.path=s.py", "trainer.v1.sampler.custom_sampler.name=S")
+    settings = Inputs(make_config(filtered[0], *sampler)).settings
+    assert not ignored_settings(make_config(filtered[0], *sampler), settings.signal)
+
+
+@pytest.mark.parametrize(("key", "value"), [("top_p", 0.9), ("top_k", 50)])
+def test_truncated_sampling_is_another_distribution(make_config, key, value):
+    override = f"actor_rollout_ref.rollout.{key}={value}"
+    check = expect(check_settings(Inputs(make_config(override))), "warning", override, "reverse KL")
+    assert check_settings(Inputs(make_config(check.remedy)))[0].status == "ok"
+
+
+SEPARATE = (
+    "trainer.v1.trainer_mode=separate_async",
+    "actor_rollout_ref.rollout.nnodes=1",
+    "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
+    "trainer.v1.separate_async.parameter_sync_step=1",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], None),
+        (["data.train_batch_size=8"], ["data.train_batch_size=8 is not", "parameter_sync_step=2"]),
+        (["data.train_batch_size=6"], ["data.train_batch_size=6 is not", "data.train_batch_size=4"]),
+        (["data.train_batch_size=2"], ["ppo_mini_batch_size=4", "data.train_batch_size=4"]),
+        (["actor_rollout_ref.rollout.nnodes=0"], ["rollout.nnodes=0", "rollout.nnodes=1"]),
+        (["actor_rollout_ref.rollout.n_gpus_per_node=0"], ["n_gpus_per_node=0", "n_gpus_per_node=1"]),
+        (["actor_rollout_ref.rollout.checkpoint_engine.backend=naive"], ["backend=naive", "backend=host_file"]),
+        (["reward.reward_model.enable=True"], ["enable_resource_pool=False", "enable_resource_pool=True"]),
+    ],
+)
+def test_what_verls_separate_trainer_asserts_is_found_before(make_config, on_cpu, overrides, words):
+    def refused_by_verl(config):
+        try:
+            PPOTrainerSeparateAsync(config)
+        except AssertionError:
+            return True
+        return False
+
+    checks = check_settings(Inputs(make_config(*SEPARATE, *overrides)))
+    assert refused_by_verl(make_config(*SEPARATE, *overrides)) == (words is not None)
+    if words is None:
+        assert not errors(checks)
+        return
+    check = expect(checks, "error", *words)
+    remedied = apply(make_config(*SEPARATE, *overrides), overrides_in(check.remedy))
+    assert not errors(check_settings(Inputs(remedied))) and not refused_by_verl(remedied)
+
+
+OTHER = {
+    "algorithm.use_kl_in_reward": "True",
+    "algorithm.rollout_correction.bypass_mode": "True",
+    "algorithm.rollout_correction.rollout_is": "token",
+    "algorithm.rollout_correction.rollout_rs": "geometric",
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "vanilla",
+    "actor_rollout_ref.actor.loss_agg_mode": "token-mean",
+    "actor_rollout_ref.actor.clip_ratio_low": "3e-4",
+    "actor_rollout_ref.actor.clip_ratio_high": "0.28",
+    "actor_rollout_ref.actor.use_kl_loss": "True",
+    "actor_rollout_ref.actor.entropy_coeff": "0.001",
+    "actor_rollout_ref.actor.ppo_epochs": "2",
+    "actor_rollout_ref.actor.ppo_mini_batch_size": "2",
+    "actor_rollout_ref.rollout.temperature": "0.7",
+    "algorithm.gndpo.preset": "opd",
+    "algorithm.gndpo.bound": "tanh",
+    "algorithm.gndpo.baseline": "none",
+    "algorithm.gndpo.scale": "none",
+    "algorithm.gndpo.limit": "1.0",
+    "algorithm.gndpo.std_floor": "0.1",
+    "algorithm.gndpo.gain_limit": "2.0",
+    "algorithm.gndpo.task_reward.coef": "0.5",
+}
+
+
+def test_every_difference_from_the_published_recipe_is_listed(make_config):
+    assert check_recipe(Inputs(make_config()))[0].status == "ok"
+    everything = make_config(*[f"{key}={value}" for key, value in OTHER.items()])
+    check = expect(check_recipe(Inputs(everything)), "warning", "+recipe=gndpo")
+    listed = re.findall(r"([\w.]+)=\S+ \(", check.detail)
+    assert sorted(listed) == sorted(OTHER)
+    assert "ppo_mini_batch_size=2 (4)" in check.detail and "rollout_is=token (null)" in check.detail
+    # The overrides of the remedy leave nothing to list.
+    remedied = apply(everything, overrides_in(check.remedy.split("at the end of the command, ")[1]))
+    expect(check_recipe(Inputs(remedied)), "ok", "as published, with the signal gndpo")
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_single_difference(make_config, key):
+    check = expect(check_recipe(Inputs(make_config(f"{key}={OTHER[key]}"))), "warning", key)
+    assert check.detail.count("=") == 1
+
+
+def test_another_estimator_has_chosen_another_signal(make_config):
+    opd = make_config("algorithm.adv_estimator=opd", "algorithm.gndpo.limit=1.0")
+    expect(check_recipe(Inputs(opd)), "ok", "as published, with the signal opd")
+
+
+def test_updates_between_two_syncs_are_a_difference(make_config):
+    key = "trainer.v1.separate_async.parameter_sync_step"
+    assert check_recipe(Inputs(make_config(f"{key}=2")))[0].status == "ok"
+    expect(check_recipe(Inputs(make_config(*SEPARATE, f"{key}=2"))), "warning", f"{key}=2 (1)")
+
+
+@pytest.mark.parametrize("engine", ["dp", "megatron", "veomni", "torchtitan"])
+def test_the_group_sets_the_published_recipe(engine):
+    given = [f"{key}={value}" for key, value in OTHER.items() if not key.startswith("algorithm.gndpo")]
+    dynamic = "actor_rollout_ref.actor.use_dynamic_bsz=True"
+    bare = verl_config(f"model_engine={engine}", "+recipe=gndpo", "+teacher.model.path=T", dynamic)
+    assert check_recipe(Inputs(bare))[0].status == "ok" and not errors(check_verl_settings(bare))
+    # What the command gives itself wins, wherever it stands.
+    mixed = verl_config(*given[:3], "+recipe=gndpo", *given[3:])
+    assert len(recipe_differences(mixed)) == len(given)
+    assert recipe_differences(verl_config("+recipe=gndpo", given[8]))[0].key == "actor_rollout_ref.actor.use_kl_loss"
+
+
+def test_the_group_wins_over_a_config_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "hydra: {searchpath: [pkg://verl.trainer.config]}\n"
+        "defaults: [ppo_trainer, _self_]\n"
+        "actor_rollout_ref: {actor: {use_kl_loss: true, policy_loss: {loss_mode: vanilla}}, rollout: {name: vllm}}\n"
+        "algorithm: {adv_estimator: grpo}\n"
+    )
+    with hydra.initialize_config_dir(str(tmp_path), version_base=None):
+        before = hydra.compose("mine", overrides=[])
+        after = hydra.compose("mine", overrides=["+recipe=gndpo", "actor_rollout_ref.actor.ppo_epochs=2"])
+    assert before.actor_rollout_ref.actor.use_kl_loss and after.algorithm.adv_estimator == "gndpo"
+    assert [found.key for found in recipe_differences(after)] == ["actor_rollout_ref.actor.ppo_epochs"]
