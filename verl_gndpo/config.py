@@ -306,6 +306,13 @@ class TeacherSection:
         "micro-batch without padding, compiled on an accelerator.",
         choices=("sdpa", "flex"),
     )
+    sharing: str = setting(
+        "auto",
+        "How the responses to a prompt share it. attention: in one row, through the attention. cache: they continue "
+        "from the model's own cache, which also holds the states of linear attention. none: each runs its prompt. auto: "
+        "the fastest of them that is exact for the model, which a small model of its architecture shows.",
+        choices=("auto", "attention", "cache", "none"),
+    )
     self_check: bool = setting(True, "Compare the first scores of a run with a plain forward pass.")
     fsdp: TeacherFSDPSection = field(default_factory=TeacherFSDPSection)
     server: dict[str, Any] = setting(
@@ -319,7 +326,7 @@ class TeacherSection:
 # Keys of `teacher` that only `backend=worker` reads.
 WORKER_SETTINGS = (
     *("dtype", "max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size"),
-    *("attention", "self_check", "fsdp"),
+    *("attention", "sharing", "self_check", "fsdp"),
 )
 
 
@@ -372,6 +379,7 @@ class TeacherConfig:
     logits_chunk_tokens: int
     ulysses_sequence_parallel_size: int
     attention: str
+    sharing: str
     self_check: bool
     fsdp: TeacherFSDP
     server: dict[str, Any]
@@ -651,6 +659,7 @@ def read_teacher_config(config: Any) -> TeacherConfig:
         logits_chunk_tokens=section.logits_chunk_tokens,
         ulysses_sequence_parallel_size=section.ulysses_sequence_parallel_size,
         attention=section.attention,
+        sharing=section.sharing,
         self_check=section.self_check,
         fsdp=TeacherFSDP(
             strategy=section.fsdp.strategy,

@@ -44,15 +44,15 @@ def attend_by_prompt(
 
     Args:
         query: (1, heads, tokens of the padded row, head size).
-        key, value: (1, key-value heads, tokens of the padded row, head size).
+        key, value: (1, key-value heads, tokens of the padded row, head size). Values may have a head size of their own.
         scaling: of the scores; None for the inverse root of the head size.
         sliding_window: how many tokens back attention reaches; None for all.
 
     Returns:
-        (1, heads, tokens of the padded row, head size).
+        (1, heads, tokens of the padded row, head size of the values).
     """
     query, key, value = query[0], key[0], value[0]
-    out = torch.empty_like(query)
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
     # Padding attends to nothing.
     out[:, layout.tokens :] = 0
     for group in layout.places:

@@ -19,7 +19,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_gndpo.kl import IDS, LOG_PROBS
 from verl_gndpo.teacher import self_check
-from verl_gndpo.teacher.packing import group_by_prompt, pack
+from verl_gndpo.teacher.architecture import try_teacher
+from verl_gndpo.teacher.packing import group_by_prompt, plan
 from verl_gndpo.teacher.rows import (
     check_log_probs,
     check_positions,
@@ -28,7 +29,9 @@ from verl_gndpo.teacher.rows import (
     sampled_placeholders,
 )
 from verl_gndpo.teacher.scorer import Rows, Scorer
+from verl_gndpo.teacher.scoring import UNCHANGED
 from verl_gndpo.teacher.sequence_parallel import check_sequence_parallel
+from verl_gndpo.teacher.trial import NotTriedError, TrialError, Verdict
 
 
 @dataclass
@@ -39,6 +42,7 @@ class TeacherEngineConfig(FSDPEngineConfig):
     temperature: float = 1.0
     self_check: bool = True
     attention: str = "sdpa"
+    sharing: str = "auto"
 
 
 @EngineRegistry.register(model_type="teacher", backend=["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"])
@@ -74,6 +78,7 @@ class TeacherEngine(FSDPEngineWithLMHead):
         self.ulysses_parallel_group: ProcessGroup | None = None
 
     def _build_module(self) -> torch.nn.Module:
+        verdict = self._try_architecture()
         # With more than one, verl would replace forwards of classes, and a student in this process has the same ones.
         self.ulysses_sequence_parallel_size = 1
         try:
@@ -84,11 +89,67 @@ class TeacherEngine(FSDPEngineWithLMHead):
             module,
             chunk_tokens=self.engine_config.logits_chunk_tokens,
             temperature=self.engine_config.temperature,
+            sharing=verdict.sharing,
+            change=verdict.change,
             flex=self.engine_config.attention == "flex",
-            name=self.model_config.path,
             concatenate_inputs=extract_multi_modal_inputs,
         )
+        self._side_by_side = verdict.side_by_side
+        if not verdict.tower_always_runs:
+            self._wrap_decoder_only(module)
         return module
+
+    def _wrap_decoder_only(self, module: torch.nn.Module) -> None:
+        """Have FSDP gather the vision tower with the root of the model, which all ranks run.
+
+        Otherwise a rank with images would wait for ever for one without.
+        """
+        inside = {type(part).__name__ for part in module.get_decoder().modules()}
+        layers = [name for name in module._no_split_modules or () if name in inside]
+        self.engine_config.wrap_policy.setdefault("transformer_layer_cls_to_wrap", layers)
+
+    def _try_architecture(self) -> Verdict:
+        """Decide how to score, on the first rank, and say so.
+
+        Raises:
+            ValueError: the model can't be scored, or not by ranks that share rows.
+        """
+        outcome: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:
+            outcome = [self._verdict()]
+        torch.distributed.broadcast_object_list(outcome)
+        verdict = outcome[0]
+        if isinstance(verdict, str):
+            raise ValueError(f"teacher {self.model_config.path}: {verdict}")
+        if self._ranks_of_row > 1 and verdict.sharing != "attention":
+            raise ValueError(
+                f"teacher {self.model_config.path}: teacher.ulysses_sequence_parallel_size={self._ranks_of_row} needs "
+                f"prompts that are shared through attention, but {verdict}. Set it to 1"
+            )
+        return verdict
+
+    def _verdict(self) -> Verdict | str:
+        """Return how to score the model, or why that is impossible."""
+        config, path = self.model_config.hf_config, self.model_config.path
+        options = {"sharing": self.engine_config.sharing, "trust_remote_code": self.model_config.trust_remote_code}
+        local = self.model_config.local_path
+        try:
+            try:
+                verdict = try_teacher(config, local, **options)
+            except NotTriedError:
+                raise
+            except TrialError as error:
+                # A run without images does without them.
+                verdict = try_teacher(config, local, images=False, **options)
+                print(f"teacher {path}: rows with images can't be scored: {error}")
+        except NotTriedError as error:
+            sharing = "attention" if self.engine_config.sharing == "auto" else self.engine_config.sharing
+            print(f"teacher {path}: sharing={sharing}, which was not tried before: {error}")
+            return Verdict(sharing, True, UNCHANGED)
+        except TrialError as error:
+            return str(error)
+        print(f"teacher {path}: {verdict}")
+        return verdict
 
     def _build_optimizer(self, module: torch.nn.Module) -> None:
         return None
@@ -128,25 +189,26 @@ class TeacherEngine(FSDPEngineWithLMHead):
         groups = group_by_prompt(rows.ids, rows.positions, rows.lengths, rows.images, alone)
         # As in verl, the limit is for one rank, and ranks that share a row add up.
         limit = self.engine_config.infer_max_token_len_per_gpu * self._ranks_of_row
-        micro_batches = pack(groups, max(limit, *map(len, rows.ids)))
-        count = torch.tensor(len(micro_batches), device=get_device_name())
+        limit = max(limit, *map(len, rows.ids)) if self._side_by_side else 1
+        passes = plan(groups, self._scorer.sharing, limit, alone)
+        count = torch.tensor(len(passes), device=get_device_name())
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX, group=self.get_data_parallel_group())
 
         columns: list[torch.Tensor] = [torch.empty(0, 1)] * len(rows.ids)
         for number in range(int(count)):
-            # A rank with fewer micro-batches repeats its last, because all ranks gather the weights together.
-            groups = micro_batches[min(number, len(micro_batches) - 1)]
-            members = [row for group in groups for row in group.rows]
+            # A rank with fewer passes repeats its last, because all ranks gather the weights together.
+            step = passes[min(number, len(passes) - 1)]
             scored = self._scorer.score(
                 self.module,
-                groups,
+                step,
                 rows,
                 device=get_device_id(),
                 dtype=self._autocast_dtype,
                 process_group=self._row_group,
             )
-            for row, of_row in zip(members, scored.split([rows.lengths[row] for row in members]), strict=True):
+            for row, of_row in zip(step.rows, scored.split([rows.lengths[row] for row in step.rows]), strict=True):
                 columns[row] = of_row
+        self._scorer.forget()
         scores = [of_row[:, 0] for of_row in columns]
         check_log_probs(data, scores)
         if self._unchecked:
@@ -194,5 +256,5 @@ class TeacherEngine(FSDPEngineWithLMHead):
             plain,
             dtype=self._autocast_dtype,
             model=self.model_config.path,
-            attention=self._scorer.attention.replaced,
+            attention=self._scorer.model_attention,
         )

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing of sequences that share prompts: which rows have one prompt, which micro-batch each goes to, and its layout.
+"""Packing of sequences that share prompts: which rows have one prompt, and which forward passes score them.
 
-The tokens of a micro-batch stand in one row without padding: a prompt, its responses one after the other, the next
-prompt, and so on. Each token keeps the position that it has in its own sequence. `Layout` says where everything stands;
-`attention` attends by it. Nothing here depends on who runs the model, or why.
+`plan` returns the passes. There are three ways to share a prompt:
+
+- attention: the tokens of a micro-batch stand in one row without padding (`PackedPass`): a prompt, its responses one
+  after the other, the next prompt, and so on. Each token keeps the position that it has in its own sequence. `Layout`
+  says where everything stands; `attention` attends by it.
+- cache: a pass over the prompt fills the model's own cache (`PromptPass`), and the responses continue from copies of it
+  (`ResponsePass`).
+- none: each row runs whole, beside others of similar length (`RowsPass`).
+
+Nothing here depends on who runs the model, or why.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -116,6 +123,105 @@ def _split(group: PromptGroup, max_tokens: int) -> list[PromptGroup]:
         PromptGroup(tuple(group.rows[m] for m in part), group.prompt, tuple(group.responses[m] for m in part))
         for part in parts
     ]
+
+
+@dataclass(frozen=True)
+class PackedPass:
+    """One row without padding, in which responses attend to their prompts."""
+
+    groups: tuple[PromptGroup, ...]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Return the rows that this pass scores."""
+        return tuple(row for group in self.groups for row in group.rows)
+
+
+@dataclass(frozen=True)
+class PromptPass:
+    """A prompt without its last token, which fills a cache and scores nothing."""
+
+    group: PromptGroup
+    rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ResponsePass:
+    """Responses that continue from the cache of the last `PromptPass`, beginning with the prompt's last token."""
+
+    rows: tuple[int, ...]
+    prompt: int
+    responses: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RowsPass:
+    """Whole rows beside each other, padded at their ends."""
+
+    rows: tuple[int, ...]
+
+
+Pass = PackedPass | PromptPass | ResponsePass | RowsPass
+
+
+def plan(groups: Sequence[PromptGroup], sharing: str, max_tokens: int, alone: Collection[int] = ()) -> list[Pass]:
+    """Return the forward passes that score groups, in an order in which each finds the cache that it continues from.
+
+    Args:
+        groups: with all rows of a batch.
+        sharing: attention, cache or none.
+        max_tokens: the number of tokens of a pass, with its padding and the cached tokens. A single sequence may exceed
+            it.
+        alone: rows that can't continue from a cache: those with images in their responses.
+    """
+    if sharing == "attention":
+        return [PackedPass(tuple(batch)) for batch in pack(groups, max_tokens)]
+    passes: list[Pass] = []
+    rows: dict[int, int] = {}
+    for group in groups:
+        # A single response gains nothing from a cache, and a prompt of one token leaves nothing to put into it.
+        if sharing == "none" or len(group.rows) == 1 or group.prompt < 2 or not set(group.rows).isdisjoint(alone):
+            rows |= {row: group.prompt + response for row, response in zip(group.rows, group.responses, strict=True)}
+            continue
+        passes.append(PromptPass(group))
+        for members in _side_by_side(group.responses, max_tokens, group.prompt):
+            continued = tuple(group.rows[m] for m in members), group.prompt, tuple(group.responses[m] for m in members)
+            passes.append(ResponsePass(*continued))
+    names = list(rows)
+    passes += [
+        RowsPass(tuple(names[member] for member in members))
+        for members in _side_by_side([rows[name] for name in names], max_tokens, 0)
+    ]
+    return passes
+
+
+def _side_by_side(lengths: Sequence[int], max_tokens: int, prompt: int) -> list[list[int]]:
+    """Group sequences of similar length, so that each group has at most `max_tokens` tokens with `prompt` before each.
+
+    Returns:
+        Indices of the sequences, longest first.
+    """
+    batches = []
+    for members in alike(lengths):
+        size = max(max_tokens // (prompt + lengths[members[0]]), 1)
+        batches += [members[start : start + size] for start in range(0, len(members), size)]
+    return batches
+
+
+def pad_right(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Put sequences beside each other, and repeat the last value of each to the length of the longest.
+
+    Args:
+        values: (length,) or (axes, length), at least one token long.
+
+    Returns:
+        (sequences, longest), or (axes, sequences, longest).
+    """
+    longest = max(value.shape[-1] for value in values)
+    padded = [
+        torch.cat([value, value[..., -1:].expand(*value.shape[:-1], longest - value.shape[-1])], -1) for value in values
+    ]
+    return torch.stack(padded, -2)
 
 
 def concatenate(groups: Iterable[PromptGroup], values: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -7,6 +7,7 @@ logits exists at a time. The peak is `chunk_tokens` x vocabulary at most, whatev
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import overload
 
 import torch
@@ -23,6 +24,26 @@ CPU_TOKENS = 1024
 quarters of the time (docs/benchmarks.md)."""
 
 
+@dataclass(frozen=True)
+class LogitsChange:
+    """What a model does with its logits after the output projection: cap tanh(scale logits / cap)."""
+
+    scale: float = 1.0
+    """Granite, Cohere and others divide or multiply all logits by a number."""
+
+    cap: float | None = None
+    """Gemma 2 and its relatives bound the absolute value of a logit by this; None: no bound."""
+
+    def apply_(self, logits: torch.Tensor) -> torch.Tensor:
+        """Apply the change to float32 logits, in place."""
+        if self.scale != 1.0:
+            logits = logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+
+UNCHANGED = LogitsChange()
+
+
 @overload
 def token_log_probs(
     hidden: torch.Tensor,
@@ -31,6 +52,8 @@ def token_log_probs(
     bias: torch.Tensor | None,
     temperature: float,
     columns: int,
+    *,
+    change: LogitsChange = ...,
 ) -> torch.Tensor: ...
 
 
@@ -43,6 +66,7 @@ def token_log_probs(
     temperature: float,
     columns: int,
     top_ids: torch.Tensor,
+    change: LogitsChange = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -54,6 +78,7 @@ def token_log_probs(
     temperature: float,
     columns: int,
     top_ids: torch.Tensor | None = None,
+    change: LogitsChange = UNCHANGED,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Compute log softmax((hidden weight^T + bias) / temperature)[token] in float32, with few ids' logits at a time.
 
@@ -64,6 +89,7 @@ def token_log_probs(
         temperature: divides the logits.
         columns: the number of ids whose logits exist at the same time.
         top_ids: (tokens, k), distinct in each row; further ids whose log-probs are wanted.
+        change: of the logits, before the temperature.
 
     Returns:
         (tokens,), nats. With `top_ids`, also their log-probs, (tokens, k + 1): -inf for an id beyond the vocabulary,
@@ -75,7 +101,7 @@ def token_log_probs(
     total = torch.zeros(token_ids.shape, device=hidden.device)
     for start in range(0, len(weight), columns):
         block = slice(start, start + columns)
-        logits = float32_logits(hidden, weight[block], None if bias is None else bias[block])
+        logits = change.apply_(float32_logits(hidden, weight[block], None if bias is None else bias[block]))
         if temperature != 1.0:
             logits = logits.div_(temperature)
         here = logits.gather(-1, (ids - start).clamp(0, logits.shape[-1] - 1))
@@ -115,18 +141,21 @@ def float32_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 class ScoringHead:
     """An output projection that returns log-probs of given tokens instead of logits.
 
-    Hugging Face models, and verl's variants of them, end in `logits = self.lm_head(hidden_states)`. The projection's
-    own forward is replaced on the instance: the parameters keep their names, and FSDP has gathered them when it runs,
-    however the model is sharded.
+    Hugging Face models, and verl's variants of them, compute `self.lm_head(hidden_states)`, and some change the result.
+    The projection's own forward is replaced on the instance: the parameters keep their names, and FSDP has gathered
+    them when it runs, however the model is sharded.
     """
 
-    def __init__(self, lm_head: torch.nn.Linear, chunk_tokens: int):
+    def __init__(self, lm_head: torch.nn.Linear, chunk_tokens: int, change: LogitsChange = UNCHANGED):
         """
         Args:
             lm_head: the output projection.
             chunk_tokens: the number of tokens whose logits exist at the same time. On a CPU, `CPU_LOGITS` and
                 `CPU_TOKENS` decide.
+            change: what the model does with the logits that the projection returns.
         """
+        self._change = change
+        self._scored: torch.Tensor | None = None
         self._lm_head = lm_head
         self._project = lm_head.forward
         self._chunk_tokens = chunk_tokens
@@ -141,20 +170,34 @@ class ScoringHead:
         temperature: float,
         student: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Iterator[None]:
-        """Have a forward of the model return (1, tokens, 1) float32 log-probs, in nats, as `logits`, in this context.
+        """Have a forward of the model compute log-probs instead of logits, in this context; `take` returns them.
 
         Args:
             rows: (tokens,), rows of the hidden state flattened to (rows, hidden size).
             token_ids: (tokens,), the token that each row predicts.
             temperature: divides the logits.
             student: for each row another model's most likely ids, (tokens, k), and their log-probs with the mass of the
-                others, (tokens, k + 1). The forward then returns (1, tokens, 2), with KL(student || model) second.
+                others, (tokens, k + 1). KL(student || model) is then computed, too.
         """
         self._request = (rows, token_ids, temperature, student)
         try:
             yield
         finally:
             self._request = None
+
+    def take(self) -> torch.Tensor:
+        """Return what the last forward within `scoring` has computed, once.
+
+        Returns:
+            (tokens, 1) of log-probs, or (tokens, 2) of log-probs and KL divergences; float32, nats.
+
+        Raises:
+            NotImplementedError: the model has not used this output projection.
+        """
+        scored, self._scored = self._scored, None
+        if scored is None:
+            raise NotImplementedError("the model computes its logits by other means than its output projection")
+        return scored
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self._request is None:
@@ -171,8 +214,10 @@ class ScoringHead:
             chunk = slice(i, i + tokens)
             projected = (hidden[rows[chunk]], token_ids[chunk], weight, bias, temperature, columns)
             if student is None:
-                out[chunk, 0] = token_log_probs(*projected)
+                out[chunk, 0] = token_log_probs(*projected, change=self._change)
                 continue
-            out[chunk, 0], teacher = token_log_probs(*projected, student[0][chunk])
+            out[chunk, 0], teacher = token_log_probs(*projected, student[0][chunk], self._change)
             out[chunk, 1] = kl_divergence(student[1][chunk], teacher)
-        return out.unsqueeze(0)
+        self._scored = out
+        # The model may go on to scale or bound what it takes for logits, so the scores do not go through it.
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)

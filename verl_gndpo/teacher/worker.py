@@ -56,6 +56,7 @@ def _training_worker_config(teacher: TeacherConfig, model: Teacher) -> TrainingW
             temperature=teacher.temperature,
             self_check=teacher.self_check,
             attention=teacher.attention,
+            sharing=teacher.sharing,
         ),
         checkpoint_config=CheckpointConfig(load_contents=["model"], save_contents=["model"]),
     )

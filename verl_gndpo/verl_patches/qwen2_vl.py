@@ -2,9 +2,6 @@
 """Qwen2-VL and Qwen2.5-VL on micro-batches without images and videos.
 
 A mixed data set meets one sooner or later, a text-only one at the first step. Qwen3-VL needs no patch.
-
-Not covered: GLM-4V, whose tower has changed in the same way. verl 0.9.1 uses its output as a tensor everywhere, so with
-transformers 5 no batch of GLM-4V works, with images or without.
 """
 
 from types import ModuleType, SimpleNamespace

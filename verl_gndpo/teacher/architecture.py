@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Try a teacher's architecture as verl builds it: verl's choice of a class, and verl's changes to its forward."""
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import Any
+
+import torch
+
+from verl_gndpo.families import family_of
+from verl_gndpo.teacher.trial import ImagePrompt, NotTriedError, TrialError, Verdict, choose_sharing, make_image_prompt
+
+logger = logging.getLogger(__name__)
+
+
+def try_teacher(config: Any, path: str, *, sharing: str, trust_remote_code: bool, images: bool = True) -> Verdict:
+    """Return how to score a teacher, from its config and its processor alone; takes a few seconds.
+
+    Args:
+        config: of the teacher.
+        path: local folder or hub id, where its processor is.
+        sharing: `teacher.sharing`.
+        images: try prompts with images, too, if the teacher sees images and its processor can be loaded.
+
+    Raises:
+        NotTriedError: no small model of the architecture can be built.
+        TrialError: the teacher can't be scored.
+    """
+    # Imports many models.
+    from verl.utils.model import extract_multi_modal_inputs
+
+    prompt = _image_prompt(config, path, trust_remote_code) if images else None
+
+    def attempt(device: str) -> Verdict:
+        return choose_sharing(
+            config,
+            build=lambda small: build_as_verl(small, trust_remote_code),
+            sharing=sharing,
+            image_prompt=prompt,
+            device=device,
+            concatenate_inputs=extract_multi_modal_inputs,
+        )
+
+    with _quiet():
+        try:
+            return attempt("cpu")
+        except NotTriedError:
+            raise
+        except TrialError:
+            # Kernels of linear attention, where they are installed, need the accelerator.
+            if not torch.cuda.is_available():
+                raise
+            return attempt("cuda")
+
+
+def build_as_verl(config: Any, trust_remote_code: bool = False) -> Any:
+    """Return a float32 model with random weights, as verl's FSDP engine builds it without padding removal.
+
+    Its attention is one that runs on any device.
+    """
+    from verl.models.transformers.monkey_patch import apply_monkey_patch
+    from verl.utils.model import get_hf_auto_model_class
+
+    model_class = get_hf_auto_model_class(config)
+    options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    try:
+        model = model_class.from_config(config, attn_implementation="sdpa", **options)
+    # transformers refuses an attention that the class does not support.
+    except (ValueError, ImportError):
+        model = model_class.from_config(config, attn_implementation="eager", **options)
+    apply_monkey_patch(model, use_remove_padding=False, ulysses_sp_size=1)
+    return model
+
+
+def _image_prompt(config: Any, path: str, trust_remote_code: bool) -> ImagePrompt | None:
+    if family_of(config).vision_config_of(config) is None:
+        return None
+    from transformers import AutoProcessor
+
+    try:
+        return make_image_prompt(AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code))
+    # A processor may raise anything; the trial then says less, and the run's self-check remains.
+    except Exception as error:
+        logger.warning("%s: its processor makes no prompt with images, so only text is tried: %s", path, error)
+        return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Keep what verl prints about its changes, and warnings about small models, out of the log."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
