@@ -62,6 +62,7 @@ CASES: dict[str, tuple[list, list, dict]] = {
     "teacher.logits_chunk_tokens": ([0, -1], [1, 10**6], {}),
     "teacher.ulysses_sequence_parallel_size": ([0, -1], [1, 8], {}),
     "teacher.attention": (["flash"], ["sdpa", "flex"], {}),
+    "teacher.sharing": (["kv"], ["auto", "attention", "cache", "none"], {}),
     "teacher.fsdp.strategy": (["megatron"], ["fsdp", "fsdp2"], {}),
     "teacher.fsdp.fsdp_size": ([0, -2], [-1, 1, 8], {}),
 }

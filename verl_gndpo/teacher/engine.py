@@ -99,7 +99,7 @@ class TeacherEngine(FSDPEngineWithLMHead):
             self._wrap_decoder_only(module)
         return module
 
-    def _wrap_decoder_only(self, module: torch.nn.Module) -> None:
+    def _wrap_decoder_only(self, module: Any) -> None:
         """Have FSDP gather the vision tower with the root of the model, which all ranks run.
 
         Otherwise a rank with images would wait for ever for one without.

@@ -114,8 +114,8 @@ def choose_sharing(
         NotTriedError: no small model can be built.
         TrialError: the model itself fails, or no way is exact.
     """
-    run = {"device": device, "dtype": torch.float32}
-    plain = {"chunk_tokens": 256, "temperature": 1.0, "concatenate_inputs": concatenate_inputs}
+    run: dict[str, Any] = {"device": device, "dtype": torch.float32}
+    plain: dict[str, Any] = {"chunk_tokens": 256, "temperature": 1.0, "concatenate_inputs": concatenate_inputs}
     why: Exception = NotTriedError(f"every small model of {config.model_type} is too large")
     for attempt in ATTEMPTS:
         try:
@@ -197,7 +197,7 @@ def logits_change(model: Any, rows: Rows, device: torch.device | int | str = "cp
     vocabulary = projection.weight.shape[0]
     filled = given.new_zeros(max(vocabulary, len(given)))
     filled[: len(given)] = given
-    projection.forward = lambda hidden: filled.expand(*hidden.shape[:-1], -1)
+    projection.register_forward_hook(lambda _, hidden, __: filled.expand(*hidden[0].shape[:-1], -1))
     scorer = Scorer(model, chunk_tokens=256, temperature=1.0, sharing="none")
     logits = scorer.logits(model, 0, rows, 1, whole=True, device=device, dtype=torch.float32)
     got = logits[0, : len(given)].float()
@@ -206,8 +206,9 @@ def logits_change(model: Any, rows: Rows, device: torch.device | int | str = "cp
         raise TrialError("it changes its logits by more than a positive factor and a bound")
     end = float(got[-1])
     cap = None if math.isclose(end, scale * far, rel_tol=1e-3) else end
-    # Near zero a bound changes nothing, but rounding does: the factor is a number of few digits.
-    scale = float(f"{scale:.6g}")
+    if math.isclose(scale, 1.0, rel_tol=1e-6):
+        # A bound has rounded the value.
+        scale = 1.0
     expected = LogitsChange(scale, cap).apply_(given.clone())
     if not torch.allclose(got, expected, rtol=1e-4, atol=1e-5):
         raise TrialError("it changes its logits by more than a positive factor and a bound")
@@ -426,7 +427,11 @@ def _rows(config: Any, image_prompt: ImagePrompt | None) -> tuple[Rows, list[Pro
         prompts.append((torch.cat([image_prompt.ids, draw(3)]), image_prompt.inputs))
         lengths.append((5, 2))
     axes = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
-    ids, positions, inputs, responses, groups = [], [], [], [], []
+    ids: list[torch.Tensor] = []
+    positions: list[torch.Tensor] = []
+    inputs: list[dict[str, Any]] = []
+    responses: list[int] = []
+    groups: list[PromptGroup] = []
     for (prompt, images), of_prompt in zip(prompts, lengths, strict=True):
         first = len(ids)
         for length in of_prompt:
