@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from verl_gndpo.config import uses_gndpo
+from verl_gndpo.doctor.architecture import check_architectures
 from verl_gndpo.doctor.check import Check, DoctorError
 from verl_gndpo.doctor.data import check_data, check_rewards, check_routing
 from verl_gndpo.doctor.environment import check_accelerator, check_plugin, check_verl, check_versions
@@ -35,7 +36,8 @@ def run_checks(config: Any = None) -> list[Check]:
     if plugin[0].status != "error":
         checks += [*check_estimator(config), *check_verl_settings(config)]
         if uses_gndpo(config):
-            checks += [*check_settings(inputs), *check_recipe(inputs), *check_models(config), *check_routing(inputs)]
+            checks += [*check_settings(inputs), *check_recipe(inputs), *check_models(config)]
+            checks += [*check_architectures(inputs), *check_routing(inputs)]
     return [*checks, *check_data(inputs), *check_rewards(inputs)]
 
 

@@ -2,6 +2,7 @@
 """Try a teacher's architecture as verl builds it: verl's choice of a class, and verl's changes to its forward."""
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -9,10 +10,32 @@ from typing import Any
 
 import torch
 
+from verl_gndpo.config import Teacher
 from verl_gndpo.families import family_of
 from verl_gndpo.teacher.trial import ImagePrompt, NotTriedError, TrialError, Verdict, choose_sharing, make_image_prompt
 
 logger = logging.getLogger(__name__)
+
+
+def model_config(teacher: Teacher) -> Any:
+    """Return verl's description of a teacher's model, an `HFModelConfig`; reads the model's config.
+
+    Raises:
+        Whatever verl and transformers raise for a path or a config that they can't use.
+    """
+    from verl.workers.config import HFModelConfig
+
+    return HFModelConfig(
+        path=teacher.path,
+        trust_remote_code=teacher.trust_remote_code,
+        external_lib=teacher.external_lib,
+        override_config=dict(teacher.override_config),
+        # The ids come from the student; the two tokenizers were compared before the run.
+        load_tokenizer=False,
+        enable_gradient_checkpointing=False,
+        # verl packs by patching the attention; here `teacher.attention` is the attention, without padding.
+        use_remove_padding=False,
+    )
 
 
 def try_teacher(config: Any, path: str, *, sharing: str, trust_remote_code: bool, images: bool = True) -> Verdict:
@@ -53,6 +76,24 @@ def try_teacher(config: Any, path: str, *, sharing: str, trust_remote_code: bool
             if not torch.cuda.is_available():
                 raise
             return attempt("cuda")
+
+
+def why_attention_is_refused(config: Any, trust_remote_code: bool = False) -> str | None:
+    """Return why transformers refuses the attention that a config asks for; None if it accepts it.
+
+    Kernels that are not installed here may be installed where the teacher runs, so they are no reason.
+    """
+    from verl.utils.model import get_hf_auto_model_class
+
+    options = {"attn_implementation": config._attn_implementation, "trust_remote_code": trust_remote_code}
+    try:
+        with _quiet(), torch.device("meta"):
+            get_hf_auto_model_class(config).from_config(copy.deepcopy(config), **options)
+    except ImportError:
+        return None
+    except ValueError as error:
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def build_as_verl(config: Any, trust_remote_code: bool = False) -> Any:

@@ -450,6 +450,9 @@ def _rows(config: Any, image_prompt: ImagePrompt | None) -> tuple[Rows, list[Pro
 def make_image_prompt(processor: Any) -> ImagePrompt:
     """Have a processor make a prompt with two images of different sizes, as verl's agent loop does.
 
+    A chat template that shows no images, which belongs to a model whose prompts come in another one's template, is not
+    used.
+
     Raises:
         Whatever the processor raises.
     """
@@ -463,6 +466,9 @@ def make_image_prompt(processor: Any) -> ImagePrompt:
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is this?"}]
     chat = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    mark = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    if mark is not None and text.count(mark) != len(images):
+        text = mark * len(images) + "What is this?"
     inputs = dict(processor(text=[text], images=images, return_tensors="pt"))
     ids = inputs.pop("input_ids")[0]
     for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):

@@ -10,12 +10,13 @@ from verl.single_controller.base.decorator import Dispatch, make_nd_compute_data
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
-from verl.workers.config import HFModelConfig, TrainingWorkerConfig
+from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from verl_gndpo.config import Teacher, TeacherConfig
 from verl_gndpo.kl import IDS, LOG_PROBS
 from verl_gndpo.platforms import without_accelerator
+from verl_gndpo.teacher.architecture import model_config
 from verl_gndpo.teacher.engine import TeacherEngineConfig
 from verl_gndpo.teacher.routing import Routing
 from verl_gndpo.teacher.rows import NAMES, check_rows
@@ -29,17 +30,7 @@ def _training_worker_config(teacher: TeacherConfig, model: Teacher) -> TrainingW
     on_cpu = without_accelerator()
     return TrainingWorkerConfig(
         model_type="teacher",
-        model_config=HFModelConfig(
-            path=model.path,
-            trust_remote_code=model.trust_remote_code,
-            external_lib=model.external_lib,
-            override_config=dict(model.override_config),
-            # The ids come from the student; the two tokenizers were compared before the run.
-            load_tokenizer=False,
-            enable_gradient_checkpointing=False,
-            # verl packs by patching the attention; here `teacher.attention` is the attention, without padding.
-            use_remove_padding=False,
-        ),
+        model_config=model_config(model),
         engine_config=TeacherEngineConfig(
             strategy=teacher.fsdp.strategy,
             fsdp_size=teacher.fsdp.fsdp_size,
