@@ -309,8 +309,8 @@ class TeacherSection:
     sharing: str = setting(
         "auto",
         "How the responses to a prompt share it. attention: in one row, through the attention. cache: they continue "
-        "from the model's own cache, which also holds the states of linear attention. none: each runs its prompt. auto: "
-        "the fastest of them that is exact for the model, which a small model of its architecture shows.",
+        "from the model's own cache, which also holds the states of linear attention. none: each runs its prompt. "
+        "auto: the fastest of them that is exact for the model, which a small model of its architecture shows.",
         choices=("auto", "attention", "cache", "none"),
     )
     self_check: bool = setting(True, "Compare the first scores of a run with a plain forward pass.")

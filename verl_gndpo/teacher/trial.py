@@ -133,7 +133,9 @@ def choose_sharing(
             continue
         # The code of an architecture may raise anything.
         except Exception as error:
-            why = error if isinstance(error, TrialError) else TrialError(f"its forward pass fails: {_first_line(error)}")
+            why = (
+                error if isinstance(error, TrialError) else TrialError(f"its forward pass fails: {_first_line(error)}")
+            )
             continue
         break
     else:
@@ -474,4 +476,3 @@ def make_image_prompt(processor: Any) -> ImagePrompt:
     for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
         inputs.pop(name, None)
     return ImagePrompt(ids, inputs)
-
