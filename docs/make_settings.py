@@ -67,9 +67,10 @@ def meaning(key: str, declared: Setting) -> str:
 
 
 RECIPE_HEAD = """\
-The settings of verl in the published runs that define the update of a batch. As with any group of Hydra, what a command
-gives itself wins, wherever it stands. `verl-gndpo doctor` lists the differences of a config and the overrides that
-remove them. Batch size, learning rate, lengths and the frozen vision tower are in `examples/run_qwen2_5vl_gndpo.sh`.
+The settings of verl in the published runs that define the update of a batch. The override wins over config files and
+over what stands before it in a command, and what stands after it wins over it. In the defaults list of your own config
+file, write `recipe: gndpo`. `verl-gndpo doctor` lists every difference of a config. Batch size, learning rate, lengths
+and the frozen vision tower are in `examples/run_qwen2_5vl_gndpo.sh`.
 """
 
 

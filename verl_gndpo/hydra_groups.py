@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offer this project's config groups to Hydra: `+recipe=gndpo`, `+gndpo=default`, `+teacher=worker`."""
 
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
+
+from verl_gndpo.verl_patches.patch import patches
+
+RECIPE_OVERRIDE = "+recipe=gndpo"
 
 
 def register(plugins: ModuleType) -> None:
@@ -29,3 +35,35 @@ def store_groups() -> None:
     packages = {"gndpo": "algorithm.gndpo", "teacher": "teacher", "recipe": "_global_"}
     for (group, name), node in default_groups().items():
         ConfigStore.instance().store(group=group, name=name, node=node, package=packages[group], provider="verl-gndpo")
+
+
+@patches("recipe_override")
+def write_out_recipe(overrides_parser: ModuleType) -> bool:
+    """Make `+recipe=gndpo` on a command line stand for one override per setting.
+
+    It then wins over what stands before it, and what stands after it wins over it. In the defaults list of a config
+    file, `recipe: gndpo` remains a group.
+    """
+    parser = overrides_parser.OverridesParser
+    parse = parser.parse_overrides
+
+    def parse_overrides(self: Any, overrides: list[str]) -> Any:
+        return parse(self, [line for override in overrides for line in _lines_of(override)])
+
+    parser.parse_overrides = parse_overrides
+    return True
+
+
+def _lines_of(override: str) -> Iterator[str]:
+    from verl_gndpo.presets import RECIPE
+
+    if override != RECIPE_OVERRIDE:
+        yield override
+        return
+    for key, value in RECIPE.items():
+        yield f"++{key}={as_override(value)}"
+
+
+def as_override(value: Any) -> str:
+    """Return a value as it is written on a command line of Hydra."""
+    return "null" if value is None else str(value)

@@ -20,9 +20,10 @@ from verl_gndpo.config import (
 )
 from verl_gndpo.doctor.check import Check, describe_error, select
 from verl_gndpo.doctor.inputs import Inputs
+from verl_gndpo.hydra_groups import RECIPE_OVERRIDE, as_override
 from verl_gndpo.observe.worst_tokens import why_not_writable
 from verl_gndpo.platforms import HOST_BACKEND, without_accelerator
-from verl_gndpo.presets import PRESETS
+from verl_gndpo.presets import PRESETS, RECIPE
 
 
 def check_estimator(config: Any) -> list[Check]:
@@ -80,6 +81,9 @@ def check_settings(inputs: Inputs) -> list[Check]:
         error("nothing reads the section gndpo at the top level", "move its keys to algorithm.gndpo")
     if not config.trainer.use_v1:
         error("trainer.use_v1=False: verl's old trainer does not use a teacher", "trainer.use_v1=True")
+    if select(config, "async_training") is not None:
+        detail = "the section async_training belongs to verl's fully_async_main, whose trainer does not ask a teacher"
+        error(detail, "verl.trainer.main_ppo with trainer.v1.trainer_mode=separate_async")
     mode = config.trainer.v1.trainer_mode
     if mode not in TRAINER_MODES:
         error(f"trainer.v1.trainer_mode={mode} is not supported", f"one of {', '.join(TRAINER_MODES)}")
@@ -104,15 +108,13 @@ def check_recipe(inputs: Inputs) -> list[Check]:
     if not differences:
         return [Check("recipe", "ok", f"as published, with the signal {signal.preset}")]
 
-    def text(value: Any) -> str:
-        return "null" if value is None else str(value)
-
-    found = [f"{key}={text(value)} ({text(published)})" for key, value, published in differences]
-    overrides = " ".join(f"{key}={text(published)}" for key, _, published in differences)
-    remedy = (
-        "+recipe=gndpo sets verl's settings as published, except those that the command gives itself; at the end of "
-        f"the command, {overrides} sets them all"
-    )
+    found = [f"{key}={as_override(value)} ({as_override(published)})" for key, value, published in differences]
+    # The recipe sets verl's settings only. The config has a key for what else its signal was given.
+    own = [f"{key}={as_override(published)}" for key, _, published in differences if key not in RECIPE]
+    estimator = inputs.config.algorithm.adv_estimator
+    if estimator != RECIPE["algorithm.adv_estimator"]:
+        own.append(f"algorithm.adv_estimator={estimator}")
+    remedy = f"{' '.join([RECIPE_OVERRIDE, *own])} at the end of the command"
     return [Check("recipe", "warning", f"not as published (in brackets): {', '.join(found)}", remedy)]
 
 

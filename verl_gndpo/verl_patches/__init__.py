@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that changes verl, and what it changes in torch and vLLM: the index.
+"""Everything that changes verl, and what it changes in Hydra, torch and vLLM: the index.
 
 Each entry says what is changed and why, since when it is needed, where upstream stands and when to remove it (`Patch`
 describes the fields). Importing this package imports no patch: they are found by name, and most are applied when the
@@ -156,6 +156,18 @@ PATCHES = index(
         where="every process",
     ),
     Patch(
+        name="old_trainers",
+        module="verl.trainer.ppo.ray_trainer",
+        changes="RayPPOTrainer",
+        applied_by="verl_gndpo.verl_patches.old_trainers:refuse_our_estimators",
+        breaks="A run of the old trainer, or of fully_async_main, with one of our estimators starts everything and "
+        "fails after its first rollouts, because these trainers ask no teacher.",
+        since="verl 0.9.0, the first with the v1 trainers",
+        upstream="none known",
+        remove_when="verl has removed RayPPOTrainer",
+        where="every process",
+    ),
+    Patch(
         name="student_top_k",
         module=_ENGINE,
         changes="FSDPEngineWithLMHead.prepare_model_outputs",
@@ -216,6 +228,19 @@ PATCHES = index(
         remove_when="verl's replay buffer has callbacks for finished and for discarded prompts",
         where="trainer",
         on_import=False,
+    ),
+    # Hydra, which composes verl's config.
+    Patch(
+        name="recipe_override",
+        module="hydra.core.override_parser.overrides_parser",
+        changes="OverridesParser.parse_overrides",
+        applied_by="verl_gndpo.hydra_groups:write_out_recipe",
+        breaks="Hydra lets every value on a command line win over a group, so +recipe=gndpo would not change what an "
+        "existing command sets itself.",
+        since="every version of Hydra with groups",
+        upstream="none known",
+        remove_when="an override of Hydra can set several keys in different sections",
+        where="every process",
     ),
     # Places that take an accelerator for granted.
     Patch(

@@ -6,11 +6,12 @@ import re
 import hydra
 import pytest
 import torch
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 
 from tests.helpers import verl_config
-from tests.unit.doctor.helpers import SERVER, errors, expect
+from tests.unit.doctor.helpers import CPU_RUN, SERVER, errors, expect
 from verl_gndpo.config import ignored_settings, recipe_differences
 from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.run import run_checks
@@ -88,6 +89,7 @@ def test_what_verl_itself_refuses_is_told_in_one_line(make_config):
         ("trainer.v1.trainer_mode=asinc", ["trainer_mode=asinc", "sync, colocate_async, separate_async"]),
         ("distillation.enabled=True", ["distillation.enabled=False"]),
         ("critic.enable=True", ["critic.enable=False"]),
+        ("async_training.staleness_threshold=0.1", ["fully_async_main", "trainer_mode=separate_async"]),
         ("teacher.ulysses_sequence_parallel_size=2", ["size=2 does not divide the teacher's 1 GPUs"]),
         ("trainer.n_gpus_per_node=16", ["the teacher has 16 ranks, but a batch has 8 rows", "data.train_batch_size"]),
     ],
@@ -314,15 +316,14 @@ OTHER = {
 }
 
 
-def test_every_difference_from_the_published_recipe_is_listed(make_config):
-    assert check_recipe(Inputs(make_config()))[0].status == "ok"
-    everything = make_config(*[f"{key}={value}" for key, value in OTHER.items()])
-    check = expect(check_recipe(Inputs(everything)), "warning", "+recipe=gndpo")
+def test_every_difference_from_the_published_recipe_is_listed():
+    assert check_recipe(Inputs(verl_config(*CPU_RUN)))[0].status == "ok"
+    everything = (*CPU_RUN, *[f"{key}={value}" for key, value in OTHER.items()])
+    check = expect(check_recipe(Inputs(verl_config(*everything))), "warning", "+recipe=gndpo")
     listed = re.findall(r"([\w.]+)=\S+ \(", check.detail)
     assert sorted(listed) == sorted(OTHER)
     assert "ppo_mini_batch_size=2 (4)" in check.detail and "rollout_is=token (null)" in check.detail
-    # The overrides of the remedy leave nothing to list.
-    remedied = apply(everything, overrides_in(check.remedy.split("at the end of the command, ")[1]))
+    remedied = verl_config(*everything, *check.remedy.removesuffix(" at the end of the command").split())
     expect(check_recipe(Inputs(remedied)), "ok", "as published, with the signal gndpo")
 
 
@@ -332,9 +333,13 @@ def test_a_single_difference(make_config, key):
     assert check.detail.count("=") == 1
 
 
-def test_another_estimator_has_chosen_another_signal(make_config):
-    opd = make_config("algorithm.adv_estimator=opd", "algorithm.gndpo.limit=1.0")
-    expect(check_recipe(Inputs(opd)), "ok", "as published, with the signal opd")
+def test_another_estimator_has_chosen_another_signal():
+    opd = (*CPU_RUN, "algorithm.adv_estimator=opd", "algorithm.gndpo.limit=1.0")
+    expect(check_recipe(Inputs(verl_config(*opd))), "ok", "as published, with the signal opd")
+    with_kl = (*opd, "actor_rollout_ref.actor.use_kl_loss=True")
+    check = expect(check_recipe(Inputs(verl_config(*with_kl))), "warning", "use_kl_loss=True (False)")
+    remedied = verl_config(*with_kl, *check.remedy.removesuffix(" at the end of the command").split())
+    expect(check_recipe(Inputs(remedied)), "ok", "as published, with the signal opd")
 
 
 def test_updates_between_two_syncs_are_a_difference(make_config):
@@ -349,21 +354,33 @@ def test_the_group_sets_the_published_recipe(engine):
     dynamic = "actor_rollout_ref.actor.use_dynamic_bsz=True"
     bare = verl_config(f"model_engine={engine}", "+recipe=gndpo", "+teacher.model.path=T", dynamic)
     assert check_recipe(Inputs(bare))[0].status == "ok" and not errors(check_verl_settings(bare))
-    # What the command gives itself wins, wherever it stands.
-    mixed = verl_config(*given[:3], "+recipe=gndpo", *given[3:])
-    assert len(recipe_differences(mixed)) == len(given)
-    assert recipe_differences(verl_config("+recipe=gndpo", given[8]))[0].key == "actor_rollout_ref.actor.use_kl_loss"
+    # It wins over what stands before it in the command, and what stands after it wins.
+    mixed = verl_config(f"model_engine={engine}", *given[:3], "+recipe=gndpo", *given[3:])
+    assert {found.key for found in recipe_differences(mixed)} == {override.split("=")[0] for override in given[3:]}
 
 
-def test_the_group_wins_over_a_config_file(tmp_path):
-    (tmp_path / "mine.yaml").write_text(
-        "hydra: {searchpath: [pkg://verl.trainer.config]}\n"
-        "defaults: [ppo_trainer, _self_]\n"
-        "actor_rollout_ref: {actor: {use_kl_loss: true, policy_loss: {loss_mode: vanilla}}, rollout: {name: vllm}}\n"
-        "algorithm: {adv_estimator: grpo}\n"
-    )
+OWN_LOSS = (
+    "actor_rollout_ref: {actor: {use_kl_loss: true, policy_loss: {loss_mode: vanilla}}, rollout: {name: vllm}}\n"
+    "algorithm: {adv_estimator: grpo}\n"
+)
+
+
+def test_the_recipe_wins_over_a_config_file_and_can_be_named_in_one(tmp_path):
+    search = "hydra: {searchpath: [pkg://verl.trainer.config]}"
+    orders = {"mine": "_self_", "named": "_self_, recipe: gndpo", "changed": "recipe: gndpo, _self_"}
+    for name, order in orders.items():
+        (tmp_path / f"{name}.yaml").write_text(f"{search}\ndefaults: [ppo_trainer, {order}]\n{OWN_LOSS}")
     with hydra.initialize_config_dir(str(tmp_path), version_base=None):
-        before = hydra.compose("mine", overrides=[])
-        after = hydra.compose("mine", overrides=["+recipe=gndpo", "actor_rollout_ref.actor.ppo_epochs=2"])
-    assert before.actor_rollout_ref.actor.use_kl_loss and after.algorithm.adv_estimator == "gndpo"
-    assert [found.key for found in recipe_differences(after)] == ["actor_rollout_ref.actor.ppo_epochs"]
+        mine, named, changed = (hydra.compose(name) for name in ("mine", "named", "changed"))
+        overridden = hydra.compose("mine", overrides=["+recipe=gndpo", "actor_rollout_ref.actor.ppo_epochs=2"])
+    assert mine.actor_rollout_ref.actor.use_kl_loss and mine.algorithm.adv_estimator == "grpo"
+    assert named.algorithm.adv_estimator == overridden.algorithm.adv_estimator == "gndpo"
+    assert recipe_differences(named) == []
+    assert [found.key for found in recipe_differences(overridden)] == ["actor_rollout_ref.actor.ppo_epochs"]
+    loss = ["actor_rollout_ref.actor.policy_loss.loss_mode", "actor_rollout_ref.actor.use_kl_loss"]
+    assert [found.key for found in recipe_differences(changed)] == loss
+
+
+def test_other_recipes_are_hydras_business():
+    with pytest.raises(HydraException, match=r"recipe/else[\s\S]*gndpo"):
+        verl_config("+recipe=else")
