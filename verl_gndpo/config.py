@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -269,6 +269,11 @@ class TeacherSection:
         None, "GPUs of a dedicated teacher on each node. Required for a dedicated teacher.", at_least=1
     )
     nnodes: int = setting(1, "Nodes of a dedicated teacher.", at_least=1)
+    from_distillation: bool = setting(
+        False,
+        "Take the teachers from verl's section `distillation`, instead of `model` or `models`, and turn verl's own "
+        "distillation loss off. Paths and routing come from there, and the GPUs and servers of a dedicated teacher.",
+    )
     model: TeacherModelSection = field(default_factory=TeacherModelSection)
     models: dict[str, NamedTeacherSection] = setting({}, "Several teachers by name, instead of `model`.")
     routing_key: str = setting(
@@ -363,11 +368,13 @@ class TeacherConfig:
     """`teacher`, resolved: what follows the student is filled in, and every value is valid.
 
     Attributes:
+        from_distillation: the teachers, and the servers of backend=server, are those of verl's section `distillation`.
         n_gpus_per_node: 0 for a colocated teacher, which has no GPUs of its own.
         teachers: by name. A single one is called "teacher" and scores every sample.
     """
 
     backend: str
+    from_distillation: bool
     placement: str
     n_gpus_per_node: int
     nnodes: int
@@ -393,6 +400,83 @@ def _named(section: TeacherSection) -> dict[str, NamedTeacherSection]:
         name: replace(model, keys=[name] if model.keys is None else model.keys)
         for name, model in section.models.items()
     }
+
+
+def _distillation_models(distillation: Any) -> dict[str, Any]:
+    """Return the teachers of verl's section `distillation` by name.
+
+    verl drops the entry `teacher_model` if there are others (DistillationConfig).
+    """
+    models = dict(_get(distillation, "teacher_models") or {})
+    return {name: model for name, model in models.items() if name != "teacher_model"} or models
+
+
+def _with_distillation(section: TeacherSection, distillation: Any) -> TeacherSection:
+    """Return a section with the teachers, the routing and, unless it gives them, the GPUs of verl's `distillation`."""
+    plain = TeacherSection()
+    for key in ("model", "models", "routing_key", "server"):
+        if getattr(section, key) != getattr(plain, key):
+            raise ConfigError(
+                f"teacher.{key} and teacher.from_distillation=True are both given: the section distillation has the "
+                "teachers, their routing and their servers"
+            )
+    models = _distillation_models(distillation)
+    if not models:
+        raise ConfigError("teacher.from_distillation=True: there is no distillation.teacher_models")
+    for name, model in models.items():
+        for key in ("model_path", "key") if len(models) > 1 else ("model_path",):
+            if not _get(model, key):
+                raise ConfigError(f"teacher.from_distillation=True: distillation.teacher_models.{name}.{key} is null")
+    section = replace(section, **_gpus_of_distillation(section, distillation))
+    if len(models) == 1:
+        # verl sends it every sample, whatever its key.
+        (model,) = models.values()
+        return replace(section, model=TeacherModelSection(path=_get(model, "model_path")))
+    keys = [str(_get(model, "key")) for model in models.values()]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ConfigError(f"several distillation.teacher_models have the key {twice[0]}")
+    named = {
+        name: NamedTeacherSection(path=_get(model, "model_path"), keys=[key])
+        for (name, model), key in zip(models.items(), keys, strict=True)
+    }
+    return replace(section, models=named, routing_key=_get(distillation, "teacher_key"))
+
+
+def _gpus_of_distillation(section: TeacherSection, distillation: Any) -> dict[str, Any]:
+    """Return the GPUs of a dedicated teacher as verl's `distillation` has them; nothing if the section gives them."""
+    on_server = section.backend == "server"
+    if section.n_gpus_per_node is not None or section.nnodes != TeacherSection().nnodes:
+        if on_server:
+            raise ConfigError(
+                "teacher.n_gpus_per_node and teacher.nnodes have no effect with teacher.from_distillation=True and "
+                "teacher.backend=server: distillation.n_gpus_per_node and distillation.nnodes"
+            )
+        return {}
+    if not on_server and section.placement != "dedicated":
+        return {}
+    gpus = {key: int(_get(distillation, key) or 0) for key in ("n_gpus_per_node", "nnodes")}
+    for key, number in gpus.items():
+        if number < 1:
+            raise ConfigError(f"distillation.{key}={number}: a dedicated teacher needs GPUs of its own")
+    return gpus
+
+
+def teacher_paths(config: Any) -> dict[str, Any]:
+    """Return the section of each teacher that a config names, with its `path`, by the full key of the path.
+
+    Args:
+        config: verl's whole config. The section `teacher` may be invalid.
+    """
+    section = _get(config, "teacher")
+    if _get(section, "from_distillation"):
+        return {
+            f"distillation.teacher_models.{name}.model_path": OmegaConf.create({"path": _get(model, "model_path")})
+            for name, model in _distillation_models(_get(config, "distillation")).items()
+        }
+    models = {"teacher.model.path": _get(section, "model")}
+    models |= {f"teacher.models.{name}.path": model for name, model in (_get(section, "models") or {}).items()}
+    return {key: model for key, model in models.items() if _get(model, "path")}
 
 
 def _check_teacher(section: TeacherSection) -> None:
@@ -614,6 +698,14 @@ def read_teacher_config(config: Any) -> TeacherConfig:
         ConfigError: no teacher configured, unknown key, wrong type or value out of range.
     """
     section: TeacherSection = _read("teacher", TeacherSection, _get(config, "teacher"))
+    distillation = _get(config, "distillation")
+    if section.from_distillation:
+        section = _with_distillation(section, distillation)
+    elif _get(distillation, "enabled"):
+        remedy = "++teacher.from_distillation=True takes its teachers and turns its own loss off"
+        if section.model.path or section.models:
+            remedy = "distillation.enabled=False"
+        raise ConfigError(f"distillation.enabled=True: verl would add its own distillation to this one -> {remedy}")
     _check_teacher(section)
     student = config.actor_rollout_ref
     temperature = section.temperature
@@ -647,6 +739,7 @@ def read_teacher_config(config: Any) -> TeacherConfig:
     offload = section.fsdp.param_offload
     return TeacherConfig(
         backend=section.backend,
+        from_distillation=section.from_distillation,
         placement=placement,
         n_gpus_per_node=section.n_gpus_per_node or 0,
         nnodes=section.nnodes,
@@ -676,78 +769,3 @@ def uses_gndpo(config: Any) -> bool:
     """Return True if a verl config selects one of this project's estimators."""
     name = config.algorithm.adv_estimator
     return getattr(name, "value", name) in PRESETS
-
-
-class Ignored(NamedTuple):
-    """One setting of verl that means nothing to our estimators, so that a run proceeds without it."""
-
-    key: str
-    value: Any
-    instead: Any
-    why: str
-
-
-def ignored_settings(config: Any, signal: GNDPOConfig) -> list[Ignored]:
-    """Return the settings of verl that are on in a config and that a run of ours turns off.
-
-    Args:
-        config: verl's whole config, with one of our estimators.
-        signal: its section `algorithm.gndpo`.
-    """
-    off: dict[str, tuple[Any, str]] = {
-        "algorithm.use_kl_in_reward": (
-            False,
-            "advantages come from the teacher, not from a reward that a penalty could change "
-            "(actor_rollout_ref.actor.use_kl_loss=True adds a KL loss)",
-        ),
-        "trainer.critic_warmup": (0, "there is no critic to warm up, and the student would not learn meanwhile"),
-        "actor_rollout_ref.actor.use_prefix_grouper": (False, "verl's v1 trainers never read it"),
-    }
-    # A sampler of the user's own decides itself what to filter.
-    if not signal.task_reward.coef and not OmegaConf.select(config, "trainer.v1.sampler.custom_sampler.path"):
-        off["algorithm.filter_groups.enable"] = (
-            False,
-            "it drops groups by their rewards, which are only logged here, and waits forever if they never differ",
-        )
-    values = {key: OmegaConf.select(config, key) for key in off}
-    return [Ignored(key, value, *off[key]) for key, value in values.items() if value]
-
-
-class Difference(NamedTuple):
-    """One setting that is not as in the published runs."""
-
-    key: str
-    value: Any
-    published: Any
-
-
-def recipe_differences(config: Any) -> list[Difference]:
-    """Return all differences of a config from the published recipe of GNDPO.
-
-    The signal counts where `algorithm.adv_estimator=gndpo` claims it. A run with another estimator of ours has chosen
-    another signal, so that only the rest is compared.
-
-    Args:
-        config: verl's whole config, with one of our estimators and a valid section `algorithm.gndpo`.
-    """
-    own = str(getattr(config.algorithm.adv_estimator, "value", config.algorithm.adv_estimator))
-    asynchronous = config.trainer.v1.trainer_mode == "separate_async"
-    found = []
-    for key, published in RECIPE.items():
-        if key == "algorithm.adv_estimator" or (".separate_async." in key and not asynchronous):
-            continue
-        if isinstance(published, str) and published.startswith("${"):
-            published = OmegaConf.select(config, published[2:-1])
-        found.append(Difference(key, OmegaConf.select(config, key), published))
-    if own == RECIPE["algorithm.adv_estimator"]:
-        section = _read("algorithm.gndpo", gndpo_section(), _get(config.algorithm, "gndpo"))
-        plain = gndpo_section()()
-        signal = _resolve_signal(plain, own, PRESETS[own]).signal
-        stages = {key: getattr(signal, key) for key in STAGES} | dict(signal.parameters)
-        others = {"preset": own, "std_floor": plain.std_floor, "gain_limit": plain.gain_limit}
-        for key, published in {**stages, **others}.items():
-            value = getattr(section, key)
-            found.append(Difference(f"algorithm.gndpo.{key}", published if value is None else value, published))
-        coef = section.task_reward.coef
-        found.append(Difference("algorithm.gndpo.task_reward.coef", coef, plain.task_reward.coef))
-    return [difference for difference in found if difference.value != difference.published]

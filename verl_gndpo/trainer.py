@@ -29,7 +29,6 @@ from verl_gndpo.config import (
     GNDPOConfig,
     Signal,
     TeacherConfig,
-    ignored_settings,
     read_signal_config,
     read_teacher_config,
     uses_gndpo,
@@ -43,6 +42,7 @@ from verl_gndpo.verl_patches.actor import apply_in_actor, freeze_tower_in_actor
 from verl_gndpo.verl_patches.policy_loss import keep_policy_loss
 from verl_gndpo.verl_patches.replay_buffer import poll_often
 from verl_gndpo.verl_patches.resource_pools import call_when_created
+from verl_gndpo.verl_settings import ignored_settings
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer as _Trainer
@@ -98,6 +98,9 @@ class GNDPOTrainerMixin(_Trainer):
             OmegaConf.update(config, ignored.key, ignored.instead)
         if self.teacher_config.backend == "server":
             use_servers(config, self.teacher_config)
+        elif self.teacher_config.from_distillation:
+            # Its teachers are scored by our workers. verl starts no servers and adds no loss.
+            config.distillation.enabled = False
         freeze_tower_in_actor(config.actor_rollout_ref)
         if signal.baseline == "kl":
             apply_in_actor(config.actor_rollout_ref, "student_top_k")

@@ -111,3 +111,21 @@ def test_verls_own_teacher_servers_feed_the_same_estimator(models, dice, tmp_pat
     for row, expected in zip(rows, published(rows), strict=True):
         np.testing.assert_allclose(row["advantages"].numpy(), expected, rtol=1e-5, atol=1e-5)
     assert run.steps[0]["gndpo/teacher_ahead_share"] == 1.0
+
+
+def test_the_teacher_of_verls_own_distillation_is_scored_by_our_workers(models, dice, tmp_path):
+    """A command made for verl's distillation, its section `distillation` included, and one setting more."""
+    arguments = overrides(2, tmp_path / "checkpoints", "trainer.save_freq=-1", "trainer.resume_mode=disable")
+    arguments += [
+        *("distillation.enabled=True", "distillation.n_gpus_per_node=1", "distillation.nnodes=1"),
+        *("distillation.distillation_loss.loss_mode=k1", "distillation.distillation_loss.use_policy_gradient=True"),
+        f"distillation.teacher_models.teacher_model.model_path={models / 'teacher'}",
+        *("teacher.model.path=null", "teacher.from_distillation=True"),
+    ]
+    run = Run(tmp_path / "run", settings(models, dice), arguments).finish()
+    assert_healthy(run, [1, 2])
+    assert_policy_loss(run, 1)
+    rows = run.captured(1)
+    for row in rows[:4]:
+        expected = reference_log_probs(models / "teacher", row)
+        np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-4, rtol=0)

@@ -61,6 +61,7 @@ class Inputs:
         """Return a parquet file of the data by the name that the config gives it. It may be missing or damaged."""
         if name not in self._files:
             source = select(self.config, "data.reward_fn_key", "data_source")
-            routing = select(self.config, "teacher.routing_key", TeacherSection().routing_key)
+            teacher = self.settings.teacher
+            routing = TeacherSection().routing_key if teacher is None else teacher.routing_key
             self._files[name] = DataFile(Path(name).expanduser(), self.config.data, source, routing)
         return self._files[name]

@@ -5,6 +5,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from verl_gndpo.config import teacher_paths
 from verl_gndpo.doctor.check import Check, Status, select
 
 if TYPE_CHECKING:
@@ -18,15 +19,12 @@ def check_models(config: Any) -> list[Check]:
         config: verl's whole config. The section `teacher` may be invalid: a wrong path in it is reported in any case.
     """
     checks, student = _check_student(config)
-    # `check_settings` reports a path that is not given.
-    sections = {"teacher.model": select(config, "teacher.model")}
-    sections |= {f"teacher.models.{name}": model for name, model in (select(config, "teacher.models") or {}).items()}
     seen = set()
-    for section, model in sections.items():
-        path = select(model, "path")
-        if path and path not in seen:
-            seen.add(path)
-            checks += _check_teacher(config, section, model, student)
+    # `check_settings` reports a path that is not given.
+    for key, model in teacher_paths(config).items():
+        if model.path not in seen:
+            seen.add(model.path)
+            checks += _check_teacher(config, key, model, student)
     return checks
 
 
@@ -52,17 +50,17 @@ def _check_student(config: Any) -> tuple[list[Check], "ModelFiles | None"]:
     return checks, student
 
 
-def _check_teacher(config: Any, section: str, model: Any, student: "ModelFiles | None") -> list[Check]:
+def _check_teacher(config: Any, key: str, model: Any, student: "ModelFiles | None") -> list[Check]:
     """Read a teacher's files, and compare them with the student's.
 
     Args:
-        section: where the config describes the teacher: teacher.model or teacher.models.<name>.
-        model: that section.
+        key: setting that names the teacher, for messages.
+        model: the section that describes it.
         student: None if the student can't be read.
     """
     from verl_gndpo.teacher.sequence_parallel import check_sequence_parallel
 
-    check, teacher = _read("teacher", f"{section}.path", model.path, bool(select(model, "trust_remote_code")))
+    check, teacher = _read("teacher", key, model.path, bool(select(model, "trust_remote_code")))
     checks = [check]
     if teacher is None:
         return checks

@@ -15,8 +15,6 @@ from verl_gndpo.config import (
     GNDPOConfig,
     TeacherConfig,
     WorstTokens,
-    ignored_settings,
-    recipe_differences,
 )
 from verl_gndpo.doctor.check import Check, describe_error, select
 from verl_gndpo.doctor.inputs import Inputs
@@ -24,6 +22,7 @@ from verl_gndpo.hydra_groups import RECIPE_OVERRIDE, as_override
 from verl_gndpo.observe.worst_tokens import why_not_writable
 from verl_gndpo.platforms import HOST_BACKEND, without_accelerator
 from verl_gndpo.presets import PRESETS, RECIPE
+from verl_gndpo.verl_settings import ignored_settings, recipe_differences
 
 
 def check_estimator(config: Any) -> list[Check]:
@@ -89,9 +88,6 @@ def check_settings(inputs: Inputs) -> list[Check]:
         error(f"trainer.v1.trainer_mode={mode} is not supported", f"one of {', '.join(TRAINER_MODES)}")
     elif mode == "separate_async":
         found += _check_separate_async(config)
-    if select(config, "distillation.enabled"):
-        detail = "distillation.enabled=True: verl would add its own distillation to this one"
-        error(detail, "distillation.enabled=False, or one of verl's estimators")
     if select(config, "critic.enable"):
         error("critic.enable=True: this estimator does not use a critic", "critic.enable=False or null")
     found += _check_frozen_tower(config.actor_rollout_ref.actor)
@@ -109,8 +105,8 @@ def check_recipe(inputs: Inputs) -> list[Check]:
         return [Check("recipe", "ok", f"as published, with the signal {signal.preset}")]
 
     found = [f"{key}={as_override(value)} ({as_override(published)})" for key, value, published in differences]
-    # The recipe sets verl's settings only. The config has a key for what else its signal was given.
-    own = [f"{key}={as_override(published)}" for key, _, published in differences if key not in RECIPE]
+    # The recipe sets verl's settings only.
+    own = [f"++{key}={as_override(published)}" for key, _, published in differences if key not in RECIPE]
     estimator = inputs.config.algorithm.adv_estimator
     if estimator != RECIPE["algorithm.adv_estimator"]:
         own.append(f"algorithm.adv_estimator={estimator}")

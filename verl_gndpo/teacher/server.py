@@ -89,10 +89,31 @@ def distillation_section(config: Any, teacher: TeacherConfig) -> Any:
     Raises:
         ConfigError: verl refuses it; most likely a setting in `teacher.server`.
     """
+    section = as_dict(config.distillation)
+    if not teacher.from_distillation:
+        section |= _own_servers(section, teacher)
+    section["enabled"] = True
+    # A loss that verl's checks accept. The actor does not compute it.
+    section["distillation_loss"] |= {"loss_mode": "k1", "use_policy_gradient": True}
+    result = OmegaConf.create(section)
+    try:
+        omega_conf_to_dataclass(result)
+    # verl's dataclasses, hydra and OmegaConf each raise their own.
+    except Exception as error:
+        raise ConfigError(f"verl refuses these teacher servers: {' '.join(str(error).split())}") from error
+    return result
+
+
+def _own_servers(section: dict[str, Any], teacher: TeacherConfig) -> dict[str, Any]:
+    """Return the keys of verl's section `distillation` that describe the replicas of `teacher.models`.
+
+    Args:
+        section: `distillation` as it is.
+        teacher: a resolved `teacher` section with `backend=server`.
+    """
     unknown = sorted(set(teacher.server) - {field.name for field in fields(RolloutConfig)})
     if unknown:
         raise ConfigError(f"teacher.server.{unknown[0]} is not a setting of verl's rollout servers")
-    section = as_dict(config.distillation)
     template = section["teacher_models"]["teacher_model"]
     replica = template["inference"] = template["inference"] | teacher.server
     size = math.prod(replica.get(f"{kind}_parallel_size", 1) for kind in ("tensor_model", "data", "pipeline_model"))
@@ -109,20 +130,15 @@ def distillation_section(config: Any, teacher: TeacherConfig) -> Any:
         for model in teacher.teachers.values()
     ]
     # verl reads this entry if there is one teacher, and only the other entries if there are several.
-    section["teacher_models"] = {"teacher_model": entries[0]}
+    models = {"teacher_model": entries[0]}
     if len(entries) > 1:
-        section["teacher_models"] |= {f"teacher_{number}": entry for number, entry in enumerate(entries)}
-    section |= {"enabled": True, "n_gpus_per_node": teacher.n_gpus_per_node, "nnodes": teacher.nnodes}
-    section["teacher_key"] = teacher.routing_key
-    # A loss that verl's checks accept. The actor does not compute it.
-    section["distillation_loss"] |= {"loss_mode": "k1", "use_policy_gradient": True}
-    result = OmegaConf.create(section)
-    try:
-        omega_conf_to_dataclass(result)
-    # verl's dataclasses, hydra and OmegaConf each raise their own.
-    except Exception as error:
-        raise ConfigError(f"verl refuses these teacher servers: {' '.join(str(error).split())}") from error
-    return result
+        models |= {f"teacher_{number}": entry for number, entry in enumerate(entries)}
+    return {
+        "teacher_models": models,
+        "n_gpus_per_node": teacher.n_gpus_per_node,
+        "nnodes": teacher.nnodes,
+        "teacher_key": teacher.routing_key,
+    }
 
 
 def use_servers(config: Any, teacher: TeacherConfig) -> None:

@@ -12,11 +12,11 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 
 from tests.helpers import verl_config
 from tests.unit.doctor.helpers import CPU_RUN, SERVER, errors, expect
-from verl_gndpo.config import ignored_settings, recipe_differences
 from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.run import run_checks
 from verl_gndpo.doctor.settings import check_estimator, check_recipe, check_settings, check_verl_settings
 from verl_gndpo.estimators import compute_log_ratio_advantage
+from verl_gndpo.verl_settings import ignored_settings, recipe_differences
 
 
 def test_an_unknown_estimator(make_config):
@@ -327,7 +327,13 @@ def test_every_difference_from_the_published_recipe_is_listed():
     expect(check_recipe(Inputs(remedied)), "ok", "as published, with the signal gndpo")
 
 
-@pytest.mark.parametrize("key", OTHER)
+def test_a_preset_is_listed_with_what_it_changes():
+    other = verl_config(*CPU_RUN, "algorithm.gndpo.preset=power_opd")
+    keys = [found.key.removeprefix("algorithm.gndpo.") for found in recipe_differences(other)]
+    assert keys == ["preset", "bound", "baseline", "scale"]
+
+
+@pytest.mark.parametrize("key", OTHER.keys() - {"algorithm.gndpo.preset"})
 def test_a_single_difference(make_config, key):
     check = expect(check_recipe(Inputs(make_config(f"{key}={OTHER[key]}"))), "warning", key)
     assert check.detail.count("=") == 1
