@@ -202,8 +202,11 @@ def assert_equal_to(expected: list[torch.Tensor], scored: TensorDict) -> None:
 def stock_transformers():
     """Restore transformers' classes at the end, because verl changes them in the process that all tests share."""
     from transformers.integrations import flash_attention
+    from transformers.models.glm4v import modeling_glm4v  # noqa: F401
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: F401
     from transformers.models.qwen2_vl import modeling_qwen2_vl  # noqa: F401
+    from transformers.models.qwen3_5 import modeling_qwen3_5  # noqa: F401
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe  # noqa: F401
     from transformers.models.qwen3_vl import modeling_qwen3_vl  # noqa: F401
     from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe  # noqa: F401
 

@@ -121,7 +121,7 @@ def _image_prompt(config: Any, path: str, trust_remote_code: bool) -> ImagePromp
     from transformers import AutoProcessor
 
     try:
-        return make_image_prompt(AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code))
+        return make_image_prompt(AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code), config)
     # A processor may raise anything; the trial then says less, and the run's self-check remains.
     except Exception as error:
         logger.warning("%s: its processor makes no prompt with images, so only text is tried: %s", path, error)

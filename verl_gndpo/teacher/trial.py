@@ -116,7 +116,7 @@ def choose_sharing(
     """
     run: dict[str, Any] = {"device": device, "dtype": torch.float32}
     plain: dict[str, Any] = {"chunk_tokens": 256, "temperature": 1.0, "concatenate_inputs": concatenate_inputs}
-    why: Exception = NotTriedError(f"every small model of {config.model_type} is too large")
+    why: Exception | None = None
     for attempt in ATTEMPTS:
         try:
             model = _small_model(config, attempt, build).to(device)
@@ -321,7 +321,12 @@ def _shrink_layers(part: Any) -> None:
         combined = list(zip(*kinds.values(), strict=True))
         # The shortest run from the start that has each kind of layer, and one layer more.
         seen = [len(set(combined[:end])) for end in range(len(combined) + 1)]
-        few = min(number, max(3, seen.index(seen[-1]) + 1))
+        run = seen.index(seen[-1])
+        shared = getattr(part, "num_kv_shared_layers", 0)
+        few = min(number, 2 * run if shared else max(3, run + 1))
+        if shared:
+            # Layers that use the keys and values of others need one of their kind before them.
+            part.num_kv_shared_layers = few - run
         for name, value in kinds.items():
             setattr(part, name, value[:few])
     setattr(part, layers, few)
@@ -449,13 +454,17 @@ def _rows(config: Any, image_prompt: ImagePrompt | None) -> tuple[Rows, list[Pro
     return Rows(ids, positions, responses, inputs, sampled), groups
 
 
-def make_image_prompt(processor: Any) -> ImagePrompt:
+def make_image_prompt(processor: Any, config: Any) -> ImagePrompt:
     """Have a processor make a prompt with two images of different sizes, as verl's agent loop does.
 
     A chat template that shows no images, which belongs to a model whose prompts come in another one's template, is not
     used.
 
+    Args:
+        config: of the model.
+
     Raises:
+        NotTriedError: no prompt of the processor shows images.
         Whatever the processor raises.
     """
     from PIL import Image
@@ -465,14 +474,25 @@ def make_image_prompt(processor: Any) -> ImagePrompt:
         Image.fromarray(torch.randint(0, 256, (*size, 3), generator=noise, dtype=torch.uint8).numpy())
         for size in ((64, 64), (96, 64))
     ]
-    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is this?"}]
+    words = "What is this?"
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": words}]
     chat = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    mark = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
-    if mark is not None and text.count(mark) != len(images):
-        text = mark * len(images) + "What is this?"
-    inputs = dict(processor(text=[text], images=images, return_tensors="pt"))
-    ids = inputs.pop("input_ids")[0]
-    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
-        inputs.pop(name, None)
-    return ImagePrompt(ids, inputs)
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)]
+    marks = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
+    texts += [mark * len(images) + words for mark in marks if mark is not None]
+    placeholders = set(family_of(config).placeholder_ids(config).values())
+    problem: Exception = NotTriedError("no prompt of its processor shows images")
+    for text in texts:
+        try:
+            inputs = dict(processor(text=[text], images=images, return_tensors="pt"))
+        # A processor refuses other numbers of marks and images in its own way.
+        except Exception as error:
+            problem = error
+            continue
+        ids = inputs.pop("input_ids")[0]
+        if placeholders.isdisjoint(ids.tolist()):
+            continue
+        for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
+            inputs.pop(name, None)
+        return ImagePrompt(ids, inputs)
+    raise problem

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher on the architectures of tests/zoo.py, against plain forward passes of transformers' own classes."""
+
+import logging
+
+import pytest
+import torch
+
+from docs.make_models import OUTPUT, render
+from tests import zoo
+from tests.integration.helpers import as_batch, one_rank, start_actor, start_teacher, teacher_config
+from tests.integration.test_teacher_engine import Ranks
+from verl.utils import tensordict_utils as tu
+
+TEMPERATURE = 0.7
+RESPONSE_LENGTHS = [[3, 9, 1], [7], [5, 2]]
+FAILS_IN_VERL = {
+    "qwen2_5_omni_thinker": "verl's actor gives rotary positions of four axes to models that have three",
+}
+"""Members that verl's own actor can't run, so that there is no student of their family to compare with."""
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Return a function that builds a member once."""
+    built = {}
+
+    def get(name):
+        if name not in built:
+            built[name] = zoo.build(name, tmp_path_factory.mktemp(name))
+        return built[name]
+
+    return get
+
+
+def rows_of(name, path):
+    """Return responses to three prompts, of which two have images if the model sees images."""
+    return zoo.rows_of(path, [2, 0, 1] if name in zoo.IMAGE_FAMILIES else [0, 0, 0], RESPONSE_LENGTHS)
+
+
+def score(path, rows, **settings):
+    """Return the log-probs of a teacher worker on this process's rank, and the way in which it scores."""
+    worker = start_teacher(teacher_config(path, temperature=TEMPERATURE, **settings))
+    scored = worker.compute_teacher_log_prob(as_batch(rows))["teacher_log_probs"].unbind()
+    (model,) = worker.models.values()
+    return [x.double() for x in scored], model.engine._scorer.sharing
+
+
+def assert_close(scored, expected):
+    for row, (ours, oracle) in enumerate(zip(scored, expected, strict=True)):
+        assert (ours - oracle).abs().max() < 1e-4, f"row {row}"
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_teacher_scores_as_transformers_does(name, checkpoint):
+    """Also with micro-batches so small that groups are cut, and with a row of padding that verl adds to a batch."""
+    path = checkpoint(name)
+    rows = rows_of(name, path)
+    expected = zoo.plain_log_probs(path, rows, TEMPERATURE)
+    # The oracle must depend on what it scores.
+    assert torch.cat(expected).std() > 0.1
+    with one_rank():
+        scored, sharing = score(path, rows)
+        assert_close(scored, expected)
+        cut, _ = score(path, rows, sharing=sharing, max_token_len_per_gpu=max(len(row["ids"]) for row in rows) + 8)
+        assert_close(cut, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in FAILS_IN_VERL])
+def test_a_model_distilled_into_itself_gives_no_signal(name, checkpoint):
+    """verl's own actor is the student."""
+    path = checkpoint(name)
+    rows = rows_of(name, path)
+    with one_rank():
+        teacher, _ = score(path, rows)
+        worker = start_actor(path, packed=False)
+        batch = as_batch(rows)
+        batch["loss_mask"] = batch["response_mask"]
+        tu.assign_non_tensor(batch, temperature=TEMPERATURE, calculate_entropy=False, compute_loss=False)
+        whole = worker.infer_batch(batch)["log_probs"].unbind()
+    # Each place has the log-prob of the next token.
+    student = [scores[-len(row["response"]) - 1 : -1].double() for scores, row in zip(whole, rows, strict=True)]
+    assert_close(teacher, student)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5", "gemma3", "gpt_oss", "deepseek_v3"])
+def test_a_teacher_in_bfloat16_passes_its_self_check(name, checkpoint):
+    path = checkpoint(name)
+    rows = rows_of(name, path)
+    expected = torch.cat(zoo.plain_log_probs(path, rows, TEMPERATURE))
+    with one_rank():
+        scored, _ = score(path, rows, dtype="bfloat16")
+    difference = (torch.cat(scored) - expected).abs()
+    assert 0 < difference.mean() < 0.25
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3", "llava_next", "gpt_oss", "deepseek_v3", "glm_moe_dsa"])
+def test_two_ranks_score_as_one(name, checkpoint, two_ranks):
+    """One rank has no images, and the ranks have different numbers of prompts and passes."""
+    path = checkpoint(name)
+    rows = sorted(rows_of(name, path), key=lambda row: len(row["inputs"]))
+    rows = [row | {"mask": torch.ones_like(row["response"]), "names": {}} for row in rows]
+    assert len(rows) == 6
+    two_ranks("start", path, {"temperature": TEMPERATURE, "max_token_len_per_gpu": 4096})
+    scored = two_ranks.score(rows)
+    assert_close([torch.from_numpy(x).double() for x in scored], zoo.plain_log_probs(path, rows, TEMPERATURE))
+
+
+def test_the_page_lists_every_member_as_it_is_scored(checkpoint):
+    """`python docs/make_models.py` writes the page anew."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    assert OUTPUT.read_text() == render(checkpoint)
