@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write docs/models.md: how each architecture of the tests' zoo is scored as a teacher.
 
-    python docs/make_models.py
+python docs/make_models.py
 """
 
 import sys
@@ -16,13 +16,14 @@ OUTPUT = ROOT / "docs" / "models.md"
 HEAD = """# Architectures of teachers
 
 How a teacher of each architecture is scored: the outcome of the trial (`teacher.sharing=auto`) with random models of
-transformers {version}. Every one of them is compared with plain forward passes of transformers' own class in
-tests/integration/test_zoo.py, and the log-probs agree within 1e-4 nats. An architecture that is not listed is tried in the
-same way before a run, and `verl-gndpo doctor` says what comes of it.
+transformers {version}. `tests/integration/test_zoo.py` compares every one of them with plain forward passes of
+transformers' own class: the log-probs agree within 1e-4 nats in float32. An architecture that is not listed is tried in
+the same way before a run, and `verl-gndpo doctor` says what comes of it.
 
 - **attention**: the responses to a prompt stand behind it in one row. The fastest way.
 - **cache**: the prompt runs once into the model's own cache, which is copied for its responses.
-- **none**: each response runs with its own prompt, beside others of similar length, or alone where the model mixes rows.
+- **none**: each response runs with its own prompt, beside others of similar length, or alone where the model mixes
+  rows.
 
 `python docs/make_models.py` writes this page.
 
@@ -45,7 +46,7 @@ def render(checkpoint: Callable[[str], Path]) -> str:
     lines = []
     for name in sorted(zoo.ZOO):
         path = checkpoint(name)
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, attn_implementation=zoo.attention_of(name))
         verdict = try_teacher(config, str(path), sharing="auto", trust_remote_code=False)
         reasons = "; ".join(f"{way}: {_short(reason, path)}" for way, reason in verdict.reasons.items())
         sees = "yes" if name in zoo.IMAGE_FAMILIES else ""

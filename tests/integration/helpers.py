@@ -22,9 +22,6 @@ from tests import settings
 from verl_gndpo.config import TeacherConfig
 from verl_gndpo.teacher.worker import TeacherWorker
 
-ATTENTION = {"attn_implementation": "sdpa"}
-"""An attention that runs on the CPU, for `override_config`."""
-
 
 def load(path, **options) -> torch.nn.Module:
     """Load a checkpoint into transformers' own class, in float32, with eager attention."""
@@ -125,7 +122,7 @@ def hugging_face_distributions(
     return log_probs
 
 
-def start_actor(path, packed: bool, max_tokens: int = 4096, **model) -> TrainingWorker:
+def start_actor(path, packed: bool, max_tokens: int = 4096, attention: str = "sdpa", **model) -> TrainingWorker:
     """Start verl's own FSDP engine, as the actor that computes `old_log_probs`; `model` are settings of the model."""
     worker = TrainingWorker(
         TrainingWorkerConfig(
@@ -135,7 +132,7 @@ def start_actor(path, packed: bool, max_tokens: int = 4096, **model) -> Training
                 load_tokenizer=False,
                 use_remove_padding=packed,
                 enable_gradient_checkpointing=False,
-                override_config=ATTENTION,
+                override_config={"attn_implementation": attention},
                 **model,
             ),
             engine_config=FSDPEngineConfig(
@@ -154,9 +151,10 @@ def start_actor(path, packed: bool, max_tokens: int = 4096, **model) -> Training
     return worker
 
 
-def teacher_config(path, **section) -> TeacherConfig:
+def teacher_config(path, attention_of_model: str = "sdpa", **section) -> TeacherConfig:
     """Return the settings of a teacher that runs on the CPU; `section` holds keys of `teacher`."""
-    return settings.teacher_config(path, model={"override_config": ATTENTION}, **section)
+    override = {"attn_implementation": attention_of_model}
+    return settings.teacher_config(path, model={"override_config": override}, **section)
 
 
 def start_teacher(config: TeacherConfig) -> TeacherWorker:

@@ -11,7 +11,6 @@ from verl.utils import tensordict_utils as tu
 import verl_gndpo.verl_patches.student_top_k  # noqa: F401
 from tests import settings
 from tests.integration.helpers import (
-    ATTENTION,
     as_batch,
     assert_equal_to,
     hugging_face_distributions,
@@ -95,7 +94,7 @@ def test_the_divergence_is_that_of_the_whole_distributions(pair):
 def test_several_teachers_have_the_mean_of_their_divergences(pair):
     """As of their log-probs: so their baseline is the mean of what the log-ratio will be."""
     models = {
-        name: {"path": str(path), "override_config": ATTENTION, "keys": ["*"], "weight": weight}
+        name: {"path": str(path), "override_config": {"attn_implementation": "sdpa"}, "keys": ["*"], "weight": weight}
         for name, path, weight in (("other", pair.teacher, 1.0), ("self", pair.student, 3.0))
     }
     with one_rank():

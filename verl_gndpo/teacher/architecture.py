@@ -59,7 +59,8 @@ def try_teacher(config: Any, path: str, *, sharing: str, trust_remote_code: bool
     def attempt(device: str) -> Verdict:
         return choose_sharing(
             config,
-            build=lambda small: build_as_verl(small, trust_remote_code),
+            build=lambda small, attention: build_as_verl(small, attention, trust_remote_code),
+            attention=str(config.get_text_config()._attn_implementation),
             sharing=sharing,
             image_prompt=prompt,
             device=device,
@@ -96,21 +97,14 @@ def why_attention_is_refused(config: Any, trust_remote_code: bool = False) -> st
     return None
 
 
-def build_as_verl(config: Any, trust_remote_code: bool = False) -> Any:
-    """Return a float32 model with random weights, as verl's FSDP engine builds it without padding removal.
-
-    Its attention is one that runs on any device.
-    """
+def build_as_verl(config: Any, attention: str, trust_remote_code: bool = False) -> Any:
+    """Return a float32 model with random weights, as verl's FSDP engine builds it without padding removal."""
     from verl.models.transformers.monkey_patch import apply_monkey_patch
     from verl.utils.model import get_hf_auto_model_class
 
-    model_class = get_hf_auto_model_class(config)
-    options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-    try:
-        model = model_class.from_config(config, attn_implementation="sdpa", **options)
-    # transformers refuses an attention that the class does not support.
-    except (ValueError, ImportError):
-        model = model_class.from_config(config, attn_implementation="eager", **options)
+    model = get_hf_auto_model_class(config).from_config(
+        config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
     apply_monkey_patch(model, use_remove_padding=False, ulysses_sp_size=1)
     return model
 

@@ -17,10 +17,11 @@ from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from verl_gndpo.families import family_of
 from verl_gndpo.kl import IDS, LOG_PROBS
 from verl_gndpo.teacher import self_check
 from verl_gndpo.teacher.architecture import try_teacher
-from verl_gndpo.teacher.packing import group_by_prompt, plan
+from verl_gndpo.teacher.packing import concatenable, group_by_prompt, plan
 from verl_gndpo.teacher.rows import (
     check_log_probs,
     check_positions,
@@ -32,6 +33,7 @@ from verl_gndpo.teacher.scorer import Rows, Scorer
 from verl_gndpo.teacher.scoring import UNCHANGED
 from verl_gndpo.teacher.sequence_parallel import check_sequence_parallel
 from verl_gndpo.teacher.trial import NotTriedError, TrialError, Verdict
+from verl_gndpo.verl_patches.sharding import SHARDED_ALONE
 
 
 @dataclass
@@ -96,17 +98,24 @@ class TeacherEngine(FSDPEngineWithLMHead):
         )
         self._side_by_side = verdict.side_by_side
         if not verdict.tower_always_runs:
-            self._wrap_decoder_only(module)
+            self._shard_decoder_layers_only(module)
         return module
 
-    def _wrap_decoder_only(self, module: Any) -> None:
-        """Have FSDP gather the vision tower with the root of the model, which all ranks run.
+    def _shard_decoder_layers_only(self, module: Any) -> None:
+        """Have FSDP gather all but the decoder's layers with the root of the model, which all ranks run.
 
-        Otherwise a rank with images would wait for ever for one without.
+        Otherwise a rank whose rows have images would wait for ever for one without.
         """
-        inside = {type(part).__name__ for part in module.get_decoder().modules()}
-        layers = [name for name in module._no_split_modules or () if name in inside]
-        self.engine_config.wrap_policy.setdefault("transformer_layer_cls_to_wrap", layers)
+        towers = family_of(module).find_towers(module).values()
+        inside = {id(part) for tower in towers for part in tower.modules()}
+        lists = [
+            part
+            for part in module.get_decoder().modules()
+            if isinstance(part, torch.nn.ModuleList) and id(part) not in inside
+        ]
+        layers = sorted({type(layer).__name__ for layer in max(lists, key=len)})
+        setattr(module, SHARDED_ALONE, layers)
+        self.engine_config.wrap_policy["transformer_layer_cls_to_wrap"] = layers
 
     def _try_architecture(self) -> Verdict:
         """Decide how to score, on the first rank, and say so.
@@ -190,7 +199,11 @@ class TeacherEngine(FSDPEngineWithLMHead):
         # As in verl, the limit is for one rank, and ranks that share a row add up.
         limit = self.engine_config.infer_max_token_len_per_gpu * self._ranks_of_row
         limit = max(limit, *map(len, rows.ids)) if self._side_by_side else 1
-        passes = plan(groups, self._scorer.sharing, limit, alone)
+        passes = [
+            step
+            for together in concatenable(groups, rows.images)
+            for step in plan(together, self._scorer.sharing, limit, alone)
+        ]
         count = torch.tensor(len(passes), device=get_device_name())
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX, group=self.get_data_parallel_group())
 

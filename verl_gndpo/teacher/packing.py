@@ -90,6 +90,27 @@ def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
+def concatenable(groups: Iterable[PromptGroup], images: Sequence[dict[str, Any]]) -> list[list[PromptGroup]]:
+    """Separate groups whose images have other shapes, as processors make them that pad the images of a prompt.
+
+    Args:
+        images: the model's further inputs per row, by name. Tensors are concatenated along their first dimension.
+
+    Returns:
+        Groups that can run in one pass. Those without images are with the first of the others.
+    """
+    by_shape: dict[tuple, list[PromptGroup]] = {}
+    without = []
+    for group in groups:
+        inputs = images[group.rows[0]]
+        shapes = tuple((name, tuple(x.shape[1:])) for name, x in inputs.items() if isinstance(x, torch.Tensor))
+        (by_shape.setdefault(shapes, []) if inputs else without).append(group)
+    if not by_shape:
+        return [without] if without else []
+    first, *others = by_shape.values()
+    return [without + first, *others]
+
+
 def pack(groups: Iterable[PromptGroup], max_tokens: int) -> list[list[PromptGroup]]:
     """Pack groups into micro-batches of at most `max_tokens` tokens: the largest first, each where it still fits.
 

@@ -94,7 +94,8 @@ class ImagePrompt:
 def choose_sharing(
     config: Any,
     *,
-    build: Callable[[Any], Any],
+    build: Callable[[Any, str], Any],
+    attention: str = "eager",
     sharing: str = "auto",
     image_prompt: ImagePrompt | None = None,
     device: torch.device | int | str = "cpu",
@@ -104,7 +105,9 @@ def choose_sharing(
 
     Args:
         config: of the teacher.
-        build: makes a float32 model with random weights from a config, as the real one will be made from its own.
+        build: makes a float32 model with random weights from a config and the name of an attention implementation, as
+            the real one will be made from its own.
+        attention: of the real model; anything but "sdpa" is tried as "eager", which every architecture defines.
         sharing: auto, or the only way to try.
         image_prompt: a prompt that the teacher's processor has made; None to try text only.
         device: of the trial.
@@ -119,11 +122,14 @@ def choose_sharing(
     why: Exception | None = None
     for attempt in ATTEMPTS:
         try:
-            model = _small_model(config, attempt, build).to(device)
+            oracle = _small_model(config, attempt, lambda small: build(small, "eager")).to(device)
+            model = oracle
+            if attention == "sdpa":
+                model = _small_model(config, attempt, lambda small: build(small, "sdpa")).to(device)
             rows, groups = _rows(model.config, image_prompt)
-            change = logits_change(copy.deepcopy(model), rows, device)
+            change = logits_change(copy.deepcopy(oracle), rows, device)
             # One row after the other, through nothing but the model's own code and full logits.
-            scorer = Scorer(copy.deepcopy(model), sharing="none", **plain)
+            scorer = Scorer(copy.deepcopy(oracle), sharing="none", **plain)
             tower_always_runs = _tower_runs(scorer, rows, run)
             expected = [
                 scorer.score_plainly(scorer.model, row, rows, length, whole=True, **run)

@@ -56,6 +56,18 @@ PATCHES = index(
         where="every process",
     ),
     Patch(
+        name="fsdp2_wrap_targets",
+        module="verl.utils.fsdp_utils",
+        changes="_select_fsdp2_wrap_targets",
+        applied_by="verl_gndpo.verl_patches.sharding:shard_fewer_modules",
+        breaks="GLM-4.1V with images crashes with FSDP2; and a rank whose rows have images would wait for ever for one "
+        "without, if a model runs its tower only for images.",
+        since="verl 0.9.1",
+        upstream="none known",
+        remove_when="verl shards no embedding of a vision tower by itself, and lets an engine choose what it shards",
+        where="every process",
+    ),
+    Patch(
         name="qwen3_5_cache",
         module="verl.models.transformers.qwen3_5",
         changes="qwen3_5_gated_delta_net_forward",
