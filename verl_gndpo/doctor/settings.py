@@ -3,6 +3,7 @@
 
 import contextlib
 import difflib
+import importlib.util
 import inspect
 import io
 import warnings
@@ -92,6 +93,7 @@ def check_settings(inputs: Inputs) -> list[Check]:
         error("critic.enable=True: this estimator does not use a critic", "critic.enable=False or null")
     found += _check_frozen_tower(config.actor_rollout_ref.actor)
     found += _check_sampling(config.actor_rollout_ref.rollout)
+    found += _check_engine(config.actor_rollout_ref.actor.strategy)
     return found or [Check("settings", "ok", "algorithm.gndpo and teacher go with the rest of the config")]
 
 
@@ -142,6 +144,19 @@ def _check_sampling(rollout: Any) -> list[Check]:
         )
         for key, value in off.items()
     ]
+
+
+def _check_engine(strategy: str) -> list[Check]:
+    """Warn if verl's engine for the actor can't be imported here. verl goes on until the actor's workers start."""
+    name = f"verl.workers.engine.{strategy}"
+    if importlib.util.find_spec(name) is None:
+        return []
+    try:
+        importlib.import_module(name)
+    except ImportError as reason:
+        detail = f"actor_rollout_ref.actor.strategy={strategy}: {name} can't be imported here: {reason}"
+        return [Check("settings", "warning", detail, "install what it needs where the actor's workers run")]
+    return []
 
 
 def _check_separate_async(config: Any) -> list[Check]:
