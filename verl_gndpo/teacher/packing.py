@@ -100,7 +100,7 @@ def concatenable(groups: Iterable[PromptGroup], images: Sequence[dict[str, Any]]
         Groups that can run in one pass. Those without images are with the first of the others.
     """
     by_shape: dict[tuple, list[PromptGroup]] = {}
-    without = []
+    without: list[PromptGroup] = []
     for group in groups:
         inputs = images[group.rows[0]]
         shapes = tuple((name, tuple(x.shape[1:])) for name, x in inputs.items() if isinstance(x, torch.Tensor))
