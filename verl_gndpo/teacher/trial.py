@@ -119,7 +119,7 @@ def choose_sharing(
     """
     run: dict[str, Any] = {"device": device, "dtype": torch.float32}
     plain: dict[str, Any] = {"chunk_tokens": 256, "temperature": 1.0, "concatenate_inputs": concatenate_inputs}
-    why: Exception | None = None
+    problems: list[Exception] = []
     for attempt in ATTEMPTS:
         try:
             oracle = _small_model(config, attempt, lambda small: build(small, "eager")).to(device)
