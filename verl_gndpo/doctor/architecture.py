@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check that the architecture of each teacher can be scored, by scoring with a small model of it."""
 
-import contextlib
 from typing import Any
 
 from verl_gndpo.config import Teacher
 from verl_gndpo.doctor.check import Check, select
 from verl_gndpo.doctor.inputs import Inputs
-from verl_gndpo.doctor.parquet import CANNOT_READ, DataError
+from verl_gndpo.doctor.models import rows_with_images
 
 OTHER_TEACHER = "choose another teacher, or teacher.backend=server, where the rollout engine runs it"
 
@@ -62,7 +61,7 @@ def _try(inputs: Inputs, model: Teacher, verl_config: Any, error: Any) -> list[C
         section = "model" if not select(inputs.config, "teacher.models") else "models.<name>"
         remedy = f"++teacher.{section}.override_config.attn_implementation=sdpa, or eager"
         return error(f"transformers refuses its attention: {refused}", remedy)
-    images = _training_images(inputs)
+    images = rows_with_images(inputs, model.path)
     options: dict[str, Any] = {"sharing": teacher.sharing, "trust_remote_code": model.trust_remote_code}
     try:
         try:
@@ -86,18 +85,3 @@ def _try(inputs: Inputs, model: Teacher, verl_config: Any, error: Any) -> list[C
         detail = f"teacher.ulysses_sequence_parallel_size={size} needs prompts shared through attention, but {verdict}"
         return error(detail, "teacher.ulysses_sequence_parallel_size=1")
     return [Check("teacher", "ok", f"{model.path}: {verdict}")]
-
-
-def _training_images(inputs: Inputs) -> int | None:
-    """Return the number of images in the training files; None if some can't be read here."""
-    if select(inputs.config, "data.custom_cls.path"):
-        return None
-    images = 0
-    for file in inputs.files("train_files"):
-        if not file.endswith(".parquet") or "://" in file:
-            return None
-        with contextlib.suppress(DataError, *CANNOT_READ):
-            images += inputs.file(file).summary.images
-            continue
-        return None
-    return images

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,12 @@ class Difference:
     fatal: bool
     """True if scores would be wrong or impossible. Otherwise the teacher only fits less well."""
 
+    remedy: str = ""
+    """What to do about it; "" if there is nothing to do."""
+
+
+ANOTHER_FAMILY = "choose a teacher of the student's family"
+
 
 def is_remote(path: str) -> bool:
     """Return True if verl copies a path from another system (such as hdfs://), so that it can't be read here."""
@@ -126,7 +132,7 @@ def check_model_folder(path: str, role: str) -> None:
     if not folder.is_dir():
         raise ModelNotFound(f"{role} path {path} is a file; give the folder that holds config.json")
     if not (folder / "config.json").is_file():
-        raise ModelNotFound(f"{role} folder {path} has no config.json, so it is not a Hugging Face model folder")
+        raise ModelNotFound(_describe_folder(folder, role))
     weights = [p for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern)]
     if not weights:
         raise ModelNotFound(f"{role} folder {path} has a config.json but no weights (*.safetensors or *.bin)")
@@ -138,6 +144,33 @@ def check_model_folder(path: str, role: str) -> None:
                 f"{role} folder {path} is incomplete: {len(missing)} of the {len(shards)} files named in "
                 f"{index.name} are missing, first {missing[0]}"
             )
+
+
+def _describe_folder(folder: Path, role: str) -> str:
+    """Say what a folder without config.json holds, and how it becomes a model."""
+    for actor in (folder, folder / "actor"):
+        if any(actor.glob("model_world_size_*_rank_*.pt")):
+            return (
+                f"{role} folder {folder} is a checkpoint of verl, whose shards have to be merged: python -m "
+                f"verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir {actor}/merged, and then "
+                f"give {actor}/merged"
+            )
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
+        merge = (
+            f"import peft, transformers as t; base, here = '{base}', '{folder}'; "
+            "sees = hasattr(t.AutoConfig.from_pretrained(base), 'vision_config'); "
+            "kind = t.AutoModelForImageTextToText if sees else t.AutoModelForCausalLM; "
+            "peft.PeftModel.from_pretrained(kind.from_pretrained(base, dtype='auto'), here).merge_and_unload()"
+            ".save_pretrained(here + '/merged'); "
+            "t.AutoProcessor.from_pretrained(base).save_pretrained(here + '/merged')"
+        )
+        return (
+            f"{role} folder {folder} holds LoRA adapters of {base}, which have to be merged into it: python -c "
+            f'"{merge}", and then give {folder}/merged'
+        )
+    return f"{role} folder {folder} has no config.json, so it is not a Hugging Face model folder"
 
 
 def read_model_files(
@@ -182,17 +215,25 @@ def _cannot_read(role: str, part: str, path: str, error: Exception) -> str:
     return message
 
 
-def compare(student: ModelFiles, teacher: ModelFiles) -> list[Difference]:
+def compare(student: ModelFiles, teacher: ModelFiles, images: int | None = None) -> list[Difference]:
     """Return all differences between the inputs of teacher and student.
 
     Vocabularies that are padded to different sizes are equal if both hold all of the tokenizer's tokens.
+
+    Args:
+        images: number of rows with images that the teacher scores; None if unknown. Without any, it does not matter how
+            the models see images.
     """
-    return [
+    found = [
         *_compare_tokenizers(student, teacher),
         *_compare_vocabulary_sizes(student, teacher),
         *_compare_special_tokens(student, teacher),
-        *_compare_images(student, teacher),
+        *(_compare_images(student, teacher, images) if images != 0 else ()),
         *_compare_chat_templates(student, teacher),
+    ]
+    return [
+        replace(difference, remedy=ANOTHER_FAMILY) if difference.fatal and not difference.remedy else difference
+        for difference in found
     ]
 
 
@@ -285,9 +326,19 @@ def _compare_special_tokens(student: ModelFiles, teacher: ModelFiles) -> Iterato
     for role in ("eos", "bos", "pad"):
         a, b = (_token_id(model.tokenizer, role) for model in (student, teacher))
         if a != b:
-            # A response ends with eos, and the teacher scores that token. No padding is ever scored, and what comes
-            # before the prompt is in the student's ids.
-            yield Difference("special tokens", f"{role}: student {a}, teacher {b}", role == "eos")
+            detail, remedy = f"{role}: student {a}, teacher {b}", ""
+            if role == "eos":
+                detail += (
+                    ". The student ends each response with a token that the teacher hardly ever writes there, so one "
+                    "token per response gets a large negative log-ratio"
+                )
+                remedy = (
+                    f"set eos_token to {teacher.tokenizer.eos_token!r} in the student's tokenizer_config.json, and "
+                    f"eos_token_id to {teacher.tokenizer.eos_token_id} in its config.json and generation_config.json; "
+                    "or choose a teacher that ends its answers as the student does (a base model for a base model)"
+                )
+            # No padding is ever scored, and what comes before the prompt is in the student's ids.
+            yield Difference("special tokens", detail, False, remedy)
     if student.is_multimodal and teacher.is_multimodal:
         families = [family_of(model.config) for model in (student, teacher)]
         for key in dict.fromkeys(key for family in families for key in family.id_attributes):
@@ -301,9 +352,14 @@ def _token_id(tokenizer: Any, role: str) -> str:
     return "none" if token is None else f"{token!r} ({getattr(tokenizer, f'{role}_token_id')})"
 
 
-def _compare_images(student: ModelFiles, teacher: ModelFiles) -> Iterator[Difference]:
+def _compare_images(student: ModelFiles, teacher: ModelFiles, images: int | None) -> Iterator[Difference]:
     if student.is_multimodal and not teacher.is_multimodal:
-        yield Difference("images", "the student sees images, the teacher is a text-only model", True)
+        detail = "the student sees images, the teacher is a text-only model"
+        if images is None:
+            yield Difference("images", f"{detail}; a row with images would stop the run", False)
+            return
+        remedy = "choose a teacher that sees images, or give these rows to another one (teacher.models.<name>.keys)"
+        yield Difference("images", f"{detail}, and {images} training rows that it scores have images", True, remedy)
         return
     if not student.is_multimodal:
         return
@@ -322,7 +378,8 @@ def _compare_images(student: ModelFiles, teacher: ModelFiles) -> Iterator[Differ
     for key in IMAGE_KEYS:
         a, b = (_plain(getattr(model.image_processor, key, None)) for model in (student, teacher))
         if a != b:
-            yield Difference("images", f"image processor's {key}: student {a}, teacher {b}", True)
+            remedy = f"{ANOTHER_FAMILY}, or copy the student's image processor settings into the teacher's folder"
+            yield Difference("images", f"image processor's {key}: student {a}, teacher {b}", True, remedy)
 
 
 def _plain(value: Any) -> Any:

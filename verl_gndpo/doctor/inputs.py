@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read what several checks need of one run, each thing once."""
 
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from verl_gndpo.config import (
     read_teacher_config,
 )
 from verl_gndpo.doctor.check import select
-from verl_gndpo.doctor.parquet import DataFile
+from verl_gndpo.doctor.parquet import CANNOT_READ, DataError, DataFile
 
 
 class Settings(NamedTuple):
@@ -65,3 +66,21 @@ class Inputs:
             routing = TeacherSection().routing_key if teacher is None else teacher.routing_key
             self._files[name] = DataFile(Path(name).expanduser(), self.config.data, source, routing)
         return self._files[name]
+
+    def rows_with_images(self, key: str) -> Counter[str] | None:
+        """Return the number of rows with images in the files of `data.<key>`, by their value of the routing column.
+
+        None: a file is not local, not parquet or not readable, or a class of the user reads it.
+        """
+        if select(self.config, "data.custom_cls.path"):
+            return None
+        found: Counter[str] = Counter()
+        for file in self.files(key):
+            if "://" in file or not file.endswith(".parquet"):
+                return None
+            try:
+                found += self.file(file).summary.rows_with_images
+            # `check_data` reports it.
+            except (DataError, *CANNOT_READ):
+                return None
+        return found

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read from a parquet file what the checks of the data need, and never the image bytes."""
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,9 @@ class Summary(NamedTuple):
 
     rows: int
     images: int
+
+    rows_with_images: Counter[str]
+    """Numbers of rows with images or other media, by their value of the routing column as text."""
 
 
 class Label(NamedTuple):
@@ -125,20 +129,25 @@ class DataFile:
             content = _content_column(file, prompt_key)
             media = self._media_columns()
             leaves = [_smallest_leaf(file, column) for column in media.values()]
+            routing = [self._routing_column] if self._routing_column in self.columns else []
 
+            with_images: Counter[str] = Counter()
             start, images, bad = 0, 0, []
-            for batch in file.iter_batches(columns=[content, *leaves], batch_size=ROWS_PER_BATCH):
+            for batch in file.iter_batches(columns=[content, *leaves, *routing], batch_size=ROWS_PER_BATCH):
                 counts = {
                     placeholder: pc.list_value_length(batch[column]).fill_null(0).to_numpy(zero_copy_only=False)
                     for placeholder, column in media.items()
                 }
                 images += int(counts.get("<image>", np.zeros(1)).sum())
+                seeing = np.flatnonzero(sum(counts.values(), np.zeros(len(batch))))
+                keys = batch[self._routing_column].take(pa.array(seeing)).to_pylist() if routing else [""] * len(seeing)
+                with_images.update(str(key) for key in keys)
                 bad += [(start + row, what) for row, what in self._mismatches(batch[prompt_key], counts)]
                 start += len(batch)
         if bad:
             shown = "; ".join(f"row {row}: {what}" for row, what in sorted(bad)[:ROWS_SHOWN])
             raise DataError(f"{len({row for row, _ in bad})} of {rows} rows have mismatched media: {shown}")
-        return Summary(rows, images)
+        return Summary(rows, images, with_images)
 
     def _media_columns(self) -> dict[str, str]:
         """Return the column of each medium that the file has, by the medium's placeholder."""

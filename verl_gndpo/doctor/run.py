@@ -36,7 +36,7 @@ def run_checks(config: Any = None) -> list[Check]:
     if plugin[0].status != "error":
         checks += [*check_estimator(config), *check_verl_settings(config)]
         if uses_gndpo(config):
-            checks += [*check_settings(inputs), *check_recipe(inputs), *check_models(config)]
+            checks += [*check_settings(inputs), *check_recipe(inputs), *check_models(inputs)]
             checks += [*check_architectures(inputs), *check_routing(inputs)]
     return [*checks, *check_data(inputs), *check_rewards(inputs)]
 

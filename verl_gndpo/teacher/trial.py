@@ -139,13 +139,14 @@ def choose_sharing(
             continue
         # The code of an architecture may raise anything.
         except Exception as error:
-            why = (
-                error if isinstance(error, TrialError) else TrialError(f"its forward pass fails: {_first_line(error)}")
-            )
+            # The first problem counts: a smaller model may fail for being small.
+            known = isinstance(error, TrialError)
+            problems.append(error if known else TrialError(f"its forward pass fails: {_first_line(error)}"))
             continue
         break
     else:
-        raise why
+        problems.append(NotTriedError(f"every small model of {config.model_type} is too large"))
+        raise problems[0]
     reasons: dict[str, str] = {}
     for way, at_once in WAYS:
         if sharing not in ("auto", way):

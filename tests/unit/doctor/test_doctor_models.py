@@ -2,13 +2,24 @@
 """Student, teachers and processor: each problem names what, where and what to do."""
 
 import json
+import re
+import subprocess
+import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from huggingface_hub import constants as hub
 
 from examples.quickstart.tiny_vlm import build_tokenizer
-from tests.unit.doctor.helpers import edit, errors, expect, length
-from verl_gndpo.doctor.models import check_models
+from tests.unit.doctor.helpers import IMAGES, PROMPT, edit, errors, expect, length, write
+from verl_gndpo.doctor import models
+from verl_gndpo.doctor.inputs import Inputs
+
+
+def check_models(config):
+    return models.check_models(Inputs(config))
 
 
 def test_lora_adapters_that_vllm_would_ignore(make_config):
@@ -140,3 +151,81 @@ def test_a_hub_id_that_can_t_be_found_says_where_was_looked(make_config, monkeyp
 def test_a_damaged_teacher_folder(make_config, teacher, spoil, words):
     spoil(teacher)
     expect(check_models(make_config(teacher=teacher)), "error", words, "correct teacher.model.path")
+
+
+def test_a_text_only_teacher_scores_rows_without_images(make_config, student, text_model, tmp_path):
+    """As in verl's own example with several teachers, where a text model scores the set without images."""
+    rows = [("Add one and one.", 0, "gsm8k"), ("<image>How many?", 1, "geo3k"), ("Add two.", 0, "gsm8k")] * 2
+    table = {
+        "prompt": pa.array([[{"role": "user", "content": text}] for text, _, _ in rows], PROMPT),
+        "images": pa.array([[{"bytes": b"x", "path": "a.png"}] * count for _, count, _ in rows], IMAGES),
+        "data_source": [source for _, _, source in rows],
+    }
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+
+    def check(text_keys, image_keys):
+        several = (
+            "teacher.model.path=null",
+            f"teacher.models.text.path={text_model}",
+            f"teacher.models.text.keys=[{text_keys}]",
+            f"teacher.models.images.path={student}",
+            f"teacher.models.images.keys=[{image_keys}]",
+        )
+        return check_models(make_config(*several))
+
+    assert not errors(check("gsm8k", "geo3k"))
+    found = expect(check("gsm8k,geo3k", "geo3k"), "error", "text-only model, and 2 training rows that it scores")
+    assert "teacher.models.<name>.keys" in found.remedy
+    # One text-only teacher of a student that sees images.
+    expect(check_models(make_config(teacher=text_model)), "error", "2 training rows")
+    pq.write_table(pa.table({"prompt": table["prompt"].take([0, 2])}), tmp_path / "train.parquet")
+    assert not errors(check_models(make_config(teacher=text_model)))
+    expect(check_models(make_config("data.train_files=hdfs://a.parquet", teacher=text_model)), "warning", "text-only")
+
+
+def test_a_processor_that_verl_can_t_use_matters_only_with_images(make_config, teacher, student, tmp_path):
+    edit(teacher / "processor_config.json", lambda c: c.update(processor_class="LlavaOnevisionProcessor"))
+    edit(teacher / "tokenizer_config.json", lambda c: c.update(processor_class="LlavaOnevisionProcessor"))
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", [("Add one and one.", 0)] * 4)
+    path = f"actor_rollout_ref.model.path={teacher}"
+    expect(check_models(make_config(path, teacher=student)), "ok", "images would be lost", "no row has any")
+    expect(check_models(make_config(path, "data.val_files=hdfs://a.parquet")), "warning", "images would be lost")
+    write(tmp_path / "test.parquet", [("<image>Add one and one.", 1)] * 4)
+    expect(check_models(make_config(path, teacher=student)), "error", "images would be lost")
+
+
+def test_a_folder_that_has_to_be_merged_first_names_the_command(make_config, tmp_path):
+    checkpoint = tmp_path / "global_step_3" / "actor"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model_world_size_2_rank_0.pt").touch()
+    command = f"python -m verl.model_merger merge --backend fsdp --local_dir {checkpoint} --target_dir"
+    for folder in (checkpoint, checkpoint.parent):
+        expect(check_models(make_config(teacher=folder)), "error", "is a checkpoint of verl", command)
+
+
+def test_adapters_are_merged_by_the_command_that_the_error_names(make_config, student, tmp_path):
+    import peft
+    from transformers import AutoModelForImageTextToText
+
+    folder = tmp_path / "lora"
+    model = AutoModelForImageTextToText.from_pretrained(student)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora)
+    adapted.save_pretrained(folder)
+    found = expect(check_models(make_config(teacher=folder)), "error", f"holds LoRA adapters of {student}")
+    command = found.detail.split('python -c "')[1].split('", and then')[0]
+    subprocess.run([sys.executable, "-c", "import verl; " + command], check=True, capture_output=True)
+    assert not errors(check_models(make_config(teacher=folder / "merged")))
+    merged = AutoModelForImageTextToText.from_pretrained(folder / "merged")
+    weight = adapted.merge_and_unload().model.language_model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(merged.model.language_model.layers[0].self_attn.q_proj.weight, weight)
+
+
+def test_the_student_can_be_made_to_end_its_answers_as_the_teacher_does(make_config, teacher, student):
+    edit(teacher / "tokenizer_config.json", lambda c: c.update(eos_token="<|im_start|>"))
+    found = expect(check_models(make_config(teacher=teacher)), "warning", "eos: student", "large negative log-ratio")
+    token = re.search(r"set eos_token to '([^']+)' in the student's tokenizer_config.json", found.remedy).group(1)
+    edit(teacher / "tokenizer_config.json", lambda c: c.update(eos_token=token))
+    checks = check_models(make_config(f"actor_rollout_ref.model.path={teacher}", teacher=teacher))
+    assert not [check for check in checks if "eos" in check.detail]
