@@ -125,6 +125,13 @@ def test_fewer_rows_than_ranks_are_filled_up_with_rows_that_were_scored_before(c
     assert_scored(batch, expected)
 
 
+def test_a_batch_may_have_fewer_rows_than_there_are_ranks(client, rows, expected):
+    batch = put(rows[:1])
+    assert client._ranks == 2
+    client.score(batch)
+    assert_scored(batch, expected)
+
+
 def test_finished_rows_are_sent_once_and_while_the_workers_are_idle(client, rows, expected, monkeypatch):
     batch = put(rows)
     first, second = slice(0, 6), slice(0, 12)

@@ -238,9 +238,9 @@ def _check_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
     if rows < ranks:
         detail = (
             f"the teacher has {ranks} ranks, but a batch has {rows} rows (data.train_batch_size times "
-            "actor_rollout_ref.rollout.n)"
+            "actor_rollout_ref.rollout.n): the others repeat rows"
         )
-        return [Check("settings", "error", detail, "fewer GPUs for the teacher, or a larger batch")]
+        return [Check("settings", "warning", detail, "fewer GPUs for the teacher, or a larger batch, cost less")]
     return []
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer's side of the teacher: send rows of verl's TransferQueue to the workers."""
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,18 @@ import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.protocol import DataProtoFuture
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.utils import tensordict_utils as tu
 
 from verl_gndpo.config import TeacherConfig
 from verl_gndpo.teacher.routing import Routing, place_rows
 from verl_gndpo.teacher.worker import FIELDS, TeacherWorker
 from verl_gndpo.verl_patches.replay_buffer import call_back
+
+COPIES = "gndpo_copies"
+"""Partition of copies of rows, which verl's replay buffer does not watch."""
+
+SCORES = ["teacher_log_probs", "teacher_kl"]
+"""Fields that the workers write; the second one only with the student's most likely tokens."""
 
 
 class TeacherClient:
@@ -59,9 +67,13 @@ class TeacherClient:
         missing = [row for row, key in enumerate(batch.keys) if key not in self._sent]
         ahead = len(batch) - len(missing)
         if missing:
-            # Each rank needs a row, because all ranks gather the weights together.
+            # Each rank needs a row, because all ranks gather the weights together. Scoring a row again changes nothing.
             again = (row for row, key in enumerate(batch.keys) if key in self._sent)
-            missing += [row for row, _ in zip(again, range(self._ranks - len(missing)), strict=False)]
+            missing += itertools.islice(again, max(self._ranks - len(missing), 0))
+            if len(missing) < self._ranks:
+                self._score_copies(batch)
+                self._sent.difference_update(batch.keys)
+                return {"gndpo/teacher_ahead_share": ahead / len(batch), "timing_s/teacher_ahead": seconds}
             self._send([batch.keys[row] for row in missing], [batch.tags[row] for row in missing], batch.partition_id)
             self.finish()
         self._sent.difference_update(batch.keys)
@@ -105,9 +117,32 @@ class TeacherClient:
             running, self._running = self._running, None
             ray.get(running.futures)
 
+    def _score_copies(self, batch: KVBatchMeta) -> None:
+        """Score a batch with fewer rows than ranks: give every rank a copy of a row, in a partition of its own."""
+        rows = [number % len(batch) for number in range(self._ranks)]
+        keys = [f"{number}.{batch.keys[row]}" for number, row in enumerate(rows)]
+        tags = [batch.tags[row] for row in rows]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=self._fields)
+        copies = tu.index_select_tensor_dict(data, rows)
+        tq.kv_batch_put(keys=keys, partition_id=COPIES, fields=copies, tags=tags)
+        try:
+            self._send(keys, tags, COPIES)
+            self.finish()
+            scores = tq.kv_batch_get(keys=keys[: len(batch)], partition_id=COPIES, select_fields=SCORES)
+            tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=scores)
+        finally:
+            self._sent.difference_update(keys)
+            tq.kv_clear(keys=keys, partition_id=COPIES)
+
     def _count_seconds_ahead(self) -> None:
         if self._running is not None:
             self._seconds_ahead += time.monotonic() - self._since
+
+    @property
+    def _fields(self) -> list[str]:
+        """Return the fields of a batch that the workers read."""
+        column = self.routing.column
+        return [*FIELDS, *([column] if column is not None and column not in FIELDS else [])]
 
     def _send(self, keys: list[str], tags: list[dict], partition: str) -> None:
         column = self.routing.column
@@ -124,7 +159,7 @@ class TeacherClient:
             keys=[keys[row] for row in order],
             tags=[tags[row] for row in order],
             partition_id=partition,
-            fields=[*FIELDS, *([column] if column is not None and column not in FIELDS else [])],
+            fields=self._fields,
         )
         self._running = self._workers.compute_teacher_log_prob(request)
         self._since = time.monotonic()

@@ -92,7 +92,6 @@ def test_what_verl_itself_refuses_is_told_in_one_line(make_config):
         ("critic.enable=True", ["critic.enable=False"]),
         ("async_training.staleness_threshold=0.1", ["fully_async_main", "trainer_mode=separate_async"]),
         ("teacher.ulysses_sequence_parallel_size=2", ["size=2 does not divide the teacher's 1 GPUs"]),
-        ("trainer.n_gpus_per_node=16", ["the teacher has 16 ranks, but a batch has 8 rows", "data.train_batch_size"]),
     ],
 )
 def test_a_setting_that_does_not_go_with_gndpo(make_config, override, words):
@@ -400,3 +399,9 @@ def test_the_recipe_wins_over_a_config_file_and_can_be_named_in_one(tmp_path):
 def test_other_recipes_are_hydras_business():
     with pytest.raises(HydraException, match=r"recipe/else[\s\S]*gndpo"):
         verl_config("+recipe=else")
+
+
+def test_more_ranks_than_rows_cost_more_than_they_help(make_config):
+    checks = check_settings(Inputs(make_config("trainer.n_gpus_per_node=16")))
+    expect(checks, "warning", "the teacher has 16 ranks, but a batch has 8 rows", "data.train_batch_size")
+    assert not errors(checks)
