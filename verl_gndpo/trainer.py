@@ -36,6 +36,7 @@ from verl_gndpo.config import (
 from verl_gndpo.doctor.run import raise_on_errors
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.observe.monitor import SignalMonitor
+from verl_gndpo.rewards.manager import use_reward_manager
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating
 from verl_gndpo.teacher.server import ServerTeacher, use_servers
 from verl_gndpo.verl_patches.actor import apply_in_actor, freeze_tower_in_actor
@@ -101,6 +102,7 @@ class GNDPOTrainerMixin(_Trainer):
         elif self.teacher_config.from_distillation:
             # Its teachers are scored by our workers. verl starts no servers and adds no loss.
             config.distillation.enabled = False
+        use_reward_manager(config)
         freeze_tower_in_actor(config.actor_rollout_ref)
         if signal.baseline == "kl":
             apply_in_actor(config.actor_rollout_ref, "student_top_k")

@@ -655,13 +655,19 @@ def test_configuration_errors_say_what_to_do():
         compute_score("mine", "\\boxed{5}", "5")
     with pytest.raises(ValueError, match=r"answer_type 'float'.*number, math"):
         compute_score("mine", "\\boxed{5}", "5", {"answer_type": "float"})
-    for truth in ("", " ", None, 5):
+    for truth, kind in (("", "math"), (" ", "math"), (None, "math"), (5, "")):
         with pytest.raises(ValueError, match=r"ground_truth.*non-empty string"):
-            compute_score("hiyouga/geometry3k", "\\boxed{5}", truth)
+            compute_score("hiyouga/geometry3k", "\\boxed{5}", truth, {"answer_type": kind})
+
+
+def test_rows_without_answers_get_no_accuracy():
+    for truth in ("", " ", None):
+        assert compute_score("mine", "\\boxed{5}", truth) == {"score": 0.0}
+    assert compute_score("mine", "\\boxed{5}", "5", {"answer_type": "none"}) == {"score": 0.0}
 
 
 def test_every_answer_type_has_a_grader_and_every_source_an_answer_type():
-    assert list(GRADERS) == list(ANSWER_TYPES)
+    assert [*GRADERS, "none"] == list(ANSWER_TYPES)
     assert set(ANSWER_TYPE_OF_SOURCE.values()) <= set(ANSWER_TYPES)
 
 

@@ -10,7 +10,7 @@ from verl_gndpo.data_facts import FactsError, read_facts
 from verl_gndpo.doctor.check import Check, select
 from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.parquet import CANNOT_READ, DataError, Label
-from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES
+from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES, NO_ANSWER
 
 REWARDS = "pkg://verl_gndpo.rewards"
 USE_REWARDS = (
@@ -87,11 +87,21 @@ def check_rewards(inputs: Inputs) -> list[Check]:
     path, name = function.get("path"), function.get("name") or "compute_score"
     manager = select(config, "reward.reward_manager.name", "naive")
     ours = path == REWARDS
-    if (path is not None and not ours) or manager != "naive" or select(config, "reward.reward_model.enable"):
+    labels = trained_on | _labels(inputs, "val_files")
+    without = sorted({label.source or "rows without data_source" for label in labels if not _has_answer(label)})
+    if manager != "naive" or select(config, "reward.reward_model.enable"):
+        if without and manager != "naive":
+            detail = f"no answers in {', '.join(without)}, which reward.reward_manager.name={manager} reads"
+            checks.append(Check("reward", "error", detail, "reward.reward_manager.name=naive"))
+        return checks
+    if without:
+        detail = f"no answers in {', '.join(without)}: their reward is 0, and they have no accuracy"
+        checks.append(Check("reward", "ok", detail))
+    if path is not None and not ours:
         return checks
     if ours and name != "compute_score":
         return [*checks, Check("reward", "error", f"verl_gndpo.rewards has no function {name}", USE_REWARDS[1])]
-    labels = trained_on | _labels(inputs, "val_files")
+    labels = {label for label in labels if _has_answer(label)}
     unrewarded = sorted({label.source for label in labels if label.source and not _has_reward(label, ours)})
     if not unrewarded:
         return checks
@@ -144,6 +154,11 @@ def _labels(inputs: Inputs, key: str) -> set[Label]:
         with contextlib.suppress(*CANNOT_READ):
             labels |= inputs.file(file).labels
     return labels
+
+
+def _has_answer(label: Label) -> bool:
+    """Return whether rows with this label are graded, as `RewardManager` and `compute_score` decide it."""
+    return label.answered and label.answer_type != NO_ANSWER
 
 
 def _has_reward(label: Label, ours: bool) -> bool:

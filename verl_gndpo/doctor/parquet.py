@@ -16,6 +16,7 @@ MEDIA = {"<image>": "image_key", "<video>": "video_key", "<audio>": "audio_key"}
 """verl's placeholder for each kind of medium, and the key under `data` that names its column."""
 
 ANSWER_TYPE = "extra_info.answer_type"
+GROUND_TRUTH = "reward_model.ground_truth"
 ROWS_SHOWN = 3
 ROWS_PER_BATCH = 1 << 15
 
@@ -51,6 +52,9 @@ class Label(NamedTuple):
 
     routing_type: str
     """Python type of that value."""
+
+    answered: bool
+    """Whether it has a ground truth."""
 
 
 class DataFile:
@@ -91,12 +95,12 @@ class DataFile:
         labels: set[Label] = set()
         with pq.ParquetFile(self._path) as file:
             leaves = {file.schema.column(i).path for i in range(file.metadata.num_columns)}
-            wanted = [name for name in (self._source_column, ANSWER_TYPE) if name in leaves]
+            wanted = [name for name in (self._source_column, ANSWER_TYPE, GROUND_TRUTH) if name in leaves]
             routed = self._routing_column in self.columns
             if routed and self._routing_column not in wanted:
                 wanted.append(self._routing_column)
             if not wanted:
-                return labels
+                return {Label("", "", "", "str", False)}
             for batch in file.iter_batches(columns=wanted, batch_size=ROWS_PER_BATCH):
                 empty = [""] * len(batch)
                 sources = batch[self._source_column].to_pylist() if self._source_column in leaves else empty
@@ -104,9 +108,10 @@ class DataFile:
                     pc.struct_field(batch["extra_info"], "answer_type").to_pylist() if ANSWER_TYPE in leaves else empty
                 )
                 keys = batch[self._routing_column].to_pylist() if routed else empty
+                answers = _are_given(batch["reward_model"]) if GROUND_TRUTH in leaves else [False] * len(batch)
                 labels |= {
-                    Label(str(source or ""), answer_type or "", str(key), type(key).__name__)
-                    for source, answer_type, key in zip(sources, types, keys, strict=True)
+                    Label(str(source or ""), answer_type or "", str(key), type(key).__name__, answered)
+                    for source, answer_type, key, answered in zip(sources, types, keys, answers, strict=True)
                 }
         return labels
 
@@ -186,6 +191,19 @@ class DataFile:
                 for row in np.flatnonzero(wrong).tolist()
             ]
         return mismatches
+
+
+def _are_given(rewards: pa.Array) -> list[bool]:
+    """Return whether each row has a ground truth.
+
+    Args:
+        rewards: (rows,) {ground_truth}.
+    """
+    truths = pc.struct_field(rewards, "ground_truth")
+    given = truths.is_valid()
+    if pa.types.is_string(truths.type) or pa.types.is_large_string(truths.type):
+        given = pc.and_(given, pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(truths)), 0).fill_null(False))
+    return given.to_pylist()
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -22,7 +22,7 @@ The modules, in the order in which a response passes through them:
 from collections.abc import Mapping
 from typing import Any
 
-from .answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES
+from .answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES, NO_ANSWER
 from .extract import answer_of, well_formed
 from .graders import grade
 
@@ -48,20 +48,27 @@ def compute_score(
         kwargs: other arguments of verl's (the reward model's address and tokenizer), unused.
 
     Returns:
+        Only score, which is 0, where `extra_info.answer_type` is "none", or where neither it nor the ground truth is
+        given. Otherwise:
+
         score: `(1 - format_score) * acc + format_score * format`.
         acc: 1.0 if the answer is right, else 0.0.
         format: 1.0 for `<think>...</think>...\\boxed{...}`, else 0.0.
 
     Raises:
-        ValueError: the data source has no answer type, the answer type is unknown, or the ground truth is missing.
+        ValueError: the data source has no answer type, the answer type is unknown, or it is given without a ground
+            truth.
         RuntimeError: the helper process for symbolic comparison doesn't start.
     """
+    extra_info = extra_info or {}
+    named = _given(extra_info, "answer_type", NO_ANSWER if is_missing(ground_truth) else "")
+    if named == NO_ANSWER:
+        return {"score": 0.0}
     if not isinstance(ground_truth, str) or not ground_truth.strip():
         raise ValueError(
             f"reward_model.ground_truth of a row of data_source {data_source!r} is {ground_truth!r}: "
             "it must be a non-empty string; drop the row or fix it where the parquet file is written"
         )
-    extra_info = extra_info or {}
     choices = [str(choice) for choice in _given(extra_info, "choices", [])]
     answer_type = _answer_type(data_source, ground_truth, choices, extra_info)
     text = solution_str if isinstance(solution_str, str) else ""
@@ -70,6 +77,11 @@ def compute_score(
     acc = float(answer is not None and grade(answer_type, answer, ground_truth, choices, tolerance))
     form = float(well_formed(text))
     return {"score": (1.0 - format_score) * acc + format_score * form, "acc": acc, "format": form}
+
+
+def is_missing(ground_truth: Any) -> bool:
+    """Return True if a row's ground truth says that it has no answer."""
+    return ground_truth is None or (isinstance(ground_truth, str) and not ground_truth.strip())
 
 
 def _given(extra_info: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -4,8 +4,11 @@
 Imports nothing, so that converters and start-up checks can use it.
 """
 
-ANSWER_TYPES = ("number", "math", "choice", "multi_choice", "list", "text")
-"""The values of `extra_info.answer_type`. `graders.GRADERS` has one grader for each."""
+NO_ANSWER = "none"
+"""The value of `extra_info.answer_type` for rows without an answer. Distillation needs none."""
+
+ANSWER_TYPES = ("number", "math", "choice", "multi_choice", "list", "text", NO_ANSWER)
+"""The values of `extra_info.answer_type`. `graders.GRADERS` has one grader for each, except for `NO_ANSWER`."""
 
 ANSWER_TYPE_OF_SOURCE = {
     "hiyouga/geometry3k": "math",

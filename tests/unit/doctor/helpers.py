@@ -69,9 +69,10 @@ def expect(checks, status, *words):
 SERVER = ("teacher.backend=server", "teacher.n_gpus_per_node=2", "teacher.temperature=1.0")
 
 
-def write_sources(path, sources, **extra_info):
-    table = pa.table({"data_source": sources} | ({"extra_info": [extra_info] * len(sources)} if extra_info else {}))
-    pq.write_table(table, path)
+def write_sources(path, sources, *, answer="1", **extra_info):
+    columns = {"data_source": sources, "reward_model": [{"ground_truth": answer}] * len(sources)}
+    columns |= {"extra_info": [extra_info] * len(sources)} if extra_info else {}
+    pq.write_table(pa.table(columns), path)
 
 
 OURS = (

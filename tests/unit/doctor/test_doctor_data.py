@@ -184,7 +184,7 @@ def test_a_data_source_that_our_graders_do_not_know(make_config, tmp_path):
     write_sources(tmp_path / "train.parquet", ["mine/own", "DynaMath/DynaMath_Sample"])
     expect(check_rewards(Inputs(config)), "error", "no answer type for data_source mine/own", "extra_info.answer_type")
     write_sources(tmp_path / "train.parquet", ["mine/own"], answer_type="number")
-    assert check_rewards(Inputs(config)) == []
+    assert not errors(check_rewards(Inputs(config)))
 
 
 @pytest.mark.parametrize(("kind", "known"), [("", False), (None, False), ("mcq", False), ("choice", True)])
@@ -193,11 +193,12 @@ def test_an_answer_type_has_to_be_one_that_is_known(kind, known, make_config, tm
     table = pa.table(
         {
             "data_source": ["mine/own"],
+            "reward_model": [{"ground_truth": "1"}],
             "extra_info": pa.array([{"answer_type": kind}], pa.struct([("answer_type", "str")])),
         }
     )
     pq.write_table(table, tmp_path / "train.parquet")
-    assert (check_rewards(Inputs(config)) == []) == known
+    assert (not errors(check_rewards(Inputs(config)))) == known
 
 
 def test_a_function_that_the_rewards_do_not_have(make_config, tmp_path):
@@ -208,15 +209,31 @@ def test_a_function_that_the_rewards_do_not_have(make_config, tmp_path):
 def test_what_must_not_be_trained_on(make_config, tmp_path):
     config = make_config(*OURS)
     write_sources(tmp_path / "test.parquet", ["AI4Math/MathVista"])
-    assert check_rewards(Inputs(config)) == []
+    assert not errors(check_rewards(Inputs(config)))
     write_sources(tmp_path / "train.parquet", ["AI4Math/MathVista"])
     expect(check_rewards(Inputs(config)), "error", "AI4Math/MathVista", "evaluation only", "data.val_files")
 
 
 def test_sources_that_verl_rewards_itself(make_config, tmp_path):
     config = make_config()
-    write_sources(tmp_path / "train.parquet", ["hiyouga/geometry3k", "openai/gsm8k", "math_dapo"])
+    for split in ("train", "test"):
+        write_sources(tmp_path / f"{split}.parquet", ["hiyouga/geometry3k", "openai/gsm8k", "math_dapo"])
     assert check_rewards(Inputs(config)) == []
+
+
+@pytest.mark.parametrize("overrides", [(), OURS])
+def test_rows_without_answers_need_no_reward(overrides, make_config, tmp_path):
+    """Neither a column of answers nor a data source that anything grades."""
+    checks = check_rewards(Inputs(make_config(*overrides)))
+    expect(checks, "ok", "no answers in rows without data_source", "reward is 0", "no accuracy")
+    write_sources(tmp_path / "train.parquet", ["mine/own"], answer=" ")
+    write_sources(tmp_path / "test.parquet", ["mine/two"], answer="5", answer_type="none")
+    expect(check_rewards(Inputs(make_config(*overrides))), "ok", "no answers in mine/own, mine/two")
+    write_sources(tmp_path / "test.parquet", ["mine/two"])
+    assert len(errors(check_rewards(Inputs(make_config(*overrides))))) == 1
+    naive = "reward.reward_manager.name"
+    found = expect(check_rewards(Inputs(make_config(*overrides, f"{naive}=dapo"))), "error", "no answers in mine/own")
+    assert found.remedy == f"{naive}=naive"
 
 
 def two_teachers(even, odd="odd"):
