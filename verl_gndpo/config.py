@@ -391,6 +391,16 @@ class TeacherConfig:
     fsdp: TeacherFSDP
     server: dict[str, Any]
 
+    @property
+    def column_setting(self) -> str:
+        """Return the setting that names the column by which samples are routed, for messages."""
+        return "distillation.teacher_key" if self.from_distillation else "teacher.routing_key"
+
+    @property
+    def keys_setting(self) -> str:
+        """Return the setting that gives a teacher its samples, for messages."""
+        return "distillation.teacher_models.<name>.key" if self.from_distillation else "teacher.models.<name>.keys"
+
 
 def _named(section: TeacherSection) -> dict[str, NamedTeacherSection]:
     """Return all teachers of a section by name, with their keys."""

@@ -8,8 +8,9 @@ from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 
 from tests.helpers import verl_config
-from tests.unit.doctor.helpers import errors
+from tests.unit.doctor.helpers import errors, expect, write_sources
 from verl_gndpo.config import ConfigError, read_teacher_config, teacher_paths
+from verl_gndpo.doctor.data import check_routing
 from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.settings import check_settings, check_verl_settings
 from verl_gndpo.teacher.routing import Routing
@@ -128,6 +129,17 @@ def test_the_column_that_routes_is_verls():
     teacher = read_teacher_config(verl_config(*run("two", FROM, "distillation.teacher_key=subject")))
     assert Routing(teacher).column == "subject"
     assert Routing(read_teacher_config(verl_config(*run("text", FROM, "distillation.teacher_key=x")))).column is None
+
+
+def test_rows_without_a_teacher_are_told_by_verls_keys(tmp_path):
+    write_sources(tmp_path / "a.parquet", ["openai/gsm8k", "else"])
+    data = f"data.train_files={tmp_path / 'a.parquet'}"
+    checks = check_routing(Inputs(verl_config(*run("two", FROM, data))))
+    key = "distillation.teacher_models.<name>.key"
+    expect(checks, "error", "no teacher for data_source=else", f"name a teacher for each of them in {key}")
+    expect(checks, "warning", f"{key} has values that no training row has: hiyouga/geometry3k")
+    other = check_routing(Inputs(verl_config(*run("two", FROM, data, "distillation.teacher_key=subject"))))
+    expect(other, "error", "no column subject (distillation.teacher_key)", "set distillation.teacher_key")
 
 
 def test_the_paths_are_known_by_verls_keys():

@@ -198,8 +198,8 @@ def check_routing(inputs: Inputs) -> list[Check]:
         except CANNOT_READ:
             unread.append(file)
     if lacking:
-        detail = f"data.train_files {', '.join(lacking)}: no column {routing.column} (teacher.routing_key)"
-        remedy = "set teacher.routing_key to the column that decides which teacher scores a sample"
+        detail = f"data.train_files {', '.join(lacking)}: no column {routing.column} ({teacher.column_setting})"
+        remedy = f"set {teacher.column_setting} to the column that decides which teacher scores a sample"
         return [Check("routing", "error", detail, remedy)]
     checks = []
     if unread:
@@ -213,9 +213,9 @@ def check_routing(inputs: Inputs) -> list[Check]:
     unknown = sorted(found - set(routing.keys)) if EVERY_SAMPLE not in routing.keys else []
     if unknown:
         detail = f"no teacher for {routing.column}={', '.join(unknown)}; there are keys for {', '.join(routing.keys)}"
-        checks.append(Check("routing", "error", detail, "add these values to teacher.models.<name>.keys"))
+        checks.append(Check("routing", "error", detail, f"name a teacher for each of them in {teacher.keys_setting}"))
     unused = sorted(set(routing.keys) - found - {EVERY_SAMPLE})
     if unused and not unread:
-        detail = f"teacher.models has keys that no training row has: {', '.join(unused)}"
+        detail = f"{teacher.keys_setting} has values that no training row has: {', '.join(unused)}"
         checks.append(Check("routing", "warning", detail, f"the rows have {', '.join(sorted(found))}"))
     return checks or [Check("routing", "ok", f"{routing.column}: {', '.join(sorted(found))}")]

@@ -30,6 +30,7 @@ class Routing:
     def __init__(self, teacher: TeacherConfig):
         self._named = teacher.teachers
         self._column = teacher.routing_key
+        self._setting = teacher.keys_setting
         self._routes: dict[str, Route] = {}
 
     @property
@@ -56,9 +57,7 @@ class Routing:
         if key not in self._routes:
             scoring = {n: m.weight for n, m in self._named.items() if key in m.keys or EVERY_SAMPLE in m.keys}
             if not scoring:
-                raise NoTeacherError(
-                    f"no teacher for {self._column}={key}; teacher.models has keys for {', '.join(self.keys)}"
-                )
+                raise NoTeacherError(f"no teacher for {self._column}={key}; {self._setting} has {', '.join(self.keys)}")
             total = sum(scoring.values())
             self._routes[key] = Route(tuple((name, weight / total) for name, weight in scoring.items()))
         return self._routes[key]

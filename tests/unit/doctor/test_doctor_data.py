@@ -248,7 +248,7 @@ def test_every_sample_has_a_teacher_and_every_key_samples(make_config, student, 
     expect(check_routing(Inputs(make_config(*two_teachers(student)))), "ok", "data_source: even, odd")
     checks = check_routing(Inputs(make_config(*two_teachers(student, odd="od"))))
     expect(checks, "error", "no teacher for data_source=odd", "even, od", "teacher.models.<name>.keys")
-    expect(checks, "warning", "keys that no training row has: od", "even, odd")
+    expect(checks, "warning", "keys has values that no training row has: od", "even, odd")
     everything = check_routing(Inputs(make_config(*two_teachers(student, odd="'*'"))))
     assert not errors(everything)
 
