@@ -29,7 +29,16 @@ TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 
 
 class ConfigError(ValueError):
-    """A setting of ours is missing, unknown or out of range; the message says which and what to do."""
+    """A setting of ours is missing, unknown or out of range; the message says which and what to do.
+
+    Attributes:
+        detail: the message without the remedy.
+        remedy: overrides that remedy it, where they can be named; otherwise "".
+    """
+
+    def __init__(self, detail: str, remedy: str = "") -> None:
+        super().__init__(f"{detail} -> {remedy}" if remedy else detail)
+        self.detail, self.remedy = detail, remedy
 
 
 @dataclass
@@ -712,10 +721,12 @@ def read_teacher_config(config: Any) -> TeacherConfig:
     if section.from_distillation:
         section = _with_distillation(section, distillation)
     elif _get(distillation, "enabled"):
-        remedy = "++teacher.from_distillation=True takes its teachers and turns its own loss off"
-        if section.model.path or section.models:
-            remedy = "distillation.enabled=False"
-        raise ConfigError(f"distillation.enabled=True: verl would add its own distillation to this one -> {remedy}")
+        own = section.model.path or section.models
+        raise ConfigError(
+            "distillation.enabled=True: verl would add its own distillation to this one"
+            + ("" if own else ", which can take its teachers"),
+            "distillation.enabled=False" if own else "++teacher.from_distillation=True",
+        )
     _check_teacher(section)
     student = config.actor_rollout_ref
     temperature = section.temperature

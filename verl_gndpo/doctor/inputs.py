@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     teacher: TeacherConfig | None
     """`teacher`; None if it can't be read."""
 
-    problems: list[str]
+    problems: list[ConfigError]
     """Why sections can't be read."""
 
 
@@ -46,11 +46,11 @@ class Inputs:
         try:
             signal = read_signal_config(self.config.algorithm, self.config.algorithm.adv_estimator)
         except ConfigError as error:
-            problems.append(str(error))
+            problems.append(error)
         try:
             teacher = read_teacher_config(self.config)
         except ConfigError as error:
-            problems.append(str(error))
+            problems.append(error)
         return Settings(signal, teacher, problems)
 
     def files(self, key: str) -> list[str]:

@@ -63,7 +63,7 @@ def check_verl_settings(config: Any) -> list[Check]:
 def check_settings(inputs: Inputs) -> list[Check]:
     """Check `algorithm.gndpo` and `teacher`, and name settings of verl that do not go with them."""
     config, (signal, teacher, problems) = inputs.config, inputs.settings
-    found = [Check("settings", "error", problem) for problem in problems]
+    found = [Check("settings", "error", problem.detail, problem.remedy) for problem in problems]
 
     def error(detail: str, remedy: str) -> None:
         found.append(Check("settings", "error", detail, remedy))
