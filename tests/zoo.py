@@ -5,6 +5,7 @@ tests/tiny_models.py has the five families that the real loop is tested with, an
 """
 
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -511,6 +512,36 @@ def _qwen2_5_omni_thinker(tokenizer: hf.Qwen2Tokenizer, path: Path, seed: int) -
         tokenizer=tokenizer,
         chat_template=tokenizer.chat_template,
     ).save_pretrained(path)
+
+
+MIMO_CONFIG = """
+from transformers import Qwen2Config
+
+class MiMoConfig(Qwen2Config):
+    model_type = "mimo"
+"""
+MIMO_MODEL = """
+from transformers import Qwen2ForCausalLM
+from .configuration_mimo import MiMoConfig
+
+class MiMoForCausalLM(Qwen2ForCausalLM):
+    config_class = MiMoConfig
+"""
+
+
+def build_with_own_code(path: Path, *, seed: int) -> Path:
+    """Write a Qwen2 that brings its own classes, as MiMo does; `trust_remote_code` loads it."""
+    build("qwen2_untied", path, seed=seed)
+    (path / "configuration_mimo.py").write_text(MIMO_CONFIG)
+    (path / "modeling_mimo.py").write_text(MIMO_MODEL)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"model_type": "mimo", "architectures": ["MiMoForCausalLM"]}
+    config["auto_map"] = {
+        "AutoConfig": "configuration_mimo.MiMoConfig",
+        "AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 WITH_IMAGES: dict[str, Callable[[hf.Qwen2Tokenizer, Path, int], None]] = {

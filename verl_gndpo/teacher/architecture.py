@@ -20,22 +20,32 @@ logger = logging.getLogger(__name__)
 def model_config(teacher: Teacher) -> Any:
     """Return verl's description of a teacher's model, an `HFModelConfig`; reads the model's config.
 
+    A model that does not support verl's default attention gets transformers' eager one, unless the settings name one.
+
     Raises:
         Whatever verl and transformers raise for a path or a config that they can't use.
     """
     from verl.workers.config import HFModelConfig
 
-    return HFModelConfig(
-        path=teacher.path,
-        trust_remote_code=teacher.trust_remote_code,
-        external_lib=teacher.external_lib,
-        override_config=dict(teacher.override_config),
-        # The ids come from the student; the two tokenizers were compared before the run.
-        load_tokenizer=False,
-        enable_gradient_checkpointing=False,
-        # verl packs by patching the attention; here `teacher.attention` is the attention, without padding.
-        use_remove_padding=False,
-    )
+    def with_overrides(**overrides: Any) -> Any:
+        return HFModelConfig(
+            path=teacher.path,
+            trust_remote_code=teacher.trust_remote_code,
+            external_lib=teacher.external_lib,
+            override_config=overrides,
+            # The ids come from the student; the two tokenizers were compared before the run.
+            load_tokenizer=False,
+            enable_gradient_checkpointing=False,
+            # verl packs by patching the attention; here `teacher.attention` is the attention, without padding.
+            use_remove_padding=False,
+        )
+
+    given = with_overrides(**teacher.override_config)
+    if "attn_implementation" in teacher.override_config or not why_attention_is_refused(
+        given.hf_config, teacher.trust_remote_code
+    ):
+        return given
+    return with_overrides(**teacher.override_config, attn_implementation="eager")
 
 
 def try_teacher(config: Any, path: str, *, sharing: str, trust_remote_code: bool, images: bool = True) -> Verdict:
