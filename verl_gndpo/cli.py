@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `verl-gndpo`. Each command imports what takes long to import by itself."""
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -103,6 +104,52 @@ def report(
             for note in run["notes"]:
                 typer.echo(f"note    {run['path']}: {note}")
     typer.echo(f"report of {sum(len(arm['runs']) for arm in arms)} run(s): {page}")
+
+
+@app.command()
+def plan(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Folder or hub id. Only its config is read.")],
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Folder or hub id. Only its config is read.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs per node.")] = 8,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes.")] = 1,
+    memory: Annotated[float, typer.Option("--memory", min=1, help="GB per GPU, as in the card's name.")] = 80,
+    host_memory: Annotated[
+        float | None, typer.Option("--host-memory", min=1, help="GB of host memory per node. Default: not checked.")
+    ] = None,
+    max_prompt: Annotated[int, typer.Option("--max-prompt", min=1, help="data.max_prompt_length.")] = 8192,
+    max_response: Annotated[int, typer.Option("--max-response", min=1, help="data.max_response_length.")] = 16384,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, help="Tokens per micro-batch. Default: one sequence of the largest length."),
+    ] = None,
+    freeze_vision: Annotated[
+        bool, typer.Option("--freeze-vision", help="The student's vision tower is not trained.")
+    ] = False,
+    flash_attn: Annotated[
+        bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether the actor runs flash-attn without padding.")
+    ] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoints.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")] = False,
+) -> None:
+    """Reckon from two configs what each phase of a run holds per GPU and on the host, and how to place the teacher.
+
+    Exit code 0: a placement fits. 1: none does, or a model can't be planned for.
+    """
+    from verl_gndpo.plan import GB, Machine, PlanError, Run, describe, make_plan, read_model
+
+    machine = Machine(gpus, nodes, memory * GB, None if host_memory is None else host_memory * GB)
+    run = Run(max_prompt, max_response, tokens, freeze_vision, padding_removed=flash_attn)
+    try:
+        sizes = [read_model(path, trust_remote_code) for path in (student, teacher)]
+        made = make_plan(sizes[0], sizes[1], machine, run)
+    except PlanError as error:
+        typer.echo(f"error   {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(json.dumps(made.as_dict(), indent=1) if as_json else describe(made))
+    if not made.chosen.fits:
+        raise typer.Exit(1)
 
 
 @app.command(
