@@ -42,7 +42,7 @@ from verl_gndpo.teacher.server import ServerTeacher, use_servers
 from verl_gndpo.verl_patches.actor import apply_in_actor, freeze_tower_in_actor
 from verl_gndpo.verl_patches.policy_loss import keep_policy_loss
 from verl_gndpo.verl_patches.replay_buffer import poll_often
-from verl_gndpo.verl_patches.resource_pools import call_when_created
+from verl_gndpo.verl_patches.resource_pools import place_when_created
 from verl_gndpo.verl_settings import ignored_settings
 
 if TYPE_CHECKING:
@@ -125,21 +125,22 @@ class GNDPOTrainerMixin(_Trainer):
         super()._init_resource_pool_mgr()
         if not self.uses_gndpo:
             return
-        teacher = self.teacher_config
+        teacher, device_name = self.teacher_config, self.config.trainer.device
+        pools, name = self.resource_pool_manager, "global_pool"
         if teacher.backend == "server":
             keep_policy_loss(self.role_worker_mapping)
             self.teacher = ServerTeacher(teacher)
+            place_when_created(pools, device_name)
             return
-        pools, name = self.resource_pool_manager, "global_pool"
         if teacher.placement == "dedicated":
             name = TEACHER_POOL
             pools.resource_pool_spec[name] = [teacher.n_gpus_per_node] * teacher.nnodes
 
         def start_teacher() -> None:
-            self.teacher = TeacherClient(teacher, pools.resource_pool_dict[name], self.config.trainer.device)
+            self.teacher = TeacherClient(teacher, pools.resource_pool_dict[name], device_name)
 
         # It starts while the actor and the rollout engines do.
-        call_when_created(pools, start_teacher)
+        place_when_created(pools, device_name, start_teacher)
 
     def _setup(self) -> None:
         super()._setup()

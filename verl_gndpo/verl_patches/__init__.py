@@ -207,12 +207,12 @@ PATCHES = index(
         name="resource_pools",
         module="verl.single_controller.ray",
         changes="create_resource_pool of the trainer's ResourcePoolManager",
-        applied_by="verl_gndpo.verl_patches.resource_pools:call_when_created",
-        breaks="verl's trainer has no hook between the creation of its resource pools and the start of its workers, so "
-        "the teacher would start after the actor and the rollout engines instead of beside them.",
+        applied_by="verl_gndpo.verl_patches.resource_pools:place_when_created",
+        breaks="verl places a pool when its first worker starts and waits for ever, so that a teacher that starts "
+        "beside the actor may take the only node that is large enough for it.",
         since="verl 0.9.0",
         upstream="none known",
-        remove_when="verl's trainer has such a hook",
+        remove_when="verl places all pools before it starts workers, and has a hook between the two",
         where="trainer",
         on_import=False,
     ),
