@@ -55,8 +55,8 @@ DEEPSEEK = {
 }
 LINEAR = {
     "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "num_hidden_layers": 4,
@@ -67,7 +67,7 @@ LINEAR = {
 QWEN3_5 = {
     **LINEAR,
     "head_dim": 64,
-    "rope_parameters": {**MROPE, "partial_rotary_factor": 0.5, "mrope_section": [6, 5, 5]},
+    "rope_parameters": {**MROPE, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2]},
 }
 MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "chunk_size": 16, "n_groups": 2}
 WINDOW = {"sliding_window": 6}
