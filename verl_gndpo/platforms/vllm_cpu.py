@@ -26,6 +26,21 @@ def keep_weights(layers: ModuleType) -> bool:
     return True
 
 
+@patches("vllm_cpu_experts")
+def keep_expert_weights(cpu_moe: ModuleType) -> bool:
+    """Make vLLM keep the weights of experts where `load_weights` writes them, and pack them anew for each product."""
+    experts, pack = cpu_moe.CPUUnquantizedExperts, cpu_moe.cpu_prepack_moe_weight
+    apply = experts.apply
+
+    def apply_packed(self: Any, hidden_states: Any, w1: Any, w2: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run vLLM's function with weights in the layout of its kernel."""
+        return apply(self, hidden_states, pack(w1, self.isa), pack(w2, self.isa), *args, **kwargs)
+
+    replace(cpu_moe, "cpu_prepack_moe_weight", lambda weight, isa: weight)
+    experts.apply = apply_packed
+    return True
+
+
 @patches("vllm_cpu_inspection")
 def inspect_in_process(registry: ModuleType) -> bool:
     """Make vLLM inspect models in its own process.

