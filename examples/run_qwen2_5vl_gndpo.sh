@@ -29,8 +29,10 @@ FREEZE_VISION=${FREEZE_VISION:-True}
 NNODES=${NNODES:-1}
 
 if [ "$PROFILE" = gpu ]; then
+    # The devices that a process may use, and whether flash-attn is there.
+    probe='import importlib.util, torch; print(torch.accelerator.device_count(), importlib.util.find_spec("flash_attn") is not None)'
+    read -r detected flash_attn < <("$PYTHON" -c "$probe" || echo 0 True)
     # A head node may have no GPU of its own: assume the published eight.
-    detected=$(nvidia-smi -L 2>/dev/null | wc -l || true)
     GPUS=${GPUS:-$(( detected > 0 ? detected : 8 ))}
     MAX_PROMPT=${MAX_PROMPT:-8192}
     MAX_RESPONSE=${MAX_RESPONSE:-16384}
@@ -109,6 +111,13 @@ if [ "$PROFILE" = gpu ]; then
         actor_rollout_ref.model.use_remove_padding=True
         actor_rollout_ref.rollout.gpu_memory_utilization=0.6
     )
+    if [ "$flash_attn" = False ]; then
+        echo "flash-attn is not installed: the models attend with SDPA, and the actor does not remove padding" >&2
+        OVERRIDES+=(
+            actor_rollout_ref.model.use_remove_padding=False
+            +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+        )
+    fi
 else
     OVERRIDES+=(
         trainer.device=cpu

@@ -328,6 +328,13 @@ class TeacherSection:
         choices=("auto", "attention", "cache", "none"),
     )
     self_check: bool = setting(True, "Compare the first scores of a run with a plain forward pass.")
+    nccl_timeout: int | None = setting(
+        None,
+        "Seconds that ranks wait for each other, also while the first one reads the weights. More for a large model on "
+        "slow storage.",
+        at_least=1,
+        null="`actor_rollout_ref.nccl_timeout`",
+    )
     fsdp: TeacherFSDPSection = field(default_factory=TeacherFSDPSection)
     server: dict[str, Any] = setting(
         {},
@@ -340,7 +347,7 @@ class TeacherSection:
 # Keys of `teacher` that only `backend=worker` reads.
 WORKER_SETTINGS = (
     *("dtype", "max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size"),
-    *("attention", "sharing", "self_check", "fsdp"),
+    *("attention", "sharing", "self_check", "nccl_timeout", "fsdp"),
 )
 
 
@@ -397,6 +404,7 @@ class TeacherConfig:
     attention: str
     sharing: str
     self_check: bool
+    nccl_timeout: int
     fsdp: TeacherFSDP
     server: dict[str, Any]
 
@@ -775,6 +783,7 @@ def read_teacher_config(config: Any) -> TeacherConfig:
         attention=section.attention,
         sharing=section.sharing,
         self_check=section.self_check,
+        nccl_timeout=section.nccl_timeout or int(student.get("nccl_timeout") or 600),
         fsdp=TeacherFSDP(
             strategy=section.fsdp.strategy,
             fsdp_size=section.fsdp.fsdp_size,

@@ -92,6 +92,15 @@ def test_two_ranks_small_micro_batches_equal_one_rank_and_hugging_face(start, ro
         group.compute_teacher_log_prob(as_batch(broken)).get()
 
 
+def test_the_ranks_wait_as_long_as_they_are_told(teacher_path):
+    """verl's own worker takes torch's default, half an hour for gloo, whatever `nccl_timeout` says."""
+    for given, seconds in (({}, 600), ({"nccl_timeout": 77}, 77)):
+        with one_rank():
+            start_teacher(teacher_config(teacher_path, **given))
+            group = torch.distributed.distributed_c10d._get_default_group()
+            assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == seconds
+
+
 def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, rows, expected):
     """On one rank in this process, where the worker's modules can be watched."""
     with one_rank():

@@ -31,6 +31,25 @@ def test_a_cuda_build_without_a_visible_gpu_is_not_a_cpu_run(monkeypatch):
 
 
 @needs_cpu_torch
+@pytest.mark.parametrize("accelerator", ["hip", "xpu", "npu", "mlu", "musa"])
+def test_a_build_for_another_accelerator_is_not_a_cpu_run(monkeypatch, tmp_path, accelerator):
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)
+    assert without_accelerator()
+    if accelerator in ("hip", "xpu"):
+        monkeypatch.setattr(torch.version, accelerator, "2025.2", raising=False)
+        assert not without_accelerator()
+        return
+    # Installed, but not imported yet; and imported.
+    (tmp_path / f"torch_{accelerator}.py").touch()
+    with monkeypatch.context() as installed:
+        installed.syspath_prepend(tmp_path)
+        assert not without_accelerator()
+    assert without_accelerator()
+    monkeypatch.setattr(torch, accelerator, object(), raising=False)
+    assert not without_accelerator()
+
+
+@needs_cpu_torch
 def test_verl_chooses_the_cpu_platform_by_itself():
     from verl.utils.device import get_device_id, get_device_name, get_nccl_backend, get_torch_device
 

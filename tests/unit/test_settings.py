@@ -63,6 +63,7 @@ CASES: dict[str, tuple[list, list, dict]] = {
     "teacher.ulysses_sequence_parallel_size": ([0, -1], [1, 8], {}),
     "teacher.attention": (["flash"], ["sdpa", "flex"], {}),
     "teacher.sharing": (["kv"], ["auto", "attention", "cache", "none"], {}),
+    "teacher.nccl_timeout": ([0, -1], [1, 86400, None], {}),
     "teacher.fsdp.strategy": (["megatron"], ["fsdp", "fsdp2"], {}),
     "teacher.fsdp.fsdp_size": ([0, -2], [-1, 1, 8], {}),
 }

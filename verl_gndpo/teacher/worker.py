@@ -10,6 +10,7 @@ from verl.single_controller.base.decorator import Dispatch, make_nd_compute_data
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
+from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
@@ -65,6 +66,8 @@ class TeacherWorker(Worker):
             config: a resolved `teacher` section (`read_teacher_config`).
         """
         super().__init__()
+        # Before verl's workers, which would take torch's default time-out.
+        initialize_global_process_group_ray(timeout_second=config.nccl_timeout)
         self._routing = Routing(config)
         self.models: dict[str, TrainingWorker] = {}
         self._model_of: dict[str, str] = {}

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What examples/run_qwen2_5vl_gndpo.sh finds out about a GPU machine by itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+SDPA = "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return a function that runs the script with a torch that sees so many devices, and returns overrides and log."""
+
+    def run(devices: int, flash_attn: bool, **environment: str) -> tuple[list[str], str]:
+        packages = tmp_path / "packages"
+        packages.mkdir()
+        # As torch.accelerator does, it obeys the variables that hide devices.
+        (packages / "torch.py").write_text(f"class accelerator:\n    device_count = staticmethod(lambda: {devices})\n")
+        (packages / "verl_gndpo.py").touch()
+        if flash_attn:
+            (packages / "flash_attn.py").touch()
+        python = tmp_path / "python"
+        python.write_text(
+            f'#!/bin/bash\nif [ "$1" = -c ]; then PYTHONPATH={packages} exec {sys.executable} "$@"; fi\n'
+            f'printf "%s\\n" "$@" >{tmp_path}/arguments\n'
+        )
+        python.chmod(0o755)
+        environment |= {
+            "PYTHON": str(python),
+            "OUTPUT_DIR": str(tmp_path / "out"),
+            "PATH": "/usr/bin:/bin",
+            "HOME": "/",
+        }
+        script = ["bash", str(REPO / "examples/run_qwen2_5vl_gndpo.sh")]
+        done = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path, check=True)
+        return (tmp_path / "arguments").read_text().splitlines(), done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(("devices", "expected"), [(3, 3), (1, 1), (0, 8)])
+def test_it_uses_the_devices_that_torch_sees(run, devices, expected):
+    """Which are fewer than the machine has with CUDA_VISIBLE_DEVICES, and one per process with MIG."""
+    overrides, _ = run(devices, True)
+    assert f"trainer.n_gpus_per_node={expected}" in overrides
+
+
+def test_the_environment_wins(run):
+    overrides, _ = run(3, True, GPUS="2")
+    assert "trainer.n_gpus_per_node=2" in overrides
+
+
+def test_it_attends_with_sdpa_where_flash_attn_is_missing_and_says_so(run):
+    overrides, log = run(2, False)
+    assert SDPA in overrides
+    padding = [override for override in overrides if "use_remove_padding" in override]
+    assert padding[-1] == "actor_rollout_ref.model.use_remove_padding=False"
+    assert "flash-attn is not installed" in log and "SDPA" in log
+
+
+def test_it_leaves_verls_attention_where_flash_attn_is_there(run):
+    overrides, log = run(2, True)
+    assert SDPA not in overrides and "flash-attn" not in log
+    assert [o for o in overrides if "use_remove_padding" in o] == ["actor_rollout_ref.model.use_remove_padding=True"]
+
+
+def test_torch_counts_devices_as_the_script_asks():
+    """Of the torch that is installed."""
+    import torch
+
+    assert torch.accelerator.device_count() >= 0
