@@ -313,7 +313,7 @@ def test_a_frozen_tower_has_no_gradients_and_no_states(models):
 
 def test_settings_are_keys_of_the_config(models):
     """Each override composes, with the teacher's group."""
-    from tests.unit.conftest import verl_config
+    from tests.helpers import verl_config
 
     for placement in planned(models, "7B", "32B", 8, 2, freeze_vision=True).placements:
         overrides = [f"{key}={value}" for key, value in placement.settings.items()]

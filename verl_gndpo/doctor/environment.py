@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 from packaging.requirements import Requirement
 
 from verl_gndpo import SUPPORTED_VERL
-from verl_gndpo.config import TRAINER_MODES, uses_gndpo
+from verl_gndpo.config import TRAINER_MODES, teacher_paths, uses_gndpo
 from verl_gndpo.doctor.check import Check, Status, describe_error, select
 from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.presets import PRESETS
+
+FLASH_ATTN_PAGE = 'examples/README.md, "A machine with GPUs"'
+"""Where it is written down how to install flash-attn."""
 
 DISTRIBUTIONS = ("torch", "ray", "transformers", "vllm", "sglang", "tensordict", "TransferQueue", "flash-attn")
 
@@ -69,7 +72,7 @@ def _why_not_loaded() -> tuple[str, str]:
     if policy != "auto" and "verl_gndpo" not in [name.strip() for name in policy.split(",")]:
         return f"{variable}={policy} excludes it", f"unset {variable}, or add verl_gndpo to it"
     if not importlib.metadata.entry_points(group="verl.plugins", name="verl_gndpo"):
-        return f"it is not installed for {sys.executable}", "pip install verl-gndpo (in a checkout: pip install -e .)"
+        return f"it is not installed for {sys.executable}", "pip install -e . (in a checkout of verl-gndpo)"
     try:
         importlib.import_module("verl_gndpo.plugin")
     # The exception that verl has swallowed.
@@ -154,6 +157,68 @@ def check_accelerator(config: Any = None) -> list[Check]:
     if count == 0:
         return [Check("accelerator", "warning", detail, "VERL_PLATFORM=cpu runs tiny models on the CPU")]
     return [Check("accelerator", "ok", detail)]
+
+
+ATTEND_PACKED_BY_FLASH_ATTN = ("qwen2_vl", "qwen2_5_vl", "glm4v", "kimi_vl")
+"""Model types whose attention verl replaces by calls of flash-attn if padding is removed."""
+
+INSTALL_FLASH_ATTN = f"install it ({FLASH_ATTN_PAGE})"
+
+
+def check_flash_attention(config: Any) -> list[Check]:
+    """Check that flash-attn is installed if the actor or a teacher asks for it on a GPU.
+
+    Args:
+        config: verl's whole config.
+    """
+    if without_accelerator() or _accelerator() != "cuda" or importlib.util.find_spec("flash_attn") is not None:
+        # Without an accelerator, `check_accelerator` says that there is none for it. Others have their own kernels.
+        return []
+    checks = []
+    model = config.actor_rollout_ref.model
+    override = "++actor_rollout_ref.model.override_config.attn_implementation=sdpa"
+    unpadded = "actor_rollout_ref.model.use_remove_padding=False"
+    if select(config, "actor_rollout_ref.actor.strategy") in ("fsdp", "fsdp2"):
+        # That of verl, if the config has none.
+        attention = select(model, "override_config.attn_implementation") or "flash_attention_2"
+        if attention == "flash_attention_2":
+            detail = "the actor attends with flash_attention_2, verl's default, but flash-attn is not installed"
+            checks.append(Check("attention", "error", detail, f"{override} {unpadded}, or {INSTALL_FLASH_ATTN}"))
+        elif model.get("use_remove_padding") and _model_type(model) in ATTEND_PACKED_BY_FLASH_ATTN:
+            detail = (
+                f"actor_rollout_ref.model.use_remove_padding=True: verl removes the padding of a {_model_type(model)} "
+                "by flash-attn, which is not installed"
+            )
+            checks.append(Check("attention", "error", detail, f"{unpadded}, or {INSTALL_FLASH_ATTN}"))
+    for key, teacher in teacher_paths(config).items() if uses_gndpo(config) else ():
+        if select(teacher, "override_config.attn_implementation") == "flash_attention_2":
+            place = f"{key.removesuffix('.path')}.override_config.attn_implementation"
+            detail = f"{place}=flash_attention_2, but flash-attn is not installed"
+            checks.append(Check("attention", "error", detail, f"{place}=sdpa, or {INSTALL_FLASH_ATTN}"))
+    return checks
+
+
+def _accelerator() -> str | None:
+    """Return verl's name of the accelerator; None for an unknown VERL_PLATFORM, which `check_accelerator` reports."""
+    from verl.plugin.platform import get_platform
+
+    try:
+        return get_platform().device_name
+    except ValueError:
+        return None
+
+
+def _model_type(model: Any) -> str | None:
+    """Return the model type of a section with a path; None if its config can't be read, which other checks report."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            model.path, trust_remote_code=model.get("trust_remote_code", False)
+        ).model_type
+    # A checkpoint's own code may raise anything.
+    except Exception:
+        return None
 
 
 class _Devices(NamedTuple):

@@ -9,7 +9,13 @@ from verl_gndpo.config import uses_gndpo
 from verl_gndpo.doctor.architecture import check_architectures
 from verl_gndpo.doctor.check import Check, DoctorError
 from verl_gndpo.doctor.data import check_data, check_rewards, check_routing
-from verl_gndpo.doctor.environment import check_accelerator, check_plugin, check_verl, check_versions
+from verl_gndpo.doctor.environment import (
+    check_accelerator,
+    check_flash_attention,
+    check_plugin,
+    check_verl,
+    check_versions,
+)
 from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.models import check_models
 from verl_gndpo.doctor.settings import check_estimator, check_recipe, check_settings, check_verl_settings
@@ -31,6 +37,7 @@ def run_checks(config: Any = None) -> list[Check]:
     checks += [*plugin, *check_versions(config), *check_accelerator(config)]
     if config is None:
         return checks
+    checks += check_flash_attention(config)
     inputs = Inputs(config)
     # The other checks ask verl's registries and trainers, which are incomplete without the plugin.
     if plugin[0].status != "error":

@@ -2,6 +2,7 @@
 """verl, plugin, versions and accelerator: each problem names what, where and what to do."""
 
 import importlib.metadata
+import importlib.util
 import sys
 
 import pytest
@@ -11,7 +12,13 @@ from verl.plugin.platform import get_platform
 from verl.trainer.ppo import core_algos, v1
 
 from tests.unit.doctor.helpers import errors, expect
-from verl_gndpo.doctor.environment import check_accelerator, check_plugin, check_verl, check_versions
+from verl_gndpo.doctor.environment import (
+    check_accelerator,
+    check_flash_attention,
+    check_plugin,
+    check_verl,
+    check_versions,
+)
 from verl_gndpo.doctor.run import run_checks
 
 
@@ -38,7 +45,7 @@ def test_a_plugin_that_is_switched_off(monkeypatch):
 def test_a_plugin_that_is_not_installed(monkeypatch):
     monkeypatch.delitem(sys.modules, "verl_gndpo.plugin")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [])
-    expect(check_plugin(), "error", f"not installed for {sys.executable}", "pip install verl-gndpo")
+    expect(check_plugin(), "error", f"not installed for {sys.executable}", "pip install -e .")
 
 
 def test_a_plugin_that_fails_shows_the_exception_that_verl_hides(monkeypatch):
@@ -98,6 +105,54 @@ def test_settings_that_need_an_accelerator(make_config, on_cpu, override, words)
     checks = check_accelerator(make_config(override))
     expect(checks, "error", *words)
     assert len(errors(checks)) == 1
+
+
+@pytest.fixture
+def on_a_gpu_without_flash_attn(monkeypatch):
+    find = importlib.util.find_spec
+    hidden = lambda name, *package: None if name == "flash_attn" else find(name, *package)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    monkeypatch.setattr("verl_gndpo.doctor.environment.without_accelerator", lambda: False)
+    monkeypatch.setattr("verl_gndpo.doctor.environment._accelerator", lambda: "cuda")
+
+
+SDPA = "actor_rollout_ref.model.override_config.attn_implementation=sdpa"
+PACKED = "actor_rollout_ref.model.use_remove_padding"
+
+
+@pytest.mark.parametrize("override", ["flash_attention_2", "null"])
+def test_flash_attention_that_is_not_installed(make_config, on_a_gpu_without_flash_attn, override):
+    """null is verl's default."""
+    config = make_config(f"{SDPA.removesuffix('sdpa')}{override}", f"{PACKED}=True")
+    check = expect(check_flash_attention(config), "error", "flash_attention_2", "not installed")
+    assert "examples/README.md" in check.remedy
+    # The remedy works.
+    assert f"++{SDPA} {PACKED}=False" in check.remedy
+    assert not check_flash_attention(make_config(SDPA, f"{PACKED}=False"))
+
+
+def test_padding_that_only_flash_attn_removes(make_config, on_a_gpu_without_flash_attn, text_model):
+    packed = (SDPA, f"{PACKED}=True")
+    check = expect(check_flash_attention(make_config(*packed)), "error", f"{PACKED}=True", "qwen2_5_vl")
+    assert f"{PACKED}=False" in check.remedy
+    assert not check_flash_attention(make_config(*packed, f"actor_rollout_ref.model.path={text_model}"))
+    assert not check_flash_attention(make_config(*packed, "actor_rollout_ref.actor.strategy=megatron"))
+
+
+def test_a_teacher_that_asks_for_flash_attention(make_config, on_a_gpu_without_flash_attn):
+    key = "teacher.model.override_config.attn_implementation"
+    config = make_config(SDPA, f"{PACKED}=False", f"{key}=flash_attention_2")
+    expect(check_flash_attention(config), "error", f"{key}=flash_attention_2", f"{key}=sdpa")
+
+
+def test_flash_attention_where_it_is_installed_or_not_needed(make_config, on_a_gpu_without_flash_attn, monkeypatch):
+    config = make_config(f"{SDPA.removesuffix('sdpa')}flash_attention_2")
+    assert run_checks(config) and any(check.name == "attention" for check in run_checks(config))
+    monkeypatch.setattr("verl_gndpo.doctor.environment._accelerator", lambda: "npu")
+    assert not check_flash_attention(config)
+    monkeypatch.setattr("verl_gndpo.doctor.environment._accelerator", lambda: "cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *package: object())
+    assert not check_flash_attention(config)
 
 
 def test_without_gpus_ray_has_to_be_told_a_number(make_config, on_cpu):
