@@ -10,7 +10,7 @@ import pytest
 import torch
 import verl  # noqa: F401  # makes torchvision importable
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from tests.tensor_count import TensorCount
@@ -72,17 +72,22 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def build(size: str, layers: int, kernel: str):
-    """Build a model of a released size, with fewer layers, on tensors without storage."""
-    config = memory.config(size)
-    config.text_config.num_hidden_layers = layers
-    config.text_config.layer_types = config.text_config.layer_types[:layers]
-    config.vision_config.depth = 1
-    config._attn_implementation = config.text_config._attn_implementation = kernel
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    """Build the decoder of a released size, with fewer layers, on tensors without storage.
 
+    As a text model: verl's changes of multimodal classes, which other tests in this process apply, need real tensors.
+    """
+    config = memory.config(size)
+    text = config.text_config
+    text.num_hidden_layers = layers
+    text.layer_types = text.layer_types[:layers]
+    shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    plain = Qwen2Config(
+        **{name: getattr(text, name) for name in (*shared, "vocab_size", "tie_word_embeddings")},
+        attn_implementation=kernel,
+    )
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return Qwen2_5_VLForConditionalGeneration(config), measure(config, size)
+        return Qwen2ForCausalLM(plain), measure(config, size)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -159,7 +164,7 @@ def update_peak(size: str, layers: int, tokens: int, log_probs) -> tuple[float, 
         def step() -> None:
             def forward():
                 inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.long), "use_cache": False}
-                inputs["position_ids"] = torch.zeros(4, 1, tokens, dtype=torch.long)
+                inputs["position_ids"] = torch.zeros(1, tokens, dtype=torch.long)
                 with torch.autocast("cpu", torch.bfloat16):
                     return log_probs(model(**inputs).logits)
 
