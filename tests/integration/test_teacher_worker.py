@@ -4,6 +4,7 @@
 import pytest
 import ray
 import torch
+from tensordict import TensorDict
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
 from examples.quickstart.tiny_vlm import build_tiny_vlm
@@ -19,6 +20,7 @@ from tests.integration.helpers import (
 )
 from verl_gndpo.advantage import compute_advantages
 from verl_gndpo.config import read_signal_config
+from verl_gndpo.teacher import worker as worker_module
 from verl_gndpo.teacher.worker import TeacherWorker
 
 TEMPERATURE = 0.7
@@ -99,6 +101,42 @@ def test_the_ranks_wait_as_long_as_they_are_told(teacher_path):
             start_teacher(teacher_config(teacher_path, **given))
             group = torch.distributed.distributed_c10d._get_default_group()
             assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == seconds
+
+
+@pytest.mark.parametrize(
+    ("section", "frees"),
+    [
+        ({"fsdp": {"param_offload": False}}, True),
+        # The offload does.
+        ({}, False),
+        # Nothing else is on its GPUs, and it is faster with its cache.
+        ({"placement": "dedicated", "n_gpus_per_node": 1}, False),
+    ],
+)
+def test_the_cache_of_scoring_is_freed_before_the_rollout_engine_wakes_up(
+    teacher_path, rows, monkeypatch, section, frees
+):
+    """Once per call, after the last pass and when the scores have left the GPU."""
+    events = []
+
+    class Device:
+        """The module of an accelerator."""
+
+        @staticmethod
+        def empty_cache() -> None:
+            events.append("freed")
+
+    monkeypatch.setattr(worker_module, "get_torch_device", lambda: Device)
+    with one_rank():
+        worker = start_teacher(teacher_config(teacher_path, self_check=False, **section))
+        engine = next(iter(worker.models.values())).engine
+        engine.module.register_forward_hook(lambda *_: events.append("pass"))
+        move = TensorDict.cpu
+        monkeypatch.setattr(TensorDict, "cpu", lambda self: events.append("moved") or move(self))
+        scored = worker.compute_teacher_log_prob(as_batch(rows[:3]))
+    assert len(scored) == 3
+    passes = events.count("pass")
+    assert passes and events == ["pass"] * passes + ["moved"] + ["freed"] * frees
 
 
 def test_the_worker_holds_no_optimizer_and_encodes_an_image_once(teacher_path, rows, expected):

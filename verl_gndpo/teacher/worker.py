@@ -9,7 +9,7 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_name
+from verl.utils.device import get_device_name, get_torch_device
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
@@ -69,6 +69,8 @@ class TeacherWorker(Worker):
         # Before verl's workers, which would take torch's default time-out.
         initialize_global_process_group_ray(timeout_second=config.nccl_timeout)
         self._routing = Routing(config)
+        # Offloading the weights frees torch's cache, too.
+        self._frees_cache = config.placement == "colocated" and not config.fsdp.param_offload
         self.models: dict[str, TrainingWorker] = {}
         self._model_of: dict[str, str] = {}
         for name, model in config.teachers.items():
@@ -128,7 +130,11 @@ class TeacherWorker(Worker):
             name: torch.nested.as_nested_tensor([x for x in sums if x is not None], layout=torch.jagged)
             for name, sums in scores.items()
         }
-        return tu.get_tensordict(tensor_dict=nested).cpu()
+        result = tu.get_tensordict(tensor_dict=nested).cpu()
+        if self._frees_cache:
+            # The rollout engine is about to wake up on the same GPU, and can't use what torch keeps here.
+            get_torch_device().empty_cache()
+        return result
 
 
 def _on_any_rank(here: bool) -> bool:
