@@ -164,6 +164,8 @@ def _write(model_class: Any, config: Any, tokenizer: hf.Qwen2Tokenizer, seed: in
                 # Norms and biases begin as ones and zeros, and would hide that they are used.
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+                elif not parameter.any():
+                    parameter.normal_(std=INITIALIZER_RANGE)
             model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))] = 0.0
     model.generation_config = hf.GenerationConfig(
         bos_token_id=tokenizer.pad_token_id,

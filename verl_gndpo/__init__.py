@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from verl_gndpo.advantage import register_bound
     from verl_gndpo.estimators import register_preset
 
-__all__ = ["SUPPORTED_VERL", "register_bound", "register_preset"]
-
-SUPPORTED_VERL = "0.9.1"
+__all__ = ["register_bound", "register_preset"]
 
 
 def __getattr__(name: str) -> Any:

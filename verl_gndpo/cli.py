@@ -2,6 +2,7 @@
 """The command `verl-gndpo`. Each command imports what takes long to import by itself."""
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -40,6 +41,8 @@ def doctor(
 
     Exit code 0: it can start. 1: something is wrong. 2: Hydra rejects the overrides.
     """
+    # The folder that `python -m` puts first, too, so that a clone of verl in it is the one that is checked.
+    sys.path.insert(0, os.getcwd())
     from verl_gndpo.doctor.environment import check_verl
     from verl_gndpo.doctor.run import run_checks
 

@@ -13,7 +13,7 @@ from wrapt import register_post_import_hook
 
 FIELDS = [
     *("input_ids", "position_ids", "response_mask", "multi_modal_inputs", "data_source"),
-    *("old_log_probs", "teacher_log_probs"),
+    *("old_log_probs", "rollout_log_probs", "teacher_log_probs"),
 ]
 
 

@@ -75,6 +75,20 @@ def test_the_teacher_scores_as_transformers_does(name, checkpoint):
         assert_close(cut, expected)
 
 
+@pytest.mark.parametrize("name", sorted(zoo.IMAGE_FAMILIES))
+def test_the_oracle_sees_images_and_positions(name, checkpoint):
+    """Otherwise it could not notice a wrong one."""
+    path = checkpoint(name)
+    row = next(row for row in rows_of(name, path) if row["inputs"])
+    other = {key: x.flip(-1) if key == "pixel_values" else x for key, x in row["inputs"].items()}
+    place = row["positions"].clone()
+    place[..., len(place.T) // 2 :] += 5
+    (scored,) = zoo.plain_log_probs(path, [row], TEMPERATURE)
+    for changed in ({"inputs": other}, {"positions": place}):
+        (scored_otherwise,) = zoo.plain_log_probs(path, [row | changed], TEMPERATURE)
+        assert (scored - scored_otherwise).abs().max() > 1e-3, changed.keys()
+
+
 @pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in FAILS_IN_VERL])
 def test_a_model_distilled_into_itself_gives_no_signal(name, checkpoint):
     """verl's own actor is the student."""

@@ -233,7 +233,16 @@ def test_a_patch_waits_for_its_module_and_is_applied_once(scratch_index, tmp_pat
     assert changed_package.count == 1
 
 
-@pytest.mark.parametrize(("version", "state"), [("0.9.1", "applied"), ("0.9.2", "version differs")])
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [
+        ("0.8.0", "version differs"),
+        ("0.9.0", "applied"),
+        ("0.9.1", "applied"),
+        ("0.9.2", "applied"),
+        ("0.10.0.dev", "applied"),
+    ],
+)
 def test_the_decorator_checks_the_version_of_the_verl_that_it_is_given(scratch_index, tmp_path, version, state):
     index(entry("a", "verl.some.module"))
     seen = []
@@ -247,6 +256,20 @@ def test_the_decorator_checks_the_version_of_the_verl_that_it_is_given(scratch_i
     module = fake_module(tmp_path, version)
     assert change(module) == (state == "applied") == bool(seen)
     assert row("a")["state"] == state
+
+
+@pytest.mark.parametrize("version", ["0.9.1", "0.9.2"])
+def test_a_target_that_has_changed_is_left_alone_in_an_untested_verl(scratch_index, tmp_path, version):
+    index(entry("a", "verl.some.module"))
+    change = patches("a")(lambda module: module.gone)
+    module = fake_module(tmp_path, version)
+    if version == "0.9.1":
+        with pytest.raises(AttributeError):
+            change(module)
+    else:
+        with pytest.warns(UserWarning, match=r"verl\.some\.module of verl 0\.9\.2 .*'gone'.*is left out. Without it"):
+            assert not change(module)
+        assert row("a")["state"] == "target has changed"
 
 
 def test_other_packages_are_changed_whatever_verls_version_is(scratch_index, tmp_path):

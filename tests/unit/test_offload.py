@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import verl
 
 # One process plays rank 7 of 8. Each asynchronous copy returns host memory full of NaN, which gets its values when the
 # device is waited for, as with a busy accelerator.
@@ -68,6 +69,9 @@ def test_uneven_shards_arrive_before_they_are_padded(which):
     assert done.returncode == 0, done.stderr
     state, waits, *wrong = done.stdout.split()[-4 if which == "stock" else -2 :]
     assert state == "applied"
+    if which == "stock" and verl.__version__ == "0.9.0":
+        # It does not take the way that loses them here, whatever it does on an accelerator.
+        pytest.skip("verl 0.9.0 offloads in another way")
     if which == "stock":
         # The test can see the fault: both parameters of the uneven layer are lost.
         assert waits == "0" and wrong == ["0.weight", "0.bias"]

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check what a run needs from the machine: verl, the plugin, installed versions, an accelerator."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 
-from verl_gndpo import SUPPORTED_VERL
 from verl_gndpo.config import TRAINER_MODES, teacher_paths, uses_gndpo
 from verl_gndpo.doctor.check import Check, Status, describe_error, select
 from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.presets import PRESETS
+from verl_gndpo.versions import TESTED, judge, version_of
 
 FLASH_ATTN_PAGE = 'examples/README.md, "A machine with GPUs"'
 """Where it is written down how to install flash-attn."""
@@ -23,21 +23,29 @@ DISTRIBUTIONS = ("torch", "ray", "transformers", "vllm", "sglang", "tensordict",
 
 
 def check_verl() -> list[Check]:
-    """Check that verl can be imported and is the one supported version."""
-    remedy = f"pip install verl=={SUPPORTED_VERL}"
+    """Check that verl can be imported, and that it is one of the tested versions.
+
+    A run imports the verl that is first on the path: `python -m verl.trainer.main_ppo` in a clone imports the clone.
+    """
     try:
         import verl
     # verl's own imports may raise anything; the user needs the reason.
     except Exception as error:
-        return [Check("verl", "error", f"verl can't be imported: {describe_error(error)}", remedy)]
-    # Two sources, because a checkout on the path hides the installed version.
-    versions = {verl.__version__}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions.add(importlib.metadata.version("verl"))
-    if versions != {SUPPORTED_VERL}:
-        found = " and ".join(sorted(versions))
-        return [Check("verl", "error", f"verl {found} is not supported, only {SUPPORTED_VERL} is", remedy)]
-    return [Check("verl", "ok", SUPPORTED_VERL)]
+        detail = f"verl can't be imported: {describe_error(error)}"
+        return [Check("verl", "error", detail, f"pip install verl=={TESTED[-1]}")]
+    version, folder = version_of(verl), Path(verl.__file__ or "").parents[1]
+    verdict = judge(version)
+    cloned = not any(name in ("site-packages", "dist-packages") for name in folder.parts)
+    where = f"{version}, of the checkout {folder}" if cloned else version
+    if verdict == "tested":
+        return [Check("verl", "ok", where)]
+    remedy = f"pip install verl=={TESTED[-1]}"
+    if cloned:
+        remedy = f"git -C {folder} checkout v{TESTED[0]}; or start the run in another folder, with {remedy}"
+    tested = f"{TESTED[0]} to {TESTED[-1]} are tested"
+    if verdict == "too old":
+        return [Check("verl", "error", f"verl {where} is too old: {tested}", remedy)]
+    return [Check("verl", "warning", f"verl {where} is not tested: {tested}", remedy)]
 
 
 def check_plugin() -> list[Check]:

@@ -2,7 +2,6 @@
 """Run all checks of a run, or stop it when one of them finds an error."""
 
 import logging
-import sys
 from typing import Any
 
 from verl_gndpo.config import uses_gndpo
@@ -31,7 +30,8 @@ def run_checks(config: Any = None) -> list[Check]:
             the teacher and the settings of GNDPO are not checked.
     """
     checks = check_verl()
-    if sys.modules.get("verl") is None:
+    # Nothing else can be asked of a verl that can't be imported, or that is too old.
+    if any(check.status == "error" for check in checks):
         return checks
     plugin = check_plugin()
     checks += [*plugin, *check_versions(config), *check_accelerator(config)]

@@ -5,12 +5,15 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from verl_gndpo.verl_patches.patch import patches, replace
+from verl_gndpo.verl_patches.qwen2_vl import unpacks_itself
 
 
 @patches("glm4v_vision_output")
 def unpack_vision_output(glm4v: ModuleType) -> bool:
     """Make `_get_input_embeds` take the merged features out of what the vision tower returns."""
     original = glm4v._get_input_embeds
+    if unpacks_itself(original):
+        return False
 
     def _get_input_embeds(model: Any, *args: Any, **kwargs: Any) -> Any:
         """Run stock verl's function on a model whose vision tower returns a tensor."""

@@ -7,13 +7,13 @@ anything. Nothing here imports verl or torch, because every process of a run loa
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Literal, ParamSpec
 
-from verl_gndpo import SUPPORTED_VERL
+from verl_gndpo.versions import judge, version_of
 
 Where = Literal["every process", "actor", "trainer", "without accelerator", "vLLM without accelerator"]
 """The processes that a patch belongs to. "actor" and "trainer" mean those of a run that uses our estimators."""
@@ -81,9 +81,10 @@ def index(*entries: Patch) -> tuple[Patch, ...]:
 def patches(name: str) -> Callable[[Callable[_P, bool]], Callable[_P, bool]]:
     """Make a function the one that applies the entry `name`.
 
-    If the entry changes verl, the function runs with the supported version of verl only, because another version may
-    have a fix of its own. The version is that of the verl to which the first argument belongs, if that is a module,
-    and else of the imported verl.
+    If the entry changes verl, the function does not run with a verl that is older than the tested ones. The version is
+    that of the verl to which the first argument belongs, if that is a module, and else of the imported verl. With a
+    verl that was not tested, a function that does not fit it leaves it as it is, with a warning. A function that finds
+    a fix of verl's own returns False.
 
     Returns:
         A decorator for a function that returns whether it changed anything.
@@ -92,12 +93,27 @@ def patches(name: str) -> Callable[[Callable[_P, bool]], Callable[_P, bool]]:
     def decorate(change: Callable[_P, bool]) -> Callable[_P, bool]:
         @functools.wraps(change)
         def apply_checked(*args: _P.args, **kwargs: _P.kwargs) -> bool:
-            if _INDEX[name].module.split(".")[0] == "verl":
+            entry = _INDEX[name]
+            of_verl = entry.module.split(".")[0] == "verl"
+            if of_verl:
                 subject = args[0] if args and isinstance(args[0], ModuleType) else sys.modules["verl"]
-                if _verl_version(subject) != SUPPORTED_VERL:
+                version = version_of(subject)
+                if judge(version) == "too old":
                     _STATES[name] = "version differs"
                     return False
-            changed = change(*args, **kwargs)
+            try:
+                changed = change(*args, **kwargs)
+            # What the function changes is not where it was.
+            except (AttributeError, ImportError) as error:
+                if not of_verl or judge(version) == "tested":
+                    raise
+                _STATES[name] = "target has changed"
+                warnings.warn(
+                    f"verl-gndpo: {entry.module} of verl {version} is not what the patch {name} was written for "
+                    f"({type(error).__name__}: {error}), so it is left out. Without it: {entry.breaks}",
+                    stacklevel=2,
+                )
+                return False
             _STATES[name] = "applied" if changed else "not needed"
             return changed
 
@@ -130,8 +146,9 @@ def describe() -> list[dict[str, str]]:
 
     The key `state` is one of:
         "applied";
-        "not needed": it belongs to other processes, or there was nothing to change;
-        "version differs": verl is not the version that the patch was written for;
+        "not needed": it belongs to other processes, or there was nothing to change, as in a verl with a fix of its own;
+        "version differs": verl is older than the versions that were tested;
+        "target has changed": this verl is not one of those tested, and the patch does not fit it;
         "waits for MODULE": this process has not imported the module yet.
     """
     rows = []
@@ -162,12 +179,3 @@ def replace(module: ModuleType, name: str, function: Callable) -> None:
         # vars(): getattr on a lazily loaded package would import what it looks for.
         if importer_name.startswith("verl.") and vars(importer).get(name) is original:
             setattr(importer, name, function)
-
-
-def _verl_version(module: ModuleType) -> str:
-    """Return the version of the verl that `module` belongs to.
-
-    A checkout on the path can hide the installed verl, whose version is all that importlib.metadata tells.
-    """
-    files = (folder / "version" / "version" for folder in Path(module.__file__ or "").parents)
-    return next(file for file in files if file.is_file()).read_text().strip()

@@ -4,10 +4,17 @@
 A mixed data set meets one sooner or later, a text-only one at the first step. Qwen3-VL needs no patch.
 """
 
+import inspect
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from verl_gndpo.verl_patches.patch import patches, replace
+
+
+def unpacks_itself(function: Any) -> bool:
+    """Return whether a function of verl unpacks what the vision tower returns, wherever it calls the tower."""
+    source = inspect.getsource(function)
+    return source.count("model.visual(") == source.count("unpack_visual_output(model.visual(")
 
 
 @patches("qwen2_vl_text_only")
@@ -18,6 +25,8 @@ def unpack_text_only_output(qwen2_vl: ModuleType) -> bool:
     and takes the mean of the result. The result was a tensor before transformers 5 and is an output object since.
     """
     original = qwen2_vl._get_input_embeds
+    if unpacks_itself(original):
+        return False
 
     def _get_input_embeds(
         model: Any,

@@ -3,11 +3,16 @@
 
 import importlib.metadata
 import importlib.util
+import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
 import verl
+from packaging.specifiers import SpecifierSet
 from verl.plugin.platform import get_platform
 from verl.trainer.ppo import core_algos, v1
 
@@ -20,15 +25,55 @@ from verl_gndpo.doctor.environment import (
     check_versions,
 )
 from verl_gndpo.doctor.run import run_checks
+from verl_gndpo.versions import REQUIREMENT, TESTED, judge
 
 
-@pytest.mark.parametrize("place", ["module", "metadata"])
-def test_another_verl_is_refused(monkeypatch, place):
-    if place == "module":
-        monkeypatch.setattr(verl, "__version__", "0.8.0")
-    else:
-        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.8.0")
-    expect(check_verl(), "error", "0.8.0", "only 0.9.1 is", "pip install verl==0.9.1")
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [
+        ("0.8.0", "error"),
+        ("0.9.0", "ok"),
+        ("0.9.1", "ok"),
+        ("0.9.7", "warning"),
+        ("0.10.0.dev", "ok"),
+        ("1.0", "warning"),
+    ],
+)
+@pytest.mark.parametrize("cloned", [False, True])
+def test_the_verl_that_a_run_would_import(monkeypatch, tmp_path, version, status, cloned):
+    """Whatever version is installed beside it."""
+    folder = tmp_path / ("clone" if cloned else "site-packages")
+    (folder / "verl" / "version").mkdir(parents=True)
+    (folder / "verl" / "version" / "version").write_text(f"{version}\n")
+    monkeypatch.setattr(verl, "__file__", str(folder / "verl" / "__init__.py"))
+    check = expect(check_verl(), status, version)
+    assert (f"of the checkout {folder}" in check.detail) == cloned
+    if status == "ok":
+        return
+    assert "0.9.0 to 0.9.1 are tested" in check.detail
+    assert (f"git -C {folder} checkout v0.9.0" in check.remedy) == cloned
+    assert "pip install verl==0.9.1" in check.remedy
+
+
+def test_the_requirement_is_the_tested_range():
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    specifier = SpecifierSet(re.search(r'"verl([<>][^"]*)"', text).group(1))
+    assert specifier == SpecifierSet(REQUIREMENT)
+    assert all(specifier.contains(version) for version in TESTED)
+    assert judge("0.8.0") == "too old" and not specifier.contains("0.8.0")
+    assert f'cpu = ["verl=={TESTED[-1]}"' in text
+
+
+def test_the_command_looks_at_a_clone_in_its_folder(tmp_path):
+    """As `python -m verl.trainer.main_ppo` would."""
+    (tmp_path / "verl" / "version").mkdir(parents=True)
+    (tmp_path / "verl" / "__init__.py").write_text("__version__ = '0.8.0'")
+    (tmp_path / "verl" / "version" / "version").write_text("0.8.0")
+    command = [sys.executable, "-c", "from verl_gndpo.cli import app; app(['doctor'])"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"verl 0.8.0, of the checkout {tmp_path} is too old" in result.stdout
 
 
 def test_a_verl_that_can_t_be_imported(monkeypatch):
