@@ -6,9 +6,17 @@
 #   bash tests/run.sh lint                   # lint and types alone
 #   bash tests/run.sh tests/unit             # lint and one level: unit, integration or end_to_end
 #   bash tests/run.sh tests/unit -k routing  # every other argument goes to pytest
+#   VERL=0.9.0 bash tests/run.sh tests/unit  # with that release of verl
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/setup.sh
+
+if [ -n "${VERL:-}" ]; then
+    release=$(dirname "$(dirname "$PYTHON")")/verl-$VERL
+    [ -d "$release" ] || "$PYTHON" -m pip install --quiet --no-deps --target "$release" "verl==$VERL"
+    # It hides the installed release.
+    export PYTHONPATH=$release${PYTHONPATH:+:$PYTHONPATH}
+fi
 
 options=() unit=() integration=() end_to_end=() only_lint=no
 for argument in "$@"; do

@@ -163,7 +163,7 @@ def _outermost(
 
 QWEN_VL = ModelFamily(
     name="Qwen-VL",
-    model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     towers=("visual",),
     # The tower's last layers merge patches into embeddings.
     projectors=(),

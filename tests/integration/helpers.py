@@ -3,9 +3,9 @@
 
 import os
 import socket
-import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from verl.workers.engine_workers import TrainingWorker
 
 from tests import settings
 from verl_gndpo.config import TeacherConfig
+from verl_gndpo.families import QWEN_VL
+from verl_gndpo.teacher.architecture import stock_classes
 from verl_gndpo.teacher.worker import TeacherWorker
 
 
@@ -200,28 +202,13 @@ def assert_equal_to(expected: list[torch.Tensor], scored: TensorDict) -> None:
 def stock_transformers():
     """Restore transformers' classes at the end, because verl changes them in the process that all tests share."""
     from transformers.integrations import flash_attention
-    from transformers.models.glm4v import modeling_glm4v  # noqa: F401
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: F401
-    from transformers.models.qwen2_vl import modeling_qwen2_vl  # noqa: F401
-    from transformers.models.qwen3_5 import modeling_qwen3_5  # noqa: F401
-    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe  # noqa: F401
-    from transformers.models.qwen3_vl import modeling_qwen3_vl  # noqa: F401
-    from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe  # noqa: F401
 
-    modules = [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]
-    classes = {c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, torch.nn.Module)}
-    before = [(c, dict(vars(c))) for c in classes]
     flash = flash_attention._flash_attention_forward
     try:
-        yield
+        with stock_classes(replace(QWEN_VL, model_types=(*QWEN_VL.model_types, "glm4v"))):
+            yield
     finally:
         flash_attention._flash_attention_forward = flash
-        for model_class, attributes in before:
-            for name in vars(model_class).keys() - attributes.keys():
-                delattr(model_class, name)
-            for name, value in attributes.items():
-                if vars(model_class).get(name) is not value:
-                    setattr(model_class, name, value)
 
 
 def free_port() -> int:

@@ -443,7 +443,9 @@ def test_batches_with_images_or_videos_go_through_unchanged():
     module = types.ModuleType("fixed_qwen2_vl")
     module.__file__ = str(stock_verl().parent / TEXT_ONLY.file)
     # Its source calls the tower without unpacking, as that of stock verl.
-    module._get_input_embeds = lambda *args, **kwargs: (args, kwargs, lambda model: model.visual(None))[:2]
+    module._get_input_embeds = lambda *args, **kwargs: (args, kwargs, lambda model: model.visual(None, grid_thw=None))[
+        :2
+    ]
     assert qwen2_vl.unpack_text_only_output(module)
 
     model = types.SimpleNamespace(config=None, get_input_embeddings=None, visual=None)

@@ -160,8 +160,8 @@ def _describe_folder(folder: Path, role: str) -> str:
         base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
         merge = (
             f"import peft, transformers as t; base, here = '{base}', '{folder}'; "
-            "sees = hasattr(t.AutoConfig.from_pretrained(base), 'vision_config'); "
-            "kind = t.AutoModelForImageTextToText if sees else t.AutoModelForCausalLM; "
+            "seeing = t.AutoModelForImageTextToText; config = t.AutoConfig.from_pretrained(base); "
+            "kind = seeing if type(config) in seeing._model_mapping else t.AutoModelForCausalLM; "
             "peft.PeftModel.from_pretrained(kind.from_pretrained(base, dtype='auto'), here).merge_and_unload()"
             ".save_pretrained(here + '/merged'); "
             "t.AutoProcessor.from_pretrained(base).save_pretrained(here + '/merged')"

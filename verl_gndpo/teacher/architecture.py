@@ -3,18 +3,47 @@
 
 import contextlib
 import copy
+import importlib
 import io
 import logging
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from verl_gndpo.config import Teacher
-from verl_gndpo.families import family_of
+from verl_gndpo.families import ModelFamily, family_of
 from verl_gndpo.teacher.trial import ImagePrompt, NotTriedError, TrialError, Verdict, choose_sharing, make_image_prompt
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def stock_classes(family: ModelFamily) -> Iterator[None]:
+    """Undo what happens to the classes of transformers' models within this context.
+
+    verl replaces forwards of classes, and whoever asks the doctor may use the classes for something else.
+
+    Args:
+        family: whose modules verl imports, and changes, together with that of one of its models.
+    """
+    for name in family.model_types:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    modules = [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]
+    classes = {c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, torch.nn.Module)}
+    before = [(model_class, dict(vars(model_class))) for model_class in classes]
+    try:
+        yield
+    finally:
+        for model_class, attributes in before:
+            for name in vars(model_class).keys() - attributes.keys():
+                delattr(model_class, name)
+            for name, value in attributes.items():
+                if vars(model_class).get(name) is not value:
+                    setattr(model_class, name, value)
 
 
 def model_config(teacher: Teacher) -> Any:
@@ -77,7 +106,7 @@ def try_teacher(config: Any, path: str, *, sharing: str, trust_remote_code: bool
             concatenate_inputs=extract_multi_modal_inputs,
         )
 
-    with _quiet():
+    with _quiet(), stock_classes(family_of(config)):
         try:
             return attempt("cpu")
         except NotTriedError:

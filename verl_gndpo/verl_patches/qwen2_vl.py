@@ -5,6 +5,7 @@ A mixed data set meets one sooner or later, a text-only one at the first step. Q
 """
 
 import inspect
+import re
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from verl_gndpo.verl_patches.patch import patches, replace
 def unpacks_itself(function: Any) -> bool:
     """Return whether a function of verl unpacks what the vision tower returns, wherever it calls the tower."""
     source = inspect.getsource(function)
-    return source.count("model.visual(") == source.count("unpack_visual_output(model.visual(")
+    calls, unpacked = (len(re.findall(rf"{before}model\.\w+\(.*grid_thw=", source)) for before in ("", r"unpack_\w+\("))
+    return calls == unpacked
 
 
 @patches("qwen2_vl_text_only")
