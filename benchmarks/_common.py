@@ -99,3 +99,16 @@ def print_table(title: str, columns: list[str], rows: list[list]) -> None:
     for row in rows:
         table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def resident(field: str, pid: int | str = "self") -> float:
+    """Return a size of a process from /proc, in GB (10^9 bytes)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field):
+            return gigabytes(line)
+    raise RuntimeError(f"/proc/{pid}/status has no {field}; this benchmark needs Linux")
+
+
+def gigabytes(line: str) -> float:
+    """Return the size in a line of /proc/PID/status, in GB (10^9 bytes)."""
+    return int(line.split()[1]) * 1024 / 1e9

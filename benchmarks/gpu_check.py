@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from verl_gndpo.teacher.packing import PromptGroup
+from verl_gndpo.teacher.packing import PackedPass, PromptGroup
 from verl_gndpo.teacher.scorer import Rows, Scorer
 
 CUDA = torch.cuda.is_available()
@@ -168,7 +168,7 @@ def make_rows(prompts: list[tuple[int, list[int]]], images: bool = True) -> tupl
 
 def score(model: Any, scorer: Scorer, groups: list[PromptGroup], rows: Rows) -> torch.Tensor:
     """Return the log-probs of one micro-batch, (response tokens,)."""
-    return scorer.score(model, groups, rows, device=DEVICE, dtype=DTYPE)[:, 0]
+    return scorer.score(model, PackedPass(tuple(groups)), rows, device=DEVICE, dtype=DTYPE)[:, 0]
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 import verl  # noqa: F401  loads the plugin, without which transformers can't import its image models on the CPU
-from _common import machine, print_table, write_json
+from _common import gigabytes, machine, print_table, resident, write_json
 from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
@@ -411,18 +411,6 @@ def measure(method: str, folder: Path, threads: int) -> None:
 def processor_time(processes: list[psutil.Process]) -> float:
     """Return the processor seconds that processes have used on all cores."""
     return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
-
-
-def resident(field: str, pid: int | str = "self") -> float:
-    """Return a size of a process from /proc, in GB (10^9 bytes)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(field):
-            return gigabytes(line)
-    raise RuntimeError(f"/proc/{pid}/status has no {field}; this benchmark needs Linux")
-
-
-def gigabytes(line: str) -> float:
-    return int(line.split()[1]) * 1024 / 1e9
 
 
 def call(method: str, folder: Path, threads: int) -> dict:

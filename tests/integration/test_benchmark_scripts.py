@@ -95,3 +95,11 @@ def test_verls_server_scores_what_the_full_forward_scores(tmp_path):
     assert_ratios(rows[1], rows[0], "verl_server")
     # Two tokens of 4096 are masked by verl; the log-probs of neighbouring positions are a hundred times as far apart.
     assert rows[1]["max_abs_diff"] < 2e-3
+
+
+def test_prompt_sharing(tmp_path):
+    rows = run("prompt_sharing", tmp_path / "sharing.json", "--shape", "small", "--rounds", "1")["rows"]
+    assert [row["method"] for row in rows] == ["none", "side_by_side", "cache"]
+    for row in rows:
+        assert row["largest_difference"] < 1e-4
+        assert_ratios(rows[0], row, "none")
