@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher on the architectures of tests/zoo.py, against plain forward passes of transformers' own classes."""
 
+import json
 import logging
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from verl.utils import tensordict_utils as tu
 
 from docs.make_models import OUTPUT, render
@@ -115,6 +118,47 @@ def test_a_teacher_in_bfloat16_passes_its_self_check(name, checkpoint):
         scored, _ = score(name, path, rows, dtype="bfloat16")
     difference = (torch.cat(scored) - expected).abs()
     assert 0 < difference.mean() < 0.25
+
+
+def quantize_to_fp8(path, folder):
+    """Copy a checkpoint with its projections in float8, as released ones have them; return it and its ordinary twin."""
+    shutil.copytree(path, folder / "fp8")
+    shutil.copytree(path, folder / "ordinary")
+    weights = load_file(path / "model.safetensors")
+    quantized, ordinary = {}, {}
+    for name, weight in weights.items():
+        quantized[name] = ordinary[name] = weight
+        if name.endswith("proj.weight"):
+            scale = weight.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            quantized[name] = (weight / scale).to(torch.float8_e4m3fn)
+            blocks = [-(-size // 128) for size in weight.shape]
+            quantized[name.replace("weight", "weight_scale_inv")] = torch.full(blocks, float(scale))
+            ordinary[name] = quantized[name].float() * scale
+    for kind, tensors in (("fp8", quantized), ("ordinary", ordinary)):
+        save_file(tensors, folder / kind / "model.safetensors", metadata={"format": "pt"})
+    set_quantization(folder / "fp8", quant_method="fp8", weight_block_size=[128, 128], activation_scheme="dynamic")
+    return folder / "fp8", folder / "ordinary"
+
+
+def set_quantization(path, **settings):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+def test_a_teacher_in_float8_is_loaded_as_an_ordinary_one(checkpoint, tmp_path):
+    quantized, ordinary = quantize_to_fp8(checkpoint("qwen2_untied"), tmp_path)
+    rows = rows_of("qwen2_untied", ordinary)
+    with one_rank():
+        scored, _ = score("qwen2_untied", quantized, rows)
+    assert_close(scored, zoo.plain_log_probs(ordinary, rows, TEMPERATURE))
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_other_quantized_teachers_are_refused_with_the_reason(method, checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint("qwen3"), tmp_path / method)
+    set_quantization(path, quant_method=method, bits=4)
+    with one_rank(), pytest.raises(ValueError, match=rf"weights are quantized \({method}\).*ordinary weights only"):
+        start_teacher(teacher_config(path))
 
 
 @pytest.fixture(scope="module")

@@ -50,12 +50,15 @@ def _check_architecture(inputs: Inputs, model: Teacher) -> list[Check]:
 
 
 def _try(inputs: Inputs, model: Teacher, verl_config: Any, error: Any) -> list[Check]:
-    from verl_gndpo.teacher.architecture import try_teacher, why_attention_is_refused
+    from verl_gndpo.teacher.architecture import try_teacher, why_attention_is_refused, why_weights_are_refused
     from verl_gndpo.teacher.trial import NotTriedError, TrialError
 
     teacher = inputs.settings.teacher
     assert teacher is not None
     config = verl_config.hf_config
+    refused = why_weights_are_refused(config)
+    if refused is not None:
+        return error(refused, f"the checkpoint that it was quantized from; or {OTHER_TEACHER}")
     refused = why_attention_is_refused(config, model.trust_remote_code)
     if refused is not None:
         section = "model" if not select(inputs.config, "teacher.models") else "models.<name>"

@@ -69,12 +69,39 @@ def model_config(teacher: Teacher) -> Any:
             use_remove_padding=False,
         )
 
-    given = with_overrides(**teacher.override_config)
+    given = _dequantized(with_overrides(**teacher.override_config))
     if "attn_implementation" in teacher.override_config or not why_attention_is_refused(
         given.hf_config, teacher.trust_remote_code
     ):
         return given
-    return with_overrides(**teacher.override_config, attn_implementation="eager")
+    return _dequantized(with_overrides(**teacher.override_config, attn_implementation="eager"))
+
+
+DEQUANTIZED = ("fp8", "mxfp4")
+"""Quantization methods whose weights transformers can turn into ordinary ones when it loads them."""
+
+
+def _dequantized(verl_config: Any) -> Any:
+    """Have transformers load ordinary weights from a quantized checkpoint where it can."""
+    quantization = getattr(verl_config.hf_config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") in DEQUANTIZED:
+        quantization["dequantize"] = True
+    return verl_config
+
+
+def why_weights_are_refused(config: Any) -> str | None:
+    """Return why a quantized checkpoint can't be a teacher; None for all others."""
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return None
+    given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = given.get("quant_method")
+    if method in DEQUANTIZED:
+        return None
+    return (
+        f"its weights are quantized ({method}); FSDP shards ordinary weights only, and of the quantized ones transformers "
+        f"turns those of {' and '.join(DEQUANTIZED)} into such when it loads them"
+    )
 
 
 def try_teacher(config: Any, path: str, *, sharing: str, trust_remote_code: bool, images: bool = True) -> Verdict:

@@ -20,7 +20,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl_gndpo.families import family_of
 from verl_gndpo.kl import IDS, LOG_PROBS
 from verl_gndpo.teacher import self_check
-from verl_gndpo.teacher.architecture import try_teacher
+from verl_gndpo.teacher.architecture import try_teacher, why_weights_are_refused
 from verl_gndpo.teacher.packing import concatenable, group_by_prompt, plan
 from verl_gndpo.teacher.rows import (
     check_log_probs,
@@ -142,6 +142,9 @@ class TeacherEngine(FSDPEngineWithLMHead):
         config, path = self.model_config.hf_config, self.model_config.path
         options = {"sharing": self.engine_config.sharing, "trust_remote_code": self.model_config.trust_remote_code}
         local = self.model_config.local_path
+        refused = why_weights_are_refused(config)
+        if refused is not None:
+            return refused
         try:
             try:
                 verdict = try_teacher(config, local, **options)

@@ -13,8 +13,10 @@ import torch
 from huggingface_hub import constants as hub
 
 from examples.quickstart.tiny_vlm import build_tokenizer
+from tests import zoo
 from tests.unit.doctor.helpers import IMAGES, PROMPT, edit, errors, expect, length, write
 from verl_gndpo.doctor import models
+from verl_gndpo.doctor.architecture import check_architectures
 from verl_gndpo.doctor.inputs import Inputs
 
 
@@ -229,3 +231,26 @@ def test_the_student_can_be_made_to_end_its_answers_as_the_teacher_does(make_con
     edit(teacher / "tokenizer_config.json", lambda c: c.update(eos_token=token))
     checks = check_models(make_config(f"actor_rollout_ref.model.path={teacher}", teacher=teacher))
     assert not [check for check in checks if "eos" in check.detail]
+
+
+def test_what_the_trial_finds_out_is_said_before_a_run(make_config, teacher, text_model, tmp_path):
+    """The way to share prompts, a model that can't be built as it is, and weights that can't be sharded."""
+    expect(check_architectures(Inputs(make_config())), "ok", "responses share their prompt through attention")
+    shared = check_architectures(Inputs(make_config("teacher.sharing=cache")))
+    expect(shared, "ok", "responses continue from a cache of their prompt")
+    edit(teacher / "config.json", lambda c: c.update(quantization_config={"quant_method": "awq", "bits": 4}))
+    found = expect(check_architectures(Inputs(make_config(teacher=teacher))), "error", "weights are quantized (awq)")
+    assert "teacher.backend=server" in found.remedy
+    edit(text_model / "config.json", lambda c: c.update(num_attention_heads=3))
+    expect(check_architectures(Inputs(make_config(teacher=text_model))), "error", str(text_model))
+
+
+def test_ranks_that_share_rows_need_a_model_that_shares_prompts_through_attention(make_config, tmp_path):
+    path = zoo.build("gemma2", tmp_path / "gemma2")
+    eager = "teacher.model.override_config.attn_implementation=eager"
+    overrides = (eager, "teacher.ulysses_sequence_parallel_size=2", "trainer.n_gpus_per_node=2")
+    found = expect(check_architectures(Inputs(make_config(*overrides, teacher=path))), "error", "through attention")
+    assert not errors(check_architectures(Inputs(make_config(eager, found.remedy, teacher=path))))
+    # transformers' sdpa attention leaves a part of this model out.
+    sdpa = "teacher.model.override_config.attn_implementation=sdpa"
+    expect(check_architectures(Inputs(make_config(sdpa, teacher=path))), "error", "log-probs differ by")
