@@ -99,8 +99,8 @@ def why_weights_are_refused(config: Any) -> str | None:
     if method in DEQUANTIZED:
         return None
     return (
-        f"its weights are quantized ({method}); FSDP shards ordinary weights only, and transformers turns none but those "
-        f"of {' and '.join(DEQUANTIZED)} into such when it loads them"
+        f"its weights are quantized ({method}); FSDP shards ordinary weights only, and transformers can turn those of "
+        f"{' and '.join(DEQUANTIZED)} into such, but no others"
     )
 
 
