@@ -5,9 +5,12 @@ import json
 import logging
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
+from transformers.video_utils import VideoMetadata
 from verl.utils import tensordict_utils as tu
 
 from docs.make_models import OUTPUT, render
@@ -118,6 +121,41 @@ def test_a_teacher_in_bfloat16_passes_its_self_check(name, checkpoint):
         scored, _ = score(name, path, rows, dtype="bfloat16")
     difference = (torch.cat(scored) - expected).abs()
     assert 0 < difference.mean() < 0.25
+
+
+def rows_with_video(path):
+    """Return two responses to a prompt with a video of four frames, and one to a prompt of text."""
+    processor = AutoProcessor.from_pretrained(path)
+    frames = np.random.default_rng(0).integers(0, 255, (4, 3, 64, 64), np.uint8)
+    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    metadata = VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])
+    inputs = dict(
+        processor(text=[text], videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt")
+    )
+    prompt = inputs.pop("input_ids")[0]
+    inputs = {name: inputs[name] for name in ("pixel_values_videos", "video_grid_thw")}
+    rows = []
+    for response, seen in ((torch.arange(5, 12), inputs), (torch.arange(30, 33), inputs), (torch.arange(9, 14), {})):
+        ids = torch.cat([prompt if seen else torch.arange(40, 60), response])
+        place = torch.arange(len(ids))
+        axes = torch.stack([place, place // 2, place % 7, place])
+        rows.append({"ids": ids, "positions": axes, "inputs": dict(seen), "response": response})
+    return rows
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_videos_are_scored_as_transformers_does(name, checkpoint):
+    path = checkpoint(name)
+    rows = rows_with_video(path)
+    expected = zoo.plain_log_probs(path, rows, TEMPERATURE)
+    black = {k: x * 0 if x.is_floating_point() else x for k, x in rows[0]["inputs"].items()}
+    blind = [rows[0] | {"inputs": black}]
+    unseen = zoo.plain_log_probs(path, blind, TEMPERATURE)
+    assert (expected[0] - unseen[0]).abs().max() > 1e-3
+    with one_rank():
+        scored, _ = score(name, path, rows)
+    assert_close(scored, expected)
 
 
 def quantize_to_fp8(path, folder):
