@@ -110,7 +110,7 @@ def compose(entry, models, data):
         promise = ["+teacher.from_distillation=True"]
     else:
         promise = [f"+teacher.model.path={models(family, 4)}"]
-        if "actor_rollout_ref.model.trust_remote_code=True" in settings:
+        if family == "mimo":
             promise.append("+teacher.model.trust_remote_code=True")
     return verl_config(
         *groups,
