@@ -9,7 +9,7 @@ key of the returned dict becomes a validation metric, `acc` the main one, and al
 
 The modules, in the order in which a response passes through them:
 
-    extract.py         find the answer, check the form
+    extract.py         find the answer, check the form; prose.py finds it in words
     answer_types.py    the kinds of answer, and the kind of each data source
     graders.py         one grader for each kind
     spelling.py        one spelling for LaTeX, Unicode and plain text
@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES, NO_ANSWER
-from .extract import answer_of, well_formed
+from .extract import answers_of, well_formed
 from .graders import grade
 
 
@@ -72,9 +72,8 @@ def compute_score(
     choices = [str(choice) for choice in _given(extra_info, "choices", [])]
     answer_type = _answer_type(data_source, ground_truth, choices, extra_info)
     text = solution_str if isinstance(solution_str, str) else ""
-    answer = answer_of(text)
     tolerance = float(_given(extra_info, "tolerance", 0.0))
-    acc = float(answer is not None and grade(answer_type, answer, ground_truth, choices, tolerance))
+    acc = float(any(grade(answer_type, answer, ground_truth, choices, tolerance) for answer in answers_of(text)))
     form = float(well_formed(text))
     return {"score": (1.0 - format_score) * acc + format_score * form, "acc": acc, "format": form}
 

@@ -5,7 +5,7 @@ import re
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Float, Set, Union
+from sympy import Basic, Eq, Float, Set, Union
 
 from .expressions import same
 from .quantity import Quantity, agree, quantity
@@ -25,6 +25,9 @@ def compare(answer: str, truth: str, tolerance: float) -> bool:
 def _equal(answer: str, truth: str, tolerance: float) -> bool:
     given, wanted = _parse(answer), _parse(truth)
     if given is None or wanted is None:
+        return False
+    if isinstance(wanted, Eq) and not isinstance(given, Eq | Set):
+        # x + y = 1 isn't its right side. `same` has split off names such as x = 1 before.
         return False
     number, number_truth = quantity(answer) or _constant(given), quantity(truth) or _constant(wanted)
     if number is not None and number_truth is not None:

@@ -15,7 +15,10 @@ _LABEL = re.compile(
     _LABEL_WORD + r"(?:[(\[]\s*([A-Z])\s*[)\]]\s*[.:]?|([A-Z])\s*[.):])(?!\s*(?:and\b|or\b|[,;/&]))", re.I
 )
 _OTHER_LABEL = re.compile(r"(?<![a-zA-Z])(?:\(([A-Z])\)|([A-Z])\s*[.):])|^\s*([A-Z])$")
-_LABEL_AND_TEXT = re.compile(_LABEL_WORD + r"([A-Z])(?:\s*,\s*|\s+)(?P<text>\S.*)", re.S)
+_LABEL_AND_TEXT = re.compile(
+    _LABEL_WORD + r"(?:[(\[]\s*([A-Z])\s*[)\]]|([A-Z])[.:]?)(?:\s*,\s*|\s+)(?P<text>\S.*)", re.S
+)
+_OPERATORS = {r"\times": "*", r"\cdot": "*", r"\div": "/"}
 _OWN_LABEL = re.compile(r"\s*\(?([A-Z])\s*[.:)]\s*(?=\S)")
 _LABELLED_TRUTH = re.compile(r"\(([A-Z])\)|([A-Z])[.)]\s.*", re.S)
 # Small letters only in alphabetical order: "ac" names two choices, "cab" is a word.
@@ -40,20 +43,24 @@ def chosen(text: str, texts: list[str]) -> int | None:
     Args:
         texts: the choices, from `remove_labels`; empty if they aren't known.
     """
-    text = clean(text)
+    text = _read(text)
     letter = _LETTER.fullmatch(text)
+    cleaned = [_read(choice) for choice in texts]
+    if text in cleaned and not letter:
+        # "B and C" is the text of D.
+        return cleaned.index(text)
     label = letter or _LABEL.match(text)
     named = _first(label.groups()) if label else None
     if label and named and not letter and _names_others(text[label.end() :], named, texts):
         named = None
     with_text = _LABEL_AND_TEXT.fullmatch(text)
-    if not label and with_text and _is_text_of(with_text["text"], with_text[1], texts):
-        named = with_text[1]
+    if not label and with_text:
+        letter_before = with_text[1] or with_text[2]
+        named = letter_before if _is_text_of(with_text["text"], letter_before, texts) else None
     if named and texts and _index(named) >= len(texts):
         named = None
     if named and named.isupper():
         return _index(named)
-    cleaned = [clean(choice) for choice in texts]
     if text in cleaned:
         return cleaned.index(text)
     for index, choice in enumerate(cleaned):
@@ -91,6 +98,11 @@ def truth_label(cleaned: str) -> str | None:
     """
     labelled = _LABELLED_TRUTH.fullmatch(cleaned)
     return _first(labelled.groups()) if labelled else None
+
+
+def _read(text: str) -> str:
+    text = clean(text)
+    return _OPERATORS.get(text, text)
 
 
 def _names_others(rest: str, named: str, texts: list[str]) -> bool:

@@ -45,7 +45,10 @@ _WORD = re.compile(
     r"(?<![\\a-zA-Z])(?<!begin\{)(?<!end\{)"
     r"(?!(?:sinh|cosh|tanh|arcsin|arccos|arctan|sqrt)(?![a-z]))[a-zA-Z]{4}"
 )
-_TWO_NUMBERS = re.compile(r"(?<![_\d])\d+\s+\d")
+_TWO_NUMBERS = re.compile(r"(?<![_\d])\d+\)?\s+\d")
+# Three digits after the comma would be thousands.
+_DECIMAL_COMMA = re.compile(r"-?\d+,(?:\d{1,2}|\d{4,})")
+_COMPLEX = re.compile(r"(-?\d+(?:\.\d+)?\s*[-+]\s*(?:\d+(?:\.\d+)?)?\s*)j")
 _LETTERS_ONLY = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -60,7 +63,7 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
         tolerance: as for `quantity.agree`.
         leaf: decides the pairs that spelling, numbers and structure leave undecided.
     """
-    answer, truth = clean(answer), clean(truth)
+    answer, truth = _imaginary(clean(answer)), _imaginary(clean(truth))
     equated, equated_truth = _equated_names(answer), _equated_names(truth)
     if equated and equated_truth:
         return equated == equated_truth
@@ -71,13 +74,32 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
     if given is not None and wanted is not None:
         return not _other_name(answer, truth) and agree(given, wanted, tolerance)
 
+    if given is None and wanted is not None and wanted.decimals and _DECIMAL_COMMA.fullmatch(answer):
+        return same(answer.replace(",", "."), truth, tolerance, leaf)
+
     blanks = split_blanks(truth)
     truths = blanks if len(blanks) > 1 else split_solutions(truth)
     answers = split_blanks(answer)
     if len(answers) == 1 or truths is not blanks:
         answers = [solution for blank in answers for solution in split_solutions(blank)]
+    if len(answers) == len(truths) == 1 and (answers[0], truths[0]) != (answer, truth):
+        # The label of the only part is gone.
+        return same(answers[0], truths[0], tolerance, leaf)
     if len(answers) > 1 and len(truths) > 1:
         return _same_elements(answers, truths, truths is blanks, tolerance, leaf)
+    for one, several in ((answers, truths), (truths, answers)):
+        # The point (3, 5) is x = 3, y = 5.
+        point = read_group(one[0]) if len(one) == 1 else None
+        coordinates = sorted(map(split_name, several))
+        if (
+            point
+            and point.brackets == ("(", ")")
+            and len(dict(coordinates)) == len(several) > 1
+            and all(dict(coordinates))
+        ):
+            values = [value for _, value in coordinates]
+            pair = (point.elements, values) if one is answers else (values, point.elements)
+            return _same_elements(*pair, True, tolerance, leaf)
     if len(answers) != len(truths) and not _SEVERAL.search(answer + truth):
         return False
     terms, terms_truth = answer.split(":"), truth.split(":")
@@ -111,6 +133,11 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
         # Parsers read the space as a product or a sum.
         return False
     return leaf(answer, truth, tolerance)
+
+
+def _imaginary(cleaned: str) -> str:
+    """Write i for the j of a complex number such as 1-2j. Without a real part, j may be a vector."""
+    return _COMPLEX.sub(r"\1i", cleaned) if _COMPLEX.fullmatch(cleaned) else cleaned
 
 
 def _other_name(answer: str, truth: str) -> bool:

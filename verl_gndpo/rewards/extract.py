@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the answer in a response and check the response's form. Both take time linear in its length."""
 
+import json
 import re
+
+from .prose import join_formulas, readings, stated
 
 # Only this much of the end is searched: answers come last.
 TAIL_CHARS = 100_000
-PHRASE_CHARS = 4_000
-# A response up to this length may be the bare answer.
-SHORT_CHARS = 100
 
 _BOX_TOKEN = re.compile(r"(?P<box>\\?(?:boxed|fbox)\s*\{)|\\[^a-zA-Z]|(?P<open>\{)|(?P<close>\})")
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*([^\s{}$\\]+)")
-_PHRASE = re.compile(
-    r"\b(?:answer\b[\w ]{0,40}?|(?:option|choice)\b)(?:\s(?:is|are|would be|must be)\b|\s?[:=])[:\s]{0,5}", re.I
+_JSON = re.compile(
+    r'"(?:(?:final|correct)[ _]?)?(?:answer|choice|option|答案)"\s*:\s*'
+    r'(?P<value>"(?:[^"\\\n]|\\.){1,200}"|-?\d[\d.]{0,30}|\[[^\[\]\n]{1,200}\])',
+    re.I,
 )
-_SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|。")
+_BACKSLASH = re.compile(r'\\(?!["\\])')
 
 
 def well_formed(text: str) -> bool:
-    """Return True if a response is `<think>...</think>...\\boxed{...}...`, as verl's geo3k reward checks it."""
+    """Return True if a response is `<think>...</think>...\\boxed{...}...`, as verl's geo3k reward checks it.
+
+    White space before it doesn't count: some models begin with a line break.
+    """
+    text = text.lstrip()
     if not text.startswith("<think>"):
         return False
     end = text.find("</think>", len("<think>"))
@@ -26,49 +32,67 @@ def well_formed(text: str) -> bool:
     return end >= 0 and box >= 0 and text.find("}", box) >= 0
 
 
-def answer_of(text: str) -> str | None:
-    """Return the answer that a response gives, None if it gives none.
+def answers_of(text: str) -> list[str]:
+    """Return the answer that a response gives, in all its readings; empty if it gives none.
 
-    Searches the text after the last `</think>`, or the whole response if there is none, in this order:
+    The first reading is the most literal. Searches the text after the last `</think>`, or the whole response if it has
+    no such tags, in this order:
 
-    1. the `\\boxed{...}` or `\\fbox{...}` that ends last, with balanced braces; a truncated box doesn't count;
+    1. the `\\boxed{...}` or `\\fbox{...}` that ends last, with balanced braces; a truncated box doesn't count. Several
+       boxes of one statement, such as `x=\\boxed{3}` or `x=\\boxed{5}`, are joined by semicolons;
     2. the word after the last `\\boxed` without braces;
-    3. the last `<answer>...</answer>`;
-    4. the text after the last "answer is", "answer:", "option is", ... up to the end of the sentence or line;
-    5. the whole text, if it is short.
+    3. the last "answer" of a JSON object;
+    4. the last `<answer>...</answer>`;
+    5. what the prose states, see `prose.stated`.
+
+    A response that never closes its `<think>` gives no answer.
     """
-    text = text.rpartition("</think>")[2][-TAIL_CHARS:]
-    box = _last_box(text)
-    if box is not None:
-        return box
+    _, _, text = text.rpartition("</think>")
+    if "<think>" in text:
+        return []
+    text = text[-TAIL_CHARS:]
+    boxes = _boxes(text)
+    if boxes:
+        return readings(join_formulas(text, boxes))
     bare = _BARE_BOX.findall(text)
     if bare:
-        return bare[-1]
-    _, tag, answer = text.rpartition("</answer>")[0].rpartition("<answer>")
-    found = answer if tag else _by_phrase(text)
+        return [bare[-1]]
+    found = _from_json(text)
+    if found is None:
+        _, tag, answer = text.rpartition("</answer>")[0].rpartition("<answer>")
+        found = readings(answer) if tag else stated(text)
     # An unclosed box is a truncated answer.
-    return None if found is None or "boxed" in found or "fbox" in found else found.strip()
+    return [reading for reading in found if "boxed" not in reading and "fbox" not in reading]
 
 
-def _last_box(text: str) -> str | None:
-    last = None
-    # For each open brace, the start of its box's content; None if it doesn't open a box.
-    unclosed: list[int | None] = []
+def _boxes(text: str) -> list[tuple[int, int, int, int]]:
+    """Return for each outermost closed box its start, the start and end of its content, and its end."""
+    boxes: list[tuple[int, int, int, int]] = []
+    # For each open brace, the match that opened a box; None if it doesn't open a box.
+    unclosed: list[re.Match[str] | None] = []
     for token in _BOX_TOKEN.finditer(text):
         if token["box"]:
-            unclosed.append(token.end())
+            unclosed.append(token)
         elif token["open"]:
             unclosed.append(None)
         elif token["close"] and unclosed:
-            start = unclosed.pop()
-            if start is not None:
-                last = text[start : token.start()]
-    return None if last is None else last.strip()
+            box = unclosed.pop()
+            if box is not None:
+                while boxes and boxes[-1][0] > box.start():
+                    boxes.pop()
+                boxes.append((box.start(), box.end(), token.start(), token.end()))
+    return boxes
 
 
-def _by_phrase(text: str) -> str | None:
-    tail = text[-PHRASE_CHARS:].replace("**", "")
-    phrases = list(_PHRASE.finditer(tail))
-    if phrases:
-        return _SENTENCE_END.split(tail[phrases[-1].end() :], maxsplit=1)[0]
-    return text if 0 < len(text.strip()) <= SHORT_CHARS else None
+def _from_json(text: str) -> list[str] | None:
+    found = None
+    for found in _JSON.finditer(text):  # noqa: B007
+        pass
+    if found is None:
+        return None
+    try:
+        # Models forget to double the backslashes of LaTeX.
+        value = json.loads(_BACKSLASH.sub(r"\\\\", found["value"]))
+    except ValueError:
+        return None
+    return ["; ".join(map(str, value)) if isinstance(value, list) else str(value)]

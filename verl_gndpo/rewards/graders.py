@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grade an answer by its type. Each grader tries what is cheap and certain first and computer algebra last."""
 
+import logging
 import re
 from collections.abc import Callable
 
@@ -8,14 +9,19 @@ from . import symbolic
 from .choices import all_chosen, bare_letter, chosen, remove_labels, truth_label
 from .expressions import same
 from .quantity import agree, quantity
-from .spelling import CIRCLED, canonical, clean, same_words
-from .structure import bracket_depth, read_group, split_blanks, split_solutions
+from .spelling import canonical, clean, lists_items, same_words
+from .structure import bracket_depth, read_group, split_alternatives, split_blanks, split_solutions
+
+logger = logging.getLogger(__name__)
 
 # An answer that is longer or more deeply nested is wrong, unless it is the ground truth to the letter.
 MAX_CHARS = 4_000
 MAX_DEPTH = 30
 
 _BETWEEN_BRACKETS = re.compile(r"[)）]\s*[(（]")
+
+# Words and times of day are no mathematics.
+_NO_MATHEMATICS = re.compile(r"(?<![\\a-zA-Z])(?!(?:and|or|sin|cos|tan|log)\b)[a-zA-Z]{4,}|\d:\d|^\W*$")
 
 Grader = Callable[[str, str, list[str], float], bool]
 """Decides if an answer is right: (answer, truth, choices, tolerance), as for `grade`."""
@@ -34,7 +40,7 @@ def grade(answer_type: str, answer: str, truth: str, choices: list[str], toleran
         RuntimeError: from `symbolic.equal`.
     """
     answer, truth = answer.strip(), truth.strip()
-    if answer == truth:
+    if answer == truth and not (answer_type == "choice" and choices):
         return True
     if not answer or len(answer) > MAX_CHARS or bracket_depth(answer) > MAX_DEPTH:
         return False
@@ -51,8 +57,16 @@ def _number(answer: str, truth: str, choices: list[str], tolerance: float) -> bo
 
 
 def _math(answer: str, truth: str, choices: list[str], tolerance: float) -> bool:
-    """Grade expressions, equations, points, intervals, sets and lists of them, see `expressions.same`."""
-    if CIRCLED.search(truth):
+    """Grade expressions, equations, points, intervals, sets and lists of them, see `expressions.same`.
+
+    A ground truth such as `35/4 (or 8.75)` accepts both forms. An answer with two forms must be right in both.
+    """
+    truths = split_alternatives(truth)
+    return all(any(_same(form, wanted, tolerance) for wanted in truths) for form in split_alternatives(answer))
+
+
+def _same(answer: str, truth: str, tolerance: float) -> bool:
+    if lists_items(truth):
         # (1)(2)(4) is no product if the ground truth is ①②④.
         answer = _BETWEEN_BRACKETS.sub("),(", answer)
     label, letter = truth_label(clean(truth)), bare_letter(clean(answer))
@@ -72,10 +86,14 @@ def _choice(answer: str, truth: str, choices: list[str], tolerance: float) -> bo
     """
     texts = remove_labels(choices)
     given, wanted = chosen(answer, texts), chosen(truth, texts)
+    if texts and wanted is None:
+        equal = (index for index, text in enumerate(texts) if _math(text, truth, [], tolerance))
+        wanted = next(equal, None)
+        if wanted is None:
+            _warn_of_truth(truth, texts)
+            return False
     if given is not None and wanted is not None:
         return given == wanted
-    if given is not None:
-        return given < len(texts) and _math(texts[given], truth, [], tolerance)
     if wanted is not None:
         return wanted < len(texts) and _math(answer, texts[wanted], [], tolerance)
     return _math(answer, truth, [], tolerance)
@@ -95,8 +113,10 @@ def _list(answer: str, truth: str, choices: list[str], tolerance: float) -> bool
 
 
 def _text(answer: str, truth: str, choices: list[str], tolerance: float) -> bool:
-    """Grade words. Case, spacing, punctuation and articles don't count."""
-    return same_words(clean(answer), clean(truth))
+    """Grade words. Case, spacing, punctuation and articles don't count. Mathematics is graded as such."""
+    if same_words(clean(answer), clean(truth)):
+        return True
+    return not any(map(_NO_MATHEMATICS.search, (answer, truth))) and _math(answer, truth, choices, tolerance)
 
 
 GRADERS: dict[str, Grader] = {
@@ -107,6 +127,20 @@ GRADERS: dict[str, Grader] = {
     "list": _list,
     "text": _text,
 }
+
+
+def _warn_of_truth(truth: str, texts: list[str]) -> None:
+    if not _warned_of:
+        logger.warning(
+            "the ground truth %.80r is none of its row's choices %.200r, so that every answer is graded 0: fix the row "
+            "where the parquet file is written. Logged once per process",
+            truth,
+            texts,
+        )
+    _warned_of.add(truth)
+
+
+_warned_of: set[str] = set()
 
 
 class _Undecided(Exception):

@@ -42,7 +42,7 @@ _UNIT_NAMES = {
     "year": "year years",
     "°": "° degree degrees deg",
     "rad": "rad radian radians",
-    "%": "% percent",
+    "%": "% percent pct percentage",
     "mph": "mph",
     "N": "N newton newtons",
     "J": "J joule joules",
@@ -93,12 +93,14 @@ _CURRENCY = dict.fromkeys(map(ord, "£€¥"))
 # A temperature scale or a direction.
 _AFTER_DEGREES = re.compile(r"[CFTNSEW]")
 
-_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|\.(?!\d))?(?:[eE][+-]?\d{1,3}(?![\d.]))?")
+_NUMBER = re.compile(
+    r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?! ?\d)|\d+)?(?:\.\d+|\.(?!\d))?(?:[eE][+-]?\d{1,3}(?![\d.]))?"
+)
 _MIXED = re.compile(
     r"(\d{1,20})(?:\s+(\d{1,20})\s*/\s*(\d{1,20})|\s*\\frac\s*\{?\s*(\d{1,20})\s*\}?\s*\{?\s*(\d{1,20})\s*\}?)"
 )
-_PLAIN = re.compile(r"[+-]?\d[\d,]*(?:\.(\d+))?")
-_NAME = re.compile(r"(?:[^\W\d]|[\\ '{}|():]|(?<=[\w}{ ])\d)*")
+_PLAIN = re.compile(r"[+-]?\d[\d, ]*(?:\.(\d+))?")
+_NAME = re.compile(r"(?:[^\W\d]|[\\ '{}|():]|(?<=[\w}{ ])\d|(?<=[a-zA-Z])\.|(?<=[\w}\)]),(?=[^()]*\)))*")
 _NUMERIC_NAME = re.compile(r"(?:\\(?:frac|sqrt|pi)(?![a-zA-Z])|[\W\d_])+")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
 _SEPARATOR = re.compile(r"[,;\n]|\b(?:and|or)\b")
@@ -341,7 +343,7 @@ class _Reader:
         number = self.peek(_NUMBER.pattern)
         if number and any(map(str.isdigit, number[0])):
             self.at = number.end()
-            return Fraction(number[0].strip().rstrip(".").replace(",", ""))
+            return Fraction(number[0].strip().rstrip(".").replace(",", "").replace(" ", ""))
         if self.take(r"\\pi(?![a-zA-Z])"):
             return math.pi
         if self.take(r"\\frac"):

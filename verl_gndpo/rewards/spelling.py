@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bring LaTeX, Unicode and plain text to one spelling. Nothing here looks at the meaning."""
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -54,12 +55,18 @@ _SYMBOLS = str.maketrans(
         "∶": ":",
         "、": ",",
         "。": ".",
-        "º": "°",
-        "˚": "°",
         "\0": " ",
     }
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")
 )
+# The numbers of the right statements. Some sets write 1.3.4 for ①③④.
+_DOTTED_ITEMS = re.compile(r"\s*\d{1,2}(?:\s*\.\s*\d{1,2}){2,}\s*\.?\s*")
+_CIRCLED_LABEL = re.compile(r"([①-⑳])(?=\s*[^\s,;.，、；。①-⑳])(?!\s*(?:and|or|和|或)(?![a-z]))")
+_FORMULA = re.compile(r"(?P<dollars>\$\$?)(?P<content>[^$]+)(?P=dollars)")
+_BETWEEN_FORMULAS = re.compile(r"\s*(?:(?:[cdmk]?m|k?g|s|h|°)\s*)?")
+_VALUE_START = re.compile(r"\s*(?:[-+]?\s*\d|[-+]?\s*\\[dt]?frac|[-+]?\s*\\sqrt|\(|[a-zA-Z]\w*\s*=)")
+# Unicode's normal form would make a letter and an accent of these.
+_DEGREE_SIGNS = str.maketrans("º˚", "°°")
 CIRCLED = re.compile(r"[①-⑳](?:[\s,;，、；]*[①-⑳])*")
 # Simultaneous equations, one per line.
 _SYSTEM = re.compile(
@@ -67,41 +74,58 @@ _SYSTEM = re.compile(
     r"\s*(?:\\right\s*\.)?\s*"
 )
 _REPEATING = re.compile(
-    r"(?P<whole>\d{1,15})\.(?P<fixed>\d{0,15})\\(?:overline|bar|dot)\s*"
-    r"(?:\{\s*(?P<group>\d{1,15})\s*\}|(?P<digit>\d))(?:(?P<between>\d{0,15})\\dot\s*\{?\s*(?P<last>\d)\s*\}?)?"
+    r"(?P<whole>\d{1,15})\.(?P<fixed>\d{0,15})\\(?:overline|bar|dot)\s*(?:\{\s*(?P<group>\d{1,15})\s*\}|(?P<digit>\d))"
+    r"(?:(?P<between>\d{0,15})\\dot\s*(?:(?P<braced>\{)\s*)?(?P<last>\d)(?(braced)\s*\}))?"
 )
 _REWRITES: list[_Rewrite] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\\$|\$", ""),
+        (r"\s*\((?:the\s+)?answers?\b[^()]*\b(?:unique|vary|varies)\)|\(?答案不唯一\)?", ""),
+        # LaTeX that was escaped for JSON, or that lost its backslash.
+        (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|[lg]eq?|times|cdot|pi|text|mathrm|circ|left|right|pm)(?![a-z]))", r"\\"),
+        (r"\\?textdegree(?:\{\})?|(?<=\d)\s*\\deg(?![a-zA-Z])", "°"),
+        (r"(?<![\\a-zA-Z])(?=[dtc]?frac\s*\{)", r"\\"),
+        (r"\{\s*\}", ""),
         (r"\\textcolor\s*\{\w*\}", r"\\text"),
         (r"\{\s*\\(?:rm|bf|it|sf)(?![a-zA-Z])", r"\\text{"),
-        (r"\^\s*\{?\s*((?:\\prime(?![a-zA-Z])\s*)+)\}?", lambda m: "'" * m[1].count("p")),
+        (r"\^\s*(?P<group>\{\s*)?((?:\\prime(?![a-zA-Z])\s*)+)(?(group)\})", lambda m: "'" * m[2].count("p")),
         (r"\\[()\[\]]", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\s*\.?", ""),
         # Thin spaces and {,} group the digits of a number.
-        (r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})", ""),
+        (r"(?<=\d)(?:,?\\[,!]|\{,\})\s*(?=\d{3})", ""),
         (r"\\[,;:! ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\(?:leq|leqslant)(?![a-zA-Z])", r"\\le"),
         (r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge"),
         (r"\\(?:approx|simeq|thickapprox)(?![a-zA-Z])", "="),
-        (r"\^\s*\{?\s*\\circ(?!led)\s*\}?|\\degree(?![a-zA-Z])|\^\s*\{?\s*°\s*\}?", "°"),
+        (r"^\W*(?:approximately|approx\.?|about|around|roughly|exactly)\s+(?=[-\d\\.])", ""),
+        (r"[\s,]*(?<=[\d}),\s])(?:or\s+)?(?:approximately|approx\.?|about|roughly)\s+(?=[-\d.])", "="),
+        (r"\(\s*(?:or\s+)?(?:(?:approximately|approx\.?|about|roughly)\s+(?=[-\d.])|=)\s*([^()]*)\)$", r"=\1"),
+        (
+            r"\^\s*(?:\{\s*(?:\\?circ|[°o])\s*\}|\\circ(?!led)|circ(?![a-zA-Z])|°|o(?![a-zA-Z]))|\\degree(?![a-zA-Z])",
+            "°",
+        ),
         (r"\\%", "%"),
+        (r"(?<=[\d)}])\s*(and|or)\s*(?=[\d(\\A-Z-])", r" \1 "),
+        # Braces round an angle, unless they hold an argument.
+        (r"(?<![\\a-zA-Z^_}\]])\{\s*(?:\{\s*(\d+(?:\.\d+)?)\s*\}|([^{}]*))°\s*\}", r"\1\2°"),
         (r"\*\*(?=\S)(?<=\S\*\*)", "^"),
-        (r"^\*+|\*+$", ""),
+        (r"^\*+(?=[^*])|(?<=[^*])\*+$", ""),
         (r"(?<![\\a-zA-Z])sqrt(?![a-zA-Z])", r"\\sqrt"),
-        (r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|cot|csc|ln|log)(?![a-zA-Z])", r"\\\1"),
-        (r"\\sqrt\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?))", r"\\sqrt{\1\2}"),
+        (r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|cot|csc|ln|log|exp(?=\s*\())(?![a-zA-Z])", r"\\\1"),
+        (r"\\exp\s*\(([^()]*)\)", r"e^{\1}"),
+        (r"\\sqrt\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-zA-Z]))", r"\\sqrt{\1\2}"),
         (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
     )
 ]
 _UPRIGHT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|bm|boldsymbol|operatorname|mbox|number|boxed|fbox"
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|bm|boldsymbol|operatorname|mbox|number|boxed|fbox"
     r"|underline)"
     r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
+_BRACED_LIST = re.compile(r"\{[^{}]*,[^{}]*\}")
 _UNITARY_GROUP = re.compile(r"\{([^\\{}])\}")
 _SPACE_BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
 _PUNCTUATION = re.compile(r"[\"'“”‘’()\[\]{}!?;:*\\]|[.,](?!\d)|(?<!\d)[.,]|(?<=[^\W\d])-(?=[^\W\d])")
@@ -116,10 +140,15 @@ def clean(text: str) -> str:
     system = _SYSTEM.fullmatch(text.replace("$", ""))
     if system:
         text = system["lines"].strip().removesuffix(r"\\").replace(r"\\", ", ")
+    text = _separate(text)
+    text = _CIRCLED_LABEL.sub(lambda m: f"({unicodedata.normalize('NFKC', m[1])}) ", text)
     text = CIRCLED.sub(lambda m: ", ".join(re.findall(r"[①-⑳]", m[0])), text)
     for pattern, replacement in _SCRIPTS:
         text = pattern.sub(replacement, text)
-    text = unicodedata.normalize("NFKC", _VULGAR_FRACTION.sub(r" \1", text)).translate(_SYMBOLS)
+    text = _VULGAR_FRACTION.sub(r" \1", text).translate(_DEGREE_SIGNS)
+    text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
+    if _DOTTED_ITEMS.fullmatch(text.replace("$", "")):
+        text = ", ".join(re.findall(r"\d+", text))
     text = _REPEATING.sub(_fraction, text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
@@ -127,7 +156,25 @@ def clean(text: str) -> str:
     while unwrapped != text:
         # Innermost first. The spaces keep the unit in `3\mathrm{m}` from becoming a variable.
         unwrapped, text = text, _UPRIGHT.sub(r" \1 ", text)
-    return text.strip().rstrip(".,; \n")
+    text = text.strip().rstrip(".,; \n")
+    return text[1:-1].strip() if _BRACED_LIST.fullmatch(text) else text
+
+
+def lists_items(text: str) -> bool:
+    """Return True if a text lists numbered statements, such as ①③④ or 1.3.4."""
+    return CIRCLED.search(text) is not None or _DOTTED_ITEMS.fullmatch(text.replace("$", "")) is not None
+
+
+def _separate(text: str) -> str:
+    """Write a semicolon between formulas that follow each other without a word, as in `$$7$$ $$10$$`."""
+    formulas = list(_FORMULA.finditer(text))
+    for first, second in reversed(list(itertools.pairwise(formulas))):
+        values = _VALUE_START.match(first["content"]) and _VALUE_START.match(second["content"])
+        # $2$ $\sqrt{3}$ may be a product.
+        plain = second["dollars"] == "$$" or not re.match(r"\s*[-+]?\s*[\\(]", second["content"])
+        if values and plain and _BETWEEN_FORMULAS.fullmatch(text[first.end() : second.start()]):
+            text = f"{text[: second.start()]};{text[second.start() :]}"
+    return text
 
 
 def _fraction(repeating: re.Match[str]) -> str:

@@ -13,6 +13,23 @@ _PLUS_MINUS = re.compile(r"(?P<operand>[\w)}°%]\s*)?\\pm(?![a-zA-Z])\s*")
 _BRACKET = re.compile(r"\\[{}]|[()\[\]{}]")
 
 
+# (1) 120 (2) 70, or one part per line. Capital letters label choices.
+_PART = re.compile(
+    r"(?:\b(?:part|blank)\s*)?"
+    r"(?:\(\s*(?P<round>\d{1,2}|[a-h]|[ivx]{1,4})\s*\)|(?<![\w(])(?P<half>\d{1,2}|[a-h])\)|^\s*(?P<line>\d{1,2})\.\s)"
+    r"\s*[:.]?\s*",
+    re.I | re.M,
+)
+_ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
+_CONTENT = re.compile(r"(?!(?:and|or|to)\b\W*$)(?=[^a-zA-Z\d]*[a-zA-Z\d])(?![-+*/=^<>,)])")
+_ALTERNATIVE = re.compile(
+    r"(?P<first>.*\S)\s*[(（]\s*(?:(?:or|also)\b|或者?)\s*(?:fill in|write|written as|equivalently|填|写成|[:,])?"
+    r"\s*(?P<second>\S.*)[)）]"
+    r"\s*\.?",
+    re.S,
+)
+
+
 class Group(NamedTuple):
     """A point, an interval or a set: its opening and closing bracket, and its elements."""
 
@@ -30,8 +47,39 @@ def bracket_depth(text: str) -> int:
 
 
 def split_blanks(text: str) -> list[str]:
-    """Split the answers to the blanks of one question, which stand between semicolons or on lines of their own."""
-    return _split(text, _BLANKS)
+    """Split the answers to the blanks of one question.
+
+    They stand between semicolons, on lines of their own, or after the labels (1), (2), ... or (a), (b), ...
+    """
+    return _parts(text) or _split(text, _BLANKS)
+
+
+def split_alternatives(text: str) -> list[str]:
+    """Return the two forms of an answer such as `35/4 (or 8.75)`, else only the text itself."""
+    alternative = _ALTERNATIVE.fullmatch(text)
+    return [alternative["first"], alternative["second"]] if alternative else [text]
+
+
+def _parts(text: str) -> list[str]:
+    """Return what follows the labels of all parts, in order; empty if the text doesn't consist of labelled parts.
+
+    A label (1) may stand alone: as a factor it changes nothing.
+    """
+    labels: list[re.Match[str]] = []
+    for label in _PART.finditer(text):
+        number = len(labels) + 1
+        name = label[label.lastgroup or 0].lower()
+        follows = labels or not text[: label.start()].strip()
+        if follows and number <= len(_ROMAN) and name in (str(number), chr(ord("a") + number - 1), _ROMAN[number - 1]):
+            labels.append(label)
+    if not labels:
+        return []
+    ends = [label.start() for label in labels[1:]] + [len(text)]
+    parts = [text[label.end() : end].strip(" ;,.\n") for label, end in zip(labels, ends, strict=True)]
+    if not all(map(_CONTENT.match, parts)):
+        return []
+    alone = len(parts) == 1 and labels[0]["round"] == "1" and labels[0][0][-1].isspace()
+    return parts if len(parts) > 1 or alone else []
 
 
 def split_solutions(text: str) -> list[str]:

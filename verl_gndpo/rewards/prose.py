@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the answer that a response states in words, and join the formulas of one statement.
+
+A statement counts only if it reads as one: a question, a doubt or a negated sentence states no answer.
+"""
+
+import re
+from collections.abc import Sequence
+
+PHRASE_CHARS = 4_000
+# A response up to this length may be the bare answer, and a statement isn't longer.
+SHORT_CHARS = 100
+STATEMENT_CHARS = 200
+
+_LABEL = r"(?:\((?:[A-J])\)|\[(?:[A-J])\]|[A-J](?![a-zA-Z'’0-9]))"
+_OPTION = r"(?:options?|choices?|选项)"
+_IS = (
+    r"(?:\s+(?:is|are|was|would\s+be|must\s+be|should\s+be|will\s+be)\b(?:\s+(?:therefore|thus|then|hence|clearly|simply"
+    r"|indeed|most\s+likely|likely|given\s+by|as\s+follows)\b,?)?|\s?[:=：])"
+)
+_PHRASE = re.compile(
+    rf"(?:\banswers?\b[\w ]{{0,40}}?|\b(?:option|choice)\b|\b(?:correct|right|best)\s+(?:one|{_OPTION}|statements?"
+    rf"|figure)\b[\w ]{{0,40}}?){_IS}[:：\s]{{0,5}}"
+    # A formula right after the word, or a heading.
+    r"|\bAnswers?\s*(?=\$|\\[(\[])"
+    r"|^[#>\s]*(?:the\s+)?(?:final\s+)?answers?\s*[:：]?\s*\n+"
+    r"|(?:答案|结果)\s*(?:应?该?[是为]|选)?\s*[:：]?\s*"
+    r"|(?:故|应|因此|所以|综上)?(?:本题)?(?:应)?选择?\s*[:：]?\s*(?=[(（]?[A-J](?![a-zA-Z]))",
+    re.I | re.M,
+)
+# Each pattern has the label in its only group.
+_CHOOSES = [
+    re.compile(pattern)
+    for pattern in (
+        rf"\b{_OPTION}\s+({_LABEL})\s*(?:is|seems|must\s+be|would\s+be)\s+(?:indeed\s+|clearly\s+|therefore\s+|the\s+)*"
+        r"(?:correct|right|best|answer|one)\b",
+        rf"(?<![\w)])({_LABEL})\s+(?:is|must\s+be|would\s+be)\s+(?:indeed\s+|clearly\s+|therefore\s+)*"
+        rf"(?:the\s+(?:correct|right|best)\s+(?:answer|one|{_OPTION})|the\s+answer|(?:correct|right)(?=\s*[.,;]|\s*$))",
+        rf"\b(?:choose|select|pick|go\s+with|opt\s+for)\s+(?:the\s+)?(?:{_OPTION}|answer)?\s*({_LABEL})(?!\s+[a-z])",
+        rf"\b(?:correspond(?:s|ing)?\s+to|match(?:es|ing)?|is|as|with|by|in)\s+(?:the\s+)?{_OPTION}\s+({_LABEL})",
+        rf"\bshould\s+be\s+(?:{_OPTION}\s+)?({_LABEL})(?=\s*(?:[.,;:]|$))",
+        rf"\b(?:so|thus|therefore|hence)\b,?\s+(?:it\s+is\s+|it's\s+)?(?:{_OPTION}\s+)?({_LABEL})(?=\s*(?:[.,;:]|$))",
+        rf"({_LABEL})\s*(?:选项)?(?:是)?正确",
+    )
+]
+_ANY_LABEL = re.compile(rf"\b(?i:{_OPTION})\s+({_LABEL})|(\((?:[A-J])\))")
+_ONLY_LABEL = re.compile(rf"(?:{_OPTION}\s+)?({_LABEL})[.:)]?(?:\s+\S.{{0,60}})?")
+_DOUBT = re.compile(
+    r"\b(?:not|n't|cannot|neither|nor|unable|impossible|incorrect|wrong|false|unclear|let'?s|let us|suppose|assume"
+    r"|if|whether|check|wait|maybe|perhaps|might|could|try|but|however|except)\b|n't\b|[?？]|不",
+    re.I,
+)
+_REASON = re.compile(
+    r"\s*(?:[,;–—]|\s-)?\s+(?:because|since|as|which|where|due\s+to|based\s+on|given\s+that|so\s+that|according\s+to)\b.*"
+    r"|\s*,\s*(?:not|rather\s+than|instead\s+of|with|so|and\s+(?:the|it|this|therefore))\b.*|，?因为.*",
+    re.I | re.S,
+)
+_NAMED_IN_REASON = re.compile(
+    rf"\b(?:which|this|so\s+it)\s+(?:is|matches|corresponds\s+to|is\s+given\s+by|makes)\s+(?:the\s+)?(?:{_OPTION}\s+)?({_LABEL})(?!\s+[a-z])"
+)
+_SENTENCE_END = re.compile(r"(?<!approx)\.(?=\s|$)|\n|。")
+_MATH = re.compile(
+    r"(?P<dollars>\$\$?)(?P<a>[^$]+?)(?P=dollars)|\\\[(?P<b>.+?)\\\]|\\\((?P<c>.+?)\\\)|(?P<d>\\begin\{([a-z]*matrix)\}.*?\\end\{\6\})",
+    re.S,
+)
+_VERB = re.compile(r".*(?:\b(?:is|are|was|be|equals|equal\s+to|it's|that's|get|have|obtain)\b|=|[:：])\s*", re.I | re.S)
+_COMPLETE = re.compile(r"[.。!$)\]}°%\d*]\s*$")
+_FENCE = re.compile(r"```\w*\n?|`|\*\*|__")
+
+# Between two boxes or formulas of one statement.
+_NAME = r"(?:[a-zA-Z]|\\[a-z]+|\\?angle\s*)[\w\\{}'^ ]{0,20}?\s*=\s*"
+_PART = r"\(\s*(?:\d{1,2}|[a-h]|i{1,3}|iv|v)\s*\)|[①-⑨]|\b(?:[2-9]|[b-h])\)"
+_UNWRAP = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
+_DRESS = re.compile(r"\$|\\[()\[\],;! ]|\\q?quad(?![a-z])|\\\\|\*\*|~|&")
+_JOINT = re.compile(
+    rf"\s*(?:°|%|\^\{{?\\circ\}}?|[cmk]?m(?:\^?[23²³])?|units?|degrees)?\s*"
+    rf"(?:for\s+part\s+\(?\w\)?)?\s*[,;，；、]?\s*(?P<word>and|or|和|或|以及)?\s*"
+    rf"(?P<part>{_PART})?\s*[:.]?\s*(?P<name>{_NAME})?",
+    re.I,
+)
+_PART_IN_PROSE = re.compile(
+    rf"[^\n]{{0,40}}?[.;,]?\s*\n\s*[-*#]*\s*(?:part\s*)?(?P<part>{_PART}|[2-9]\.)(?=\s)[^\n]{{0,120}}", re.I
+)
+_NAME_BEFORE = re.compile(rf"(?<![\w\\])(?P<name>{_NAME})$")
+
+
+def stated(text: str) -> list[str]:
+    """Return the answer that a response without a box or tags states, in all readings; empty if it states none.
+
+    The first reading is the whole statement. Others leave out what comes before its verb, or its reason.
+    Searches in this order:
+
+    1. what follows the last "answer is", "answer:", "option is", "答案", a heading "Final Answer", ...;
+    2. the label in "Option C is correct", "I choose (C)", "which corresponds to option C", ...;
+    3. the whole text, if it is short, and the last sentence: its label, its last formulas, or what follows its last
+       verb, unless it expresses a doubt.
+    """
+    tail = _FENCE.sub("", text[-PHRASE_CHARS:])
+    for phrase in reversed(list(_PHRASE.finditer(tail))):
+        statement = _statement(tail[phrase.end() :])
+        if statement and len(statement) <= STATEMENT_CHARS:
+            return readings(statement)
+    sentences = [sentence for sentence in re.split(r"(?<=[.!?。])\s+|\n", tail.strip()) if sentence.strip()]
+    for sentence in reversed(sentences):
+        if not _DOUBT.search(sentence):
+            labels = [label for pattern in _CHOOSES for label in pattern.findall(sentence)]
+            if labels:
+                return labels[:1] if len(set(map(_bare, labels))) == 1 else []
+    if not sentences:
+        return []
+    short = [tail.strip()] if len(tail.strip()) <= SHORT_CHARS else []
+    return short + [reading for reading in _from_last_line(tail.strip(), sentences[-1].strip()) if reading not in short]
+
+
+def readings(statement: str) -> list[str]:
+    """Return a statement, what it says without its reason, and what comes after the verb of that.
+
+    A label that the reason names is the only reading, as in "5, which is option C", unless a label comes first.
+    """
+    kept = _REASON.sub("", statement, count=1)
+    named = _NAMED_IN_REASON.search(statement, len(kept))
+    if named and not _ONLY_LABEL.fullmatch(kept.strip()):
+        return [named[1]]
+    found = [statement, kept]
+    if not _DOUBT.search(kept):
+        found.append(_after_verb(kept))
+    return [reading for reading in dict.fromkeys(map(str.strip, found)) if reading]
+
+
+def join_formulas(text: str, spans: Sequence[tuple[int, int, int, int]]) -> str:
+    """Return the content of the last formula, with those before it that belong to the same statement.
+
+    Args:
+        text: the response.
+        spans: start, start of the content, end of the content and end of each formula, in order.
+
+    Returns:
+        the contents, each after its name if it has one ("x="), joined by semicolons; equal ones once.
+    """
+    first = len(spans) - 1
+    names = [""] * len(spans)
+    while first > 0:
+        between = text[spans[first - 1][3] : spans[first][0]]
+        if len(between) > 300:
+            break
+        joint = _JOINT.fullmatch(_DRESS.sub(" ", _UNWRAP.sub(r" \1 ", between)).strip(" "))
+        if joint is None or ("\n" in between.strip("\n $") and not (joint["part"] or joint["name"] or joint["word"])):
+            if not _PART_IN_PROSE.fullmatch(between):
+                break
+            joint = None
+        elif not between.strip() and "\n" in between:
+            break
+        names[first] = (joint["name"] or "") if joint else ""
+        first -= 1
+    if first < len(spans) - 1:
+        name = _NAME_BEFORE.search(_DRESS.sub(" ", text[max(0, spans[first][0] - 40) : spans[first][0]]).rstrip())
+        names[first] = name["name"] if name else ""
+    pieces = [names[index] + text[spans[index][1] : spans[index][2]].strip() for index in range(first, len(spans))]
+    return "; ".join(dict.fromkeys(pieces))
+
+
+def _statement(rest: str) -> str:
+    """Return the sentence at the start of `rest`. A formula at its start may span lines."""
+    rest = rest.lstrip()
+    formula = _MATH.match(rest)
+    start = formula.end() if formula else 0
+    return rest[:start] + _SENTENCE_END.split(rest[start:], maxsplit=1)[0]
+
+
+def _from_last_line(text: str, sentence: str) -> list[str]:
+    if _DOUBT.search(sentence) or not (_COMPLETE.search(sentence) or len(text) <= SHORT_CHARS):
+        return []
+    if _ONLY_LABEL.fullmatch(sentence):
+        return [sentence]
+    labels = {_bare(next(filter(None, match))) for match in _ANY_LABEL.findall(sentence)}
+    if labels:
+        return list(labels) if len(labels) == 1 else []
+    formulas = [_span(match) for match in _MATH.finditer(text)]
+    if formulas and formulas[-1][3] > len(text) - len(sentence):
+        return [join_formulas(text, formulas)]
+    return [_after_verb(sentence)] if len(sentence) <= STATEMENT_CHARS else []
+
+
+def _after_verb(sentence: str) -> str:
+    verb = _VERB.match(sentence)
+    return sentence[verb.end() :] if verb and "=" not in verb[0][-3:] and verb.end() < len(sentence) else sentence
+
+
+def _span(formula: re.Match[str]) -> tuple[int, int, int, int]:
+    group = next(name for name in "abcd" if formula[name])
+    return formula.start(), formula.start(group), formula.end(group), formula.end()
+
+
+def _bare(label: str) -> str:
+    return label.strip("()[] ")
