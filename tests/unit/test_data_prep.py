@@ -32,6 +32,7 @@ from verl_gndpo.conversion.lengths import load_measure
 from verl_gndpo.conversion.pipeline import staging
 from verl_gndpo.conversion.prompt import load_prompt
 from verl_gndpo.conversion.report import OVERLONG, Report
+from verl_gndpo.conversion.row import UNMATCHABLE
 from verl_gndpo.conversion.text import place_images, plain_answer, plain_choices, split_choices, typed_answer
 
 
@@ -484,8 +485,8 @@ def test_a_row_that_is_not_as_the_set_has_it_is_dropped_not_fatal(tmp_path):
 def test_answers_that_no_grader_can_match_are_kept_and_named(tmp_path, capsys):
     source = write_rows(tmp_path / "train.parquet", [record(1), record(2, answer="Because of this, " * 20)])
     (report,) = convert(source, tmp_path / "out")
-    assert report.noted_by.rows == {"answer too long to be matched": 1} and report.written == 2
-    assert "kept 1 x answer too long to be matched: mmk12-train-r2" in capsys.readouterr().out
+    assert report.noted_by.rows == {UNMATCHABLE: 1} and report.written == 2
+    assert f"kept 1 x {UNMATCHABLE}: mmk12-train-r2" in capsys.readouterr().out
 
 
 def test_an_answer_type_that_the_recipe_does_not_state_is_an_error_of_the_converter(tmp_path):

@@ -185,6 +185,7 @@ def test_a_row_has_verls_schema(tmp_path):
             "answer_type": "math",
             "choices": [],
             "tolerance": 0.0,
+            "unmatchable": False,
             "meta": "{}",
         },
     }

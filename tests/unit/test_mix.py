@@ -45,6 +45,7 @@ def row(name: str, number: int, *, image: int | None = None, question: str | Non
             "answer_type": "number",
             "choices": ["1", "2"],
             "tolerance": 0.5,
+            "unmatchable": False,
             "meta": '{"subject": "x"}',
             **info,
         },

@@ -15,15 +15,17 @@ from verl_gndpo.rewards import compute_score
 from verl_gndpo.rewards.manager import RewardManager, use_reward_manager
 
 
-def reward_of(**columns):
-    """Return the reward of the response "5" in a row with these columns."""
+def reward_of(response="\\boxed{5}", prompt=None, **columns):
+    """Return the reward of a response in a row with these columns."""
     config = verl_config()
     use_reward_manager(config)
     tokenizer = build_tokenizer()
-    ids = torch.tensor([tokenizer("\\boxed{5}", add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor([tokenizer(response, add_special_tokens=False)["input_ids"]])
     manager_class = resolve_reward_manager_cls(config)
     manager = manager_class(config, tokenizer, compute_score)
     tensors = {"responses": ids, "attention_mask": torch.ones_like(ids)}
+    if prompt is not None:
+        tensors["prompts"] = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     others = {name: np.array([value], dtype=object) for name, value in columns.items()}
     data = DataProto.from_dict(tensors=tensors, non_tensors=others)
 
@@ -59,6 +61,26 @@ def test_a_row_with_an_answer_is_graded_as_before():
     named = row | {"extra_info": {"answer_type": "number"}}
     del named["data_source"]
     assert reward_of(**named)["reward_extra_info"]["acc"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "form", "accuracy"),
+    [
+        ("Question?<think>", "a</think>\\boxed{5}", 1.0, 1.0),
+        ("Question?<think>\n\n", "a</think>\\boxed{5}", 1.0, 1.0),
+        ("Question?<think>\n", "\n<think>a</think>\\boxed{5}", 1.0, 1.0),
+        ("Question?", "a</think>\\boxed{5}", 0.0, 1.0),
+        ("<think>a</think> Question?", "a</think>\\boxed{5}", 0.0, 1.0),
+        ("Question?", "\n<think>a</think>\\boxed{5}", 1.0, 1.0),
+        # It never stops thinking.
+        ("Question?<think>\n", "a \\boxed{5}", 0.0, 0.0),
+    ],
+)
+@pytest.mark.parametrize("extra_info", [{}, {"extra_info": {"index": 3}}])
+def test_the_format_is_that_of_prompt_and_response(prompt, response, form, accuracy, extra_info):
+    row = {"data_source": "hiyouga/geometry3k", "reward_model": {"ground_truth": "5"}}
+    found = reward_of(response, prompt, **row, **extra_info)["reward_extra_info"]
+    assert (found["format"], found["acc"]) == (form, accuracy)
 
 
 def test_only_verls_default_manager_is_replaced():

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from .errors import ConversionError, DroppedRow, one_line
 from .images import ImageStore, Picture, image_bytes, image_entries, rgb_picture
+from .matchable import is_matchable
 from .prompt import Prompt
 from .recipe import Recipe
 from .split import SourceRow
@@ -39,6 +40,7 @@ SCHEMA = pa.schema(
                     ("answer_type", pa.string()),
                     ("choices", pa.list_(pa.string())),
                     ("tolerance", pa.float64()),
+                    ("unmatchable", pa.bool_()),
                     ("meta", pa.string()),
                 ]
             ),
@@ -47,8 +49,8 @@ SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps(HF_METADATA)},
 )
 
-LONG_ANSWER = 100
-"""Characters. A longer answer is a proof or an explanation: usable for distillation, but not for grading."""
+UNMATCHABLE = "unmatchable: no natural form of the answer is graded right"
+"""The note for a row that is usable for distillation, but not for grading, such as one whose answer is a proof."""
 
 
 @dataclass
@@ -102,7 +104,8 @@ def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, imag
         found = split_choices(question)
         # When the answer is a letter beyond the end of what looked like a list, that was not a list of choices.
         choices = found if max(ground_truth) < chr(ord("A") + len(found)) else ()
-    notes = ["answer too long to be matched"] if len(ground_truth) > LONG_ANSWER else []
+    unmatchable = not is_matchable(ground_truth, graded_as, list(choices), problem.tolerance)
+    notes = [UNMATCHABLE] if unmatchable else []
     if problem.list_choices and choices:
         question = listed_choices(question, choices)
     question, entries = place_images(question, image_entries(problem.images), repairs, recipe.placeholders)
@@ -122,6 +125,7 @@ def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, imag
             "answer_type": graded_as,
             "choices": list(choices),
             "tolerance": problem.tolerance,
+            "unmatchable": unmatchable,
             "meta": json.dumps(_known(problem.meta), default=str),
         },
     }

@@ -43,7 +43,8 @@ def compute_score(
         solution_str: the model's response. It never causes an error.
         ground_truth: the row's answer, as its data set writes it.
         extra_info: may hold `answer_type` (one of `ANSWER_TYPES`; "" for the source's), `choices` (the texts of
-            the choices A, B, C, ... in order) and `tolerance` (largest absolute error of a number; 0 for the default).
+            the choices A, B, C, ... in order), `tolerance` (largest absolute error of a number; 0 for the default) and
+            `response_prefix` (what the prompt ends with and belongs to the response, such as `<think>`).
         format_score: weight of the format; `reward.custom_reward_function.reward_kwargs.format_score` sets it.
         kwargs: other arguments of verl's (the reward model's address and tokenizer), unused.
 
@@ -71,7 +72,7 @@ def compute_score(
         )
     choices = [str(choice) for choice in _given(extra_info, "choices", [])]
     answer_type = _answer_type(data_source, ground_truth, choices, extra_info)
-    text = solution_str if isinstance(solution_str, str) else ""
+    text = str(_given(extra_info, "response_prefix", "")) + solution_str if isinstance(solution_str, str) else ""
     tolerance = float(_given(extra_info, "tolerance", 0.0))
     acc = float(any(grade(answer_type, answer, ground_truth, choices, tolerance) for answer in answers_of(text)))
     form = float(well_formed(text))

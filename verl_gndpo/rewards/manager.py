@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's reward manager, for data sets in which rows may lack an answer."""
+"""verl's reward manager, for rows without an answer and for chat templates that begin the response."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,16 @@ NO_SOURCE = "unknown"
 """The data source of rows without one, as verl's validation calls it."""
 
 
+# Enough of a prompt's end for a tag and the line breaks after it.
+TAIL_TOKENS = 16
+_OPEN_THINK = re.compile(r"<think>\s*$")
+
+
 class RewardManager(NaiveRewardManager):
     """Gives rows without an answer the reward 0 and no accuracy. verl's naive manager handles all others.
 
-    A row has no answer if `reward_model` or its `ground_truth` is missing or empty.
+    A row has no answer if `reward_model` or its `ground_truth` is missing or empty. If a prompt ends with `<think>`,
+    `extra_info.response_prefix` tells the reward function.
     """
 
     async def run_single(self, data: DataProto) -> dict:
@@ -27,7 +34,19 @@ class RewardManager(NaiveRewardManager):
             return {"reward_score": 0.0, "reward_extra_info": {}}
         if "data_source" not in columns:
             columns["data_source"] = np.array([NO_SOURCE] * len(data), dtype=object)
+        prefix = await self.loop.run_in_executor(None, self._response_prefix, data)
+        if prefix:
+            last = columns["extra_info"][-1] if "extra_info" in columns else {}
+            infos = np.empty(len(data), dtype=object)
+            infos[-1] = {**(last or {}), "response_prefix": prefix}
+            columns["extra_info"] = infos
         return await super().run_single(data)
+
+    def _response_prefix(self, data: DataProto) -> str:
+        if "prompts" not in data.batch.keys():
+            return ""
+        tail = self.tokenizer.decode(data.batch["prompts"][-1][-TAIL_TOKENS:], skip_special_tokens=False)
+        return "<think>" if _OPEN_THINK.search(tail) else ""
 
 
 def use_reward_manager(config: Any) -> None:
