@@ -12,8 +12,8 @@ TAIL_CHARS = 100_000
 _BOX_TOKEN = re.compile(r"(?P<box>\\?(?:boxed|fbox)\s*\{)|\\[^a-zA-Z]|(?P<open>\{)|(?P<close>\})")
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*([^\s{}$\\]+)")
 _JSON = re.compile(
-    r'"(?:(?:final|correct)[ _]?)?(?:answer|choice|option|答案)"\s*:\s*'
-    r'(?P<value>"(?:[^"\\\n]|\\.){1,200}"|-?\d[\d.]{0,30}|\[[^\[\]\n]{1,200}\])',
+    r'["\'](?:(?:final|correct)[ _]?)?(?:answer|choice|option|答案)["\']\s*:\s*'
+    r'(?P<value>"(?:[^"\\\n]|\\.){1,200}"|\'[^\'\n]{1,200}\'|-?\d[\d.]{0,30}|\[[^\[\]\n]{1,200}\])',
     re.I,
 )
 _BACKSLASH = re.compile(r'\\(?!["\\])')
@@ -90,6 +90,8 @@ def _from_json(text: str) -> list[str] | None:
         pass
     if found is None:
         return None
+    if found["value"].startswith("'"):
+        return [found["value"].strip("'")]
     try:
         # Models forget to double the backslashes of LaTeX.
         value = json.loads(_BACKSLASH.sub(r"\\\\", found["value"]))

@@ -16,7 +16,7 @@ _LABEL = r"(?:\((?:[A-J])\)|\[(?:[A-J])\]|[A-J](?![a-zA-Z'’0-9]))"
 _OPTION = r"(?:options?|choices?|选项)"
 _IS = (
     r"(?:\s+(?:is|are|was|would\s+be|must\s+be|should\s+be|will\s+be)\b(?:\s+(?:therefore|thus|then|hence|clearly|simply"
-    r"|indeed|most\s+likely|likely|given\s+by|as\s+follows)\b,?)?|\s?[:=：])"
+    r"|indeed|most\s+likely|likely|given\s+by|as\s+follows)\b,?)?|\s?[:=：]|\s+[-–—](?=\s))"
 )
 _PHRASE = re.compile(
     rf"(?:\banswers?\b[\w ]{{0,40}}?|\b(?:option|choice)\b|\b(?:correct|right|best)\s+(?:one|{_OPTION}|statements?"
@@ -24,7 +24,7 @@ _PHRASE = re.compile(
     # A formula right after the word, or a heading.
     r"|\bAnswers?\s*(?=\$|\\[(\[])"
     r"|^[#>\s]*(?:the\s+)?(?:final\s+)?answers?\s*[:：]?\s*\n+"
-    r"|(?:答案|结果)\s*(?:应?该?[是为]|选)?\s*[:：]?\s*"
+    r"|(?:答案|结果|正确的?选项)\s*(?:应?该?[是为]|选)?\s*[:：]?\s*"
     r"|(?:故|应|因此|所以|综上)?(?:本题)?(?:应)?选择?\s*[:：]?\s*(?=[(（]?[A-J](?![a-zA-Z]))",
     re.I | re.M,
 )
@@ -34,12 +34,13 @@ _CHOOSES = [
     for pattern in (
         rf"\b{_OPTION}\s+({_LABEL})\s*(?:is|seems|must\s+be|would\s+be)\s+(?:indeed\s+|clearly\s+|therefore\s+|the\s+)*"
         r"(?:correct|right|best|answer|one)\b",
-        rf"(?<![\w)])({_LABEL})\s+(?:is|must\s+be|would\s+be)\s+(?:indeed\s+|clearly\s+|therefore\s+)*"
-        rf"(?:the\s+(?:correct|right|best)\s+(?:answer|one|{_OPTION})|the\s+answer|(?:correct|right)(?=\s*[.,;]|\s*$))",
-        rf"\b(?:choose|select|pick|go\s+with|opt\s+for)\s+(?:the\s+)?(?:{_OPTION}|answer)?\s*({_LABEL})(?!\s+[a-z])",
+        rf"(?:^|[,;:]|\b(?i:only|so|that|hence|thus|therefore))\s*({_LABEL})\s+(?:is|must\s+be|would\s+be)\s+"
+        rf"(?:indeed\s+|clearly\s+|therefore\s+)*(?:the\s+(?:correct|right|best|closest)(?:\s+(?:answer|one|{_OPTION}))?"
+        r"|the\s+answer|(?:correct|right))(?=\s*[.,;]|\s*$|\s+(?:because|since|as|here)\b)",
+        rf"\b(?i:choose|select|pick|go\s+with|opt\s+for)\s+(?:the\s+)?(?:{_OPTION}|answer)?\s*({_LABEL})(?!\s+[a-z])",
         rf"\b(?:correspond(?:s|ing)?\s+to|match(?:es|ing)?|is|as|with|by|in)\s+(?:the\s+)?{_OPTION}\s+({_LABEL})",
         rf"\bshould\s+be\s+(?:{_OPTION}\s+)?({_LABEL})(?=\s*(?:[.,;:]|$))",
-        rf"\b(?:so|thus|therefore|hence)\b,?\s+(?:it\s+is\s+|it's\s+)?(?:{_OPTION}\s+)?({_LABEL})(?=\s*(?:[.,;:]|$))",
+        rf"\b(?i:so|thus|therefore|hence)\b,?\s+(?:it\s+is\s+|it's\s+)?(?:{_OPTION}\s+)?({_LABEL})(?=\s*(?:[.,;:]|$))",
         rf"({_LABEL})\s*(?:选项)?(?:是)?正确",
     )
 ]
@@ -52,18 +53,25 @@ _DOUBT = re.compile(
 )
 _REASON = re.compile(
     r"\s*(?:[,;–—]|\s-)?\s+(?:because|since|as|which|where|due\s+to|based\s+on|given\s+that|so\s+that|according\s+to)\b.*"
-    r"|\s*,\s*(?:not|rather\s+than|instead\s+of|with|so|and\s+(?:the|it|this|therefore))\b.*|，?因为.*",
+    r"|\s*,\s*(?:not|rather\s+than|instead\s+of|with|while|whereas|although|though|but|so|and\s+(?:the|it|this|therefore))\b.*|,?\s*\bi\.e\..*|\s+and\s+not\b.*|，?因为.*",
     re.I | re.S,
 )
+_CONTRAST = re.compile(r"(?:\s*,\s*|\s+and\s+)(?:not|rather\s+than|instead\s+of)\b[^,]*?(?=\.?\s*$)")
 _NAMED_IN_REASON = re.compile(
     rf"\b(?:which|this|so\s+it)\s+(?:is|matches|corresponds\s+to|is\s+given\s+by|makes)\s+(?:the\s+)?(?:{_OPTION}\s+)?({_LABEL})(?!\s+[a-z])"
 )
-_SENTENCE_END = re.compile(r"(?<!approx)\.(?=\s|$)|\n|。")
+_SENTENCE_END = re.compile(r"(?<!approx)(?<!i\.e)(?<!e\.g)\.(?=\s|$)|\n|。")
 _MATH = re.compile(
     r"(?P<dollars>\$\$?)(?P<a>[^$]+?)(?P=dollars)|\\\[(?P<b>.+?)\\\]|\\\((?P<c>.+?)\\\)|(?P<d>\\begin\{([a-z]*matrix)\}.*?\\end\{\6\})",
     re.S,
 )
+_QUOTED = re.compile(r"[\"'“‘]([^\"'“”‘’]+)[\"'”’]")
 _VERB = re.compile(r".*(?:\b(?:is|are|was|be|equals|equal\s+to|it's|that's|get|have|obtain)\b|=|[:：])\s*", re.I | re.S)
+# A verb with a value after it.
+_GIVES = re.compile(r"(?:\b(?:is|are|was|equals|equal\s+to|it's|get|have|obtain)\b|=|[:：])\s*(?=[-(√]*\d)", re.I)
+_THEREFORE = re.compile(r"\b(?:so|thus|therefore|hence)\b,?\s*", re.I)
+_PREMISE = re.compile(r"(?:since|because|as|when|with|given|for|using|from|by)\b", re.I)
+_STARTS_WITH_LABEL = re.compile(rf"\s*{_LABEL}(?!\s+[a-z])")
 _COMPLETE = re.compile(r"[.。!$)\]}°%\d*]\s*$")
 _FENCE = re.compile(r"```\w*\n?|`|\*\*|__")
 
@@ -122,6 +130,8 @@ def readings(statement: str) -> list[str]:
     if named and not _ONLY_LABEL.fullmatch(kept.strip()):
         return [named[1]]
     found = [statement, kept]
+    if quoted := _QUOTED.fullmatch(kept.strip()):
+        found.append(quoted[1])
     if not _DOUBT.search(kept):
         found.append(_after_verb(kept))
     return [reading for reading in dict.fromkeys(map(str.strip, found)) if reading]
@@ -161,29 +171,48 @@ def join_formulas(text: str, spans: Sequence[tuple[int, int, int, int]]) -> str:
 
 def _statement(rest: str) -> str:
     """Return the sentence at the start of `rest`. A formula at its start may span lines."""
-    rest = rest.lstrip()
+    rest = re.sub(r"^[–—-]\s+", "", rest.lstrip())
     formula = _MATH.match(rest)
     start = formula.end() if formula else 0
     return rest[:start] + _SENTENCE_END.split(rest[start:], maxsplit=1)[0]
 
 
 def _from_last_line(text: str, sentence: str) -> list[str]:
+    line = text.rpartition("\n")[2].strip()
+    if _ONLY_LABEL.fullmatch(line):
+        return [line]
+    sentence = _CONTRAST.sub("", sentence)
     if _DOUBT.search(sentence) or not (_COMPLETE.search(sentence) or len(text) <= SHORT_CHARS):
         return []
-    if _ONLY_LABEL.fullmatch(sentence):
-        return [sentence]
     labels = {_bare(next(filter(None, match))) for match in _ANY_LABEL.findall(sentence)}
     if labels:
         return list(labels) if len(labels) == 1 else []
+    text = _CONTRAST.sub("", text)
     formulas = [_span(match) for match in _MATH.finditer(text)]
     if formulas and formulas[-1][3] > len(text) - len(sentence):
-        return [join_formulas(text, formulas)]
+        return [] if _gives_several(_clause(_MATH.sub("0", sentence))) else [join_formulas(text, formulas)]
     return [_after_verb(sentence)] if len(sentence) <= STATEMENT_CHARS else []
 
 
+def _clause(sentence: str) -> str:
+    """Return the conclusion of a sentence such as "Since a is 3, b is 5"."""
+    conclusion = _THEREFORE.split(sentence)[-1].strip() or sentence
+    return conclusion.rpartition(", ")[2] if _PREMISE.match(conclusion) else conclusion
+
+
+def _gives_several(clause: str) -> bool:
+    """Return True for "the length is 3 and the width is 5"."""
+    return len(_GIVES.findall(clause)) > 1
+
+
 def _after_verb(sentence: str) -> str:
-    verb = _VERB.match(sentence)
-    return sentence[verb.end() :] if verb and "=" not in verb[0][-3:] and verb.end() < len(sentence) else sentence
+    """Return what follows the verb of a sentence, or the sentence if it starts with a label or gives several values."""
+    clause = _clause(sentence)
+    verb = _VERB.match(clause)
+    if verb is None or _STARTS_WITH_LABEL.match(sentence) or _gives_several(_MATH.sub("0", clause)):
+        return sentence
+    after = clause[verb.end() :]
+    return after if after and not verb[0].rstrip().endswith("=") else sentence
 
 
 def _span(formula: re.Match[str]) -> tuple[int, int, int, int]:
