@@ -5,7 +5,7 @@ import re
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, Float, Set, Union
+from sympy import Basic, Eq, Float, MatrixExpr, Set, Union
 
 from .expressions import same
 from .quantity import Quantity, agree, quantity
@@ -43,7 +43,10 @@ def _parse(text: str) -> Basic | None:
     # Degrees count only under a function; elsewhere they are a unit.
     text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})" if _TRIGONOMETRIC.search(text) else r"\1", text)
     found = parse(f"${text}$", _EXTRACTION, fallback_mode="no_fallback", parsing_timeout=None)
-    return found[0] if found else None
+    if not found:
+        return None
+    # A product of matrices.
+    return found[0].doit() if isinstance(found[0], MatrixExpr) else found[0]
 
 
 def _solve(text: str) -> Set:

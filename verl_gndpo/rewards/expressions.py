@@ -48,6 +48,7 @@ _WORD = re.compile(
 _TWO_NUMBERS = re.compile(r"(?<![_\d])\d+\)?\s+\d")
 # Three digits after the comma would be thousands.
 _DECIMAL_COMMA = re.compile(r"-?\d+,(?:\d{1,2}|\d{4,})")
+_MEMBER = re.compile(r"([a-zA-Z])\s*\\in\s*(?=[(\[])")
 _COMPLEX = re.compile(r"(-?\d+(?:\.\d+)?\s*[-+]\s*(?:\d+(?:\.\d+)?)?\s*)j")
 _LETTERS_ONLY = re.compile(r"[^\W\d_]{2,}")
 
@@ -64,6 +65,7 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
         leaf: decides the pairs that spelling, numbers and structure leave undecided.
     """
     answer, truth = _imaginary(clean(answer)), _imaginary(clean(truth))
+    answer, truth = _without_member(answer, truth), _without_member(truth, answer)
     equated, equated_truth = _equated_names(answer), _equated_names(truth)
     if equated and equated_truth:
         return equated == equated_truth
@@ -135,6 +137,14 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
     return leaf(answer, truth, tolerance)
 
 
+def _without_member(text: str, other: str) -> str:
+    """Remove "x in" before an interval if the other side is a relation of x or says nothing of the kind."""
+    member = _MEMBER.match(text)
+    if member is None or _MEMBER.match(other) or not re.search(rf"(?<![\\a-zA-Z]){member[1]}(?![a-zA-Z])", other):
+        return text
+    return text[member.end() :]
+
+
 def _imaginary(cleaned: str) -> str:
     """Write i for the j of a complex number such as 1-2j. Without a real part, j may be a vector."""
     return _COMPLEX.sub(r"\1i", cleaned) if _COMPLEX.fullmatch(cleaned) else cleaned
@@ -187,6 +197,9 @@ def _other_letters(answer: str, truth: str) -> bool:
 
 
 def _same_elements(answers: list[str], truths: list[str], ordered: bool, tolerance: float, leaf: Leaf) -> bool:
+    if not ordered and len(answers) > len(truths) > 2:
+        # A solution that is written twice is one solution.
+        answers = list({canonical(answer): answer for answer in answers}.values())
     if len(answers) != len(truths) or len(truths) > MAX_ELEMENTS:
         return False
     # It doesn't matter which root is called x_1 and which x_2.

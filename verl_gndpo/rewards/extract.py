@@ -16,6 +16,8 @@ _JSON = re.compile(
     r'(?P<value>"(?:[^"\\\n]|\\.){1,200}"|\'[^\'\n]{1,200}\'|-?\d[\d.]{0,30}|\[[^\[\]\n]{1,200}\])',
     re.I,
 )
+# A model that doesn't stop writes the next turn, too.
+_NEXT_TURN = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end)\|>")
 _BACKSLASH = re.compile(r'\\(?!["\\])')
 
 
@@ -50,7 +52,7 @@ def answers_of(text: str) -> list[str]:
     _, _, text = text.rpartition("</think>")
     if "<think>" in text:
         return []
-    text = text[-TAIL_CHARS:]
+    text = _NEXT_TURN.split(text[-TAIL_CHARS:], maxsplit=1)[0]
     boxes = _boxes(text)
     if boxes:
         return readings(join_formulas(text, boxes))

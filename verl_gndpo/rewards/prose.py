@@ -44,11 +44,11 @@ _CHOOSES = [
         rf"({_LABEL})\s*(?:选项)?(?:是)?正确",
     )
 ]
-_ANY_LABEL = re.compile(rf"\b(?i:{_OPTION})\s+({_LABEL})|(\((?:[A-J])\))")
+_ANY_LABEL = re.compile(rf"\b(?i:{_OPTION})\s+({_LABEL})|(?<![\w)}}\\])(\((?:[A-J])\))")
 _ONLY_LABEL = re.compile(rf"(?:{_OPTION}\s+)?({_LABEL})[.:)]?(?:\s+\S.{{0,60}})?")
 _DOUBT = re.compile(
     r"\b(?:not|n't|cannot|neither|nor|unable|impossible|incorrect|wrong|false|unclear|let'?s|let us|suppose|assume"
-    r"|if|whether|check|wait|maybe|perhaps|might|could|try|but|however|except)\b|n't\b|[?？]|不",
+    r"|if|whether|check|wait|maybe|perhaps|might|try|(?:answer|option|choice|it)\s+could|but|however|except)\b|n't\b|[?？]|不",
     re.I,
 )
 _REASON = re.compile(
@@ -71,8 +71,12 @@ _VERB = re.compile(r".*(?:\b(?:is|are|was|be|equals|equal\s+to|it's|that's|get|h
 _GIVES = re.compile(r"(?:\b(?:is|are|was|equals|equal\s+to|it's|get|have|obtain)\b|=|[:：])\s*(?=[-(√]*\d)", re.I)
 _THEREFORE = re.compile(r"\b(?:so|thus|therefore|hence)\b,?\s*", re.I)
 _PREMISE = re.compile(r"(?:since|because|as|when|with|given|for|using|from|by)\b", re.I)
+_RELATIVE = re.compile(r"(?<=\w)\s+(?:that|in\s+total|altogether)\b.*")
 _STARTS_WITH_LABEL = re.compile(rf"\s*{_LABEL}(?!\s+[a-z])")
 _COMPLETE = re.compile(r"[.。!$)\]}°%\d*]\s*$")
+_CLOSING = re.compile(
+    r"\s+(?:I\s+hope|Hope\s+(?:this|it|that)|Let\s+me\s+know|Feel\s+free|If\s+you\s+have)\b[^\n]{0,200}\s*$"
+)
 _FENCE = re.compile(r"```\w*\n?|`|\*\*|__")
 
 # Between two boxes or formulas of one statement.
@@ -103,7 +107,7 @@ def stated(text: str) -> list[str]:
     3. the whole text, if it is short, and the last sentence: its label, its last formulas, or what follows its last
        verb, unless it expresses a doubt.
     """
-    tail = _FENCE.sub("", text[-PHRASE_CHARS:])
+    tail = _CLOSING.sub("", _FENCE.sub("", text[-PHRASE_CHARS:]))
     for phrase in reversed(list(_PHRASE.finditer(tail))):
         statement = _statement(tail[phrase.end() :])
         if statement and len(statement) <= STATEMENT_CHARS:
@@ -182,16 +186,19 @@ def _from_last_line(text: str, sentence: str) -> list[str]:
     if _ONLY_LABEL.fullmatch(line):
         return [line]
     sentence = _CONTRAST.sub("", sentence)
-    if _DOUBT.search(sentence) or not (_COMPLETE.search(sentence) or len(text) <= SHORT_CHARS):
+    clause = _clause(sentence)
+    # Without full stops, the sentence may be the whole derivation.
+    doubtful = _DOUBT.search(sentence if len(sentence) <= STATEMENT_CHARS else clause)
+    if doubtful or not (_COMPLETE.search(sentence) or len(text) <= SHORT_CHARS):
         return []
     labels = {_bare(next(filter(None, match))) for match in _ANY_LABEL.findall(sentence)}
     if labels:
         return list(labels) if len(labels) == 1 else []
     text = _CONTRAST.sub("", text)
     formulas = [_span(match) for match in _MATH.finditer(text)]
-    if formulas and formulas[-1][3] > len(text) - len(sentence):
+    if formulas and formulas[-1][3] > len(text) - len(clause):
         return [] if _gives_several(_clause(_MATH.sub("0", sentence))) else [join_formulas(text, formulas)]
-    return [_after_verb(sentence)] if len(sentence) <= STATEMENT_CHARS else []
+    return [_after_verb(sentence)] if len(clause) <= STATEMENT_CHARS else []
 
 
 def _clause(sentence: str) -> str:
@@ -211,8 +218,10 @@ def _after_verb(sentence: str) -> str:
     verb = _VERB.match(clause)
     if verb is None or _STARTS_WITH_LABEL.match(sentence) or _gives_several(_MATH.sub("0", clause)):
         return sentence
-    after = clause[verb.end() :]
-    return after if after and not verb[0].rstrip().endswith("=") else sentence
+    after = _RELATIVE.sub("", clause[verb.end() :])
+    # The name in x = 3 belongs to the answer.
+    named = verb[0].rstrip().endswith("=") and len(verb[0].split()) < 5
+    return after if after and not named else sentence
 
 
 def _span(formula: re.Match[str]) -> tuple[int, int, int, int]:

@@ -89,6 +89,7 @@ _PLURAL = re.compile(r"(?:ies|es|s|e|y)+$")
 _UNIT_TOKEN = re.compile(
     r"\s*(?:\^\s*\{?\s*(?P<power>-?[1-3])\s*\}?|(?P<word>平方|立方|[万亿]|[^\W\d_]+|[°%])\.?|(?P<per>/))"
 )
+_BRACKETED_UNIT = re.compile(r"(?<=\d)\s*\(\s*([a-zA-Z]{2,})\s*\)$")
 _CURRENCY = dict.fromkeys(map(ord, "£€¥"))
 # A temperature scale or a direction.
 _AFTER_DEGREES = re.compile(r"[CFTNSEW]")
@@ -149,7 +150,7 @@ def quantity(cleaned: str, glued_units: bool = False) -> Quantity | None:
         cleaned: from `spelling.clean`. A name and an equals sign before the number are skipped.
         glued_units: read a letter that touches the number as a unit (`5m`), not as a variable.
     """
-    text = split_name(cleaned)[1].translate(_CURRENCY)
+    text = _BRACKETED_UNIT.sub(r" \1", split_name(cleaned)[1].translate(_CURRENCY))
     if sum(map(str.isdigit, text)) > MAX_DIGITS:
         return None
     if text.count("=") == 1:

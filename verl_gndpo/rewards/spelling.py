@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bring LaTeX, Unicode and plain text to one spelling. Nothing here looks at the meaning."""
 
+import functools
 import itertools
 import re
 import unicodedata
@@ -132,6 +133,8 @@ _PUNCTUATION = re.compile(r"[\"'“”‘’()\[\]{}!?;:*\\]|[.,](?!\d)|(?<!\d)[
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b(?=\s+\S)")
 
 
+# A truth comes back with each response to its prompt, and a grader cleans a text more than once.
+@functools.lru_cache(maxsize=8192)
 def clean(text: str) -> str:
     """Return a text in one spelling, without dollars, spacing commands, text wrappers and the final full stop.
 
