@@ -16,7 +16,7 @@ _LABEL = re.compile(
 )
 _OTHER_LABEL = re.compile(r"(?<![a-zA-Z])(?:\(([A-Z])\)|([A-Z])\s*[.):])|^\s*([A-Z])$")
 _LABEL_AND_TEXT = re.compile(
-    _LABEL_WORD + r"(?:[(\[]\s*([A-Z])\s*[)\]]|([A-Z])[.:]?)(?:\s*,\s*|\s+)(?P<text>\S.*)", re.S
+    _LABEL_WORD + r"(?:[(\[]\s*([A-Z])\s*[)\]]|([A-Z])[.:]?)(?:\s*,\s*|\s+(?:-\s+)?)(?P<text>\S.*)", re.S
 )
 _OPERATORS = {r"\times": "*", r"\cdot": "*", r"\div": "/"}
 _OWN_LABEL = re.compile(r"\s*\(?([A-Z])\s*[.:)]\s*(?=\S)")

@@ -69,6 +69,9 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
     equated, equated_truth = _equated_names(answer), _equated_names(truth)
     if equated and equated_truth:
         return equated == equated_truth
+    if equated_truth and not equated and all(kind in _POINTS_KINDS for kind, _ in equated_truth):
+        # CD alone doesn't say AB = CD.
+        return False
     answer, truth = (_POINT.sub(r"\1=", _GEOMETRIC.sub(" ", text).strip()) for text in (answer, truth))
     if canonical(answer) == canonical(truth):
         return bool(truth)

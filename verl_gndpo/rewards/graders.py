@@ -68,7 +68,7 @@ def _math(answer: str, truth: str, choices: list[str], tolerance: float) -> bool
 def _same(answer: str, truth: str, tolerance: float) -> bool:
     if lists_items(truth):
         # (1)(2)(4) is no product if the ground truth is ①②④.
-        answer = _BETWEEN_BRACKETS.sub("),(", answer)
+        answer, truth = (_BETWEEN_BRACKETS.sub("),(", text) for text in (answer, truth))
     label, letter = truth_label(clean(truth)), bare_letter(clean(answer))
     if label and letter:
         return letter == label

@@ -67,8 +67,10 @@ _MATH = re.compile(
 )
 _QUOTED = re.compile(r"[\"'“‘]([^\"'“”‘’]+)[\"'”’]")
 _VERB = re.compile(r".*(?:\b(?:is|are|was|be|equals|equal\s+to|it's|that's|get|have|obtain)\b|=|[:：])\s*", re.I | re.S)
-# A verb with a value after it.
-_GIVES = re.compile(r"(?:\b(?:is|are|was|equals|equal\s+to|it's|get|have|obtain)\b|=|[:：])\s*(?=[-(√]*\d)", re.I)
+# A verb with a value after it. An equals sign after a number goes on with the same value.
+_GIVES = re.compile(
+    r"(?:\b(?:is|are|was|equals|equal\s+to|it's|get|have|obtain)\b|(?<!\d)(?<!\d\s)=|[:：])\s*(?=[-(√]*\d)", re.I
+)
 _THEREFORE = re.compile(r"\b(?:so|thus|therefore|hence)\b,?\s*", re.I)
 _PREMISE = re.compile(r"(?:since|because|as|when|with|given|for|using|from|by)\b", re.I)
 _RELATIVE = re.compile(r"(?<=\w)\s+(?:that|in\s+total|altogether)\b.*")
@@ -87,7 +89,7 @@ _DRESS = re.compile(r"\$|\\[()\[\],;! ]|\\q?quad(?![a-z])|\\\\|\*\*|~|&")
 _JOINT = re.compile(
     rf"\s*(?:°|%|\^\{{?\\circ\}}?|[cmk]?m(?:\^?[23²³])?|units?|degrees)?\s*"
     rf"(?:for\s+part\s+\(?\w\)?)?\s*[,;，；、]?\s*(?P<word>and|or|和|或|以及)?\s*"
-    rf"(?P<part>{_PART})?\s*[:.]?\s*(?P<name>{_NAME})?",
+    rf"(?:part\s*)?(?P<part>{_PART})?\s*[:.]?\s*(?P<name>{_NAME})?",
     re.I,
 )
 _PART_IN_PROSE = re.compile(

@@ -103,6 +103,7 @@ _MIXED = re.compile(
 _PLAIN = re.compile(r"[+-]?\d[\d, ]*(?:\.(\d+))?")
 _NAME = re.compile(r"(?:[^\W\d]|[\\ '{}|():]|(?<=[\w}{ ])\d|(?<=[a-zA-Z])\.|(?<=[\w}\)]),(?=[^()]*\)))*")
 _NUMERIC_NAME = re.compile(r"(?:\\(?:frac|sqrt|pi)(?![a-zA-Z])|[\W\d_])+")
+_OPERATION = re.compile(r"\\(?:cup|cap|times|cdot|div|pm|perp|parallel)(?![a-zA-Z])")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
 _SEPARATOR = re.compile(r"[,;\n]|\b(?:and|or)\b")
 
@@ -133,6 +134,7 @@ def split_name(cleaned: str) -> tuple[str, str]:
         or len(name) > 40
         or not _NAME.fullmatch(name)
         or _NUMERIC_NAME.fullmatch(name)
+        or _OPERATION.search(name)
         or _RELATION.search(value)
     ):
         return "", cleaned

@@ -66,6 +66,15 @@ _CIRCLED_LABEL = re.compile(r"([①-⑳])(?=\s*[^\s,;.，、；。①-⑳])(?!\s
 _FORMULA = re.compile(r"(?P<dollars>\$\$?)(?P<content>[^$]+)(?P=dollars)")
 _BETWEEN_FORMULAS = re.compile(r"\s*(?:(?:[cdmk]?m|k?g|s|h|°)\s*)?")
 _VALUE_START = re.compile(r"\s*(?:[-+]?\s*\d|[-+]?\s*\\[dt]?frac|[-+]?\s*\\sqrt|\(|[a-zA-Z]\w*\s*=)")
+# A formula that goes on with the one before it, and one that ends in an operator or the like.
+_GOES_ON = re.compile(
+    r"\s*(?:[-+*/^_=<>°,%:](?!\s*$)|[-+*/^_=°,%:]"
+    r"|\\(?:text|mathrm|rm|times|cdot|div|[lg]e|[lg]eq|ne|neq|in|cup|cap|parallel|perp|circ|degree|%)(?![a-z])|[cdmk]?m\b)"
+)
+_ENDS_OPEN = re.compile(
+    r"(?:\S\s*[-+*/=<>]|[-+*/=]|\\(?:angle|triangle|times|cdot|div|[lg]eq?|odot|left|text)(?![a-z]))\s*$"
+)
+_PRODUCT_ITEMS = re.compile(r"\s*(?:\(\d{1,2}\)\s*){2,}")
 # Unicode's normal form would make a letter and an accent of these.
 _DEGREE_SIGNS = str.maketrans("º˚", "°°")
 CIRCLED = re.compile(r"[①-⑳](?:[\s,;，、；]*[①-⑳])*")
@@ -98,6 +107,8 @@ _REWRITES: list[_Rewrite] = [
         (r"\\[,;:! ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s+([a-zA-Z])\s*([a-zA-Z\d])", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\{[^{}]*\})\s*([a-zA-Z\d])", r"\\frac\1{\2}"),
         (r"\\(?:leq|leqslant)(?![a-zA-Z])", r"\\le"),
         (r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge"),
         (r"\\(?:approx|simeq|thickapprox)(?![a-zA-Z])", "="),
@@ -105,7 +116,7 @@ _REWRITES: list[_Rewrite] = [
         (r"[\s,]*(?<=[\d}),\s])(?:or\s+)?(?:approximately|approx\.?|about|roughly)\s+(?=[-\d.])", "="),
         (r"\(\s*(?:or\s+)?(?:(?:approximately|approx\.?|about|roughly)\s+(?=[-\d.])|=)\s*([^()]*)\)$", r"=\1"),
         (
-            r"\^\s*(?:\{\s*(?:\\?circ|[°o])\s*\}|\\circ(?!led)|circ(?![a-zA-Z])|°|o(?![a-zA-Z]))|\\degree(?![a-zA-Z])",
+            r"\^\s*(?:\{\s*\^?\s*(?:\\?circ|[°o])\s*\}|\\circ(?!led)|circ(?![a-zA-Z])|°|o(?![a-zA-Z]))|\\degree(?![a-zA-Z])",
             "°",
         ),
         (r"\\%", "%"),
@@ -164,18 +175,23 @@ def clean(text: str) -> str:
 
 
 def lists_items(text: str) -> bool:
-    """Return True if a text lists numbered statements, such as ①③④ or 1.3.4."""
-    return CIRCLED.search(text) is not None or _DOTTED_ITEMS.fullmatch(text.replace("$", "")) is not None
+    """Return True if a ground truth lists numbered statements, such as ①③④, (1)(3)(4) or 1.3.4."""
+    bare = text.replace("$", "")
+    return bool(CIRCLED.search(text) or _DOTTED_ITEMS.fullmatch(bare) or _PRODUCT_ITEMS.fullmatch(bare))
 
 
 def _separate(text: str) -> str:
     """Write a semicolon between formulas that follow each other without a word, as in `$$7$$ $$10$$`."""
     formulas = list(_FORMULA.finditer(text))
     for first, second in reversed(list(itertools.pairwise(formulas))):
-        values = _VALUE_START.match(first["content"]) and _VALUE_START.match(second["content"])
-        # $2$ $\sqrt{3}$ may be a product.
-        plain = second["dollars"] == "$$" or not re.match(r"\s*[-+]?\s*[\\(]", second["content"])
-        if values and plain and _BETWEEN_FORMULAS.fullmatch(text[first.end() : second.start()]):
+        if second["dollars"] == "$$":
+            negative = re.match(r"\s*-\s*\S", second["content"])
+            apart = (negative or not _GOES_ON.match(second["content"])) and not _ENDS_OPEN.search(first["content"])
+        else:
+            # $2$ $\sqrt{3}$ may be a product.
+            values = _VALUE_START.match(first["content"]) and _VALUE_START.match(second["content"])
+            apart = values and not re.match(r"\s*[-+]?\s*[\\(]", second["content"])
+        if apart and _BETWEEN_FORMULAS.fullmatch(text[first.end() : second.start()]):
             text = f"{text[: second.start()]};{text[second.start() :]}"
     return text
 
