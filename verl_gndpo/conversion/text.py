@@ -224,12 +224,13 @@ def plain_choices(choices: tuple[object, ...]) -> tuple[str, ...]:
     "A. 5" and "(A) 5" become "5".
 
     Raises:
-        DroppedRow: a choice is not text.
+        DroppedRow: a choice is neither text nor a number.
     """
     plain = []
     for number, choice in enumerate(choices):
         letter = chr(ord("A") + number)
-        text = checked_text(choice, "choice").strip()
+        number = isinstance(choice, int | float) and not isinstance(choice, bool)
+        text = checked_text(f"{choice:g}" if number else choice, "choice").strip()
         plain.append(re.sub(rf"^(?:\({letter}\)|{letter}[.:、)．：])\s*(?=\S)", "", text))
     return tuple(plain)
 

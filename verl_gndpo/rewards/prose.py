@@ -37,7 +37,8 @@ _CHOOSES = [
         rf"(?:^|[,;:]|\b(?i:only|so|that|hence|thus|therefore))\s*({_LABEL})\s+(?:is|must\s+be|would\s+be)\s+"
         rf"(?:indeed\s+|clearly\s+|therefore\s+)*(?:the\s+(?:correct|right|best|closest)(?:\s+(?:answer|one|{_OPTION}))?"
         r"|the\s+answer|(?:correct|right))(?=\s*[.,;]|\s*$|\s+(?:because|since|as|here)\b)",
-        rf"\b(?i:choose|select|pick|go\s+with|opt\s+for)\s+(?:the\s+)?(?:{_OPTION}|answer)?\s*({_LABEL})(?!\s+[a-z])",
+        rf"\b(?i:choose|select|pick|go\s+with|opt\s+for)\s+(?:the\s+)?(?:{_OPTION}|answer)?\s*({_LABEL})(?!\s+(?!(?:because|since|over)\b)[a-z])",
+        rf"\bmak(?:es|ing)\s+(?:{_OPTION}\s+)?({_LABEL})\s+the\s+(?:correct|right|best)\b",
         rf"\b(?:correspond(?:s|ing)?\s+to|match(?:es|ing)?|is|as|with|by|in)\s+(?:the\s+)?{_OPTION}\s+({_LABEL})",
         rf"\bshould\s+be\s+(?:{_OPTION}\s+)?({_LABEL})(?=\s*(?:[.,;:]|$))",
         rf"\b(?i:so|thus|therefore|hence)\b,?\s+(?:it\s+is\s+|it's\s+)?(?:{_OPTION}\s+)?({_LABEL})(?=\s*(?:[.,;:]|$))",
@@ -47,13 +48,14 @@ _CHOOSES = [
 _ANY_LABEL = re.compile(rf"\b(?i:{_OPTION})\s+({_LABEL})|(?<![\w)}}\\])(\((?:[A-J])\))")
 _ONLY_LABEL = re.compile(rf"(?:{_OPTION}\s+)?({_LABEL})[.:)]?(?:\s+\S.{{0,60}})?")
 _DOUBT = re.compile(
-    r"\b(?:not|n't|cannot|neither|nor|unable|impossible|incorrect|wrong|false|unclear|let'?s|let us|suppose|assume"
+    r"\b(?:not|n't|cannot|unlikely|doubtful|tempting|neither"
+    r"|nor|unable|impossible|incorrect|wrong|false|unclear|let'?s|let us|suppose|assume"
     r"|if|whether|check|wait|maybe|perhaps|might|try|(?:answer|option|choice|it)\s+could|but|however|except)\b|n't\b|[?？]|不",
     re.I,
 )
 _REASON = re.compile(
     r"\s*(?:[,;–—]|\s-)?\s+(?:because|since|as|which|where|due\s+to|based\s+on|given\s+that|so\s+that|according\s+to)\b.*"
-    r"|\s*,\s*(?:not|rather\s+than|instead\s+of|with|while|whereas|although|though|but|so|and\s+(?:the|it|this|therefore))\b.*|,?\s*\bi\.e\..*|\s+and\s+not\b.*|，?因为.*",
+    r"|\s*,\s*(?:not|rather\s+than|instead\s+of|with|while|whereas|although|though|but|so|and\s+(?:the|it|this|therefore))\b.*|,?\s*\bi\.e\..*|\s+and\s+not\b.*|，?因为.*|(?<=[A-J])\s*选项.*",
     re.I | re.S,
 )
 _CONTRAST = re.compile(r"(?:\s*,\s*|\s+and\s+)(?:not|rather\s+than|instead\s+of)\b[^,]*?(?=\.?\s*$)")
@@ -65,11 +67,16 @@ _MATH = re.compile(
     r"(?P<dollars>\$\$?)(?P<a>[^$]+?)(?P=dollars)|\\\[(?P<b>.+?)\\\]|\\\((?P<c>.+?)\\\)|(?P<d>\\begin\{([a-z]*matrix)\}.*?\\end\{\6\})",
     re.S,
 )
+_VERDICT = re.compile(r"(yes|no|true|false)\s*[,，;]", re.I)
 _QUOTED = re.compile(r"[\"'“‘]([^\"'“”‘’]+)[\"'”’]")
-_VERB = re.compile(r".*(?:\b(?:is|are|was|be|equals|equal\s+to|it's|that's|get|have|obtain)\b|=|[:：])\s*", re.I | re.S)
+_VERB = re.compile(
+    r".*(?:\b(?:is|are|was|be|equals|equal\s+to|it's|that's|get|have|obtain|gives|yields)\b|=|[:：]|[为是]|等于)\s*",
+    re.I | re.S,
+)
 # A verb with a value after it. An equals sign after a number goes on with the same value.
 _GIVES = re.compile(
-    r"(?:\b(?:is|are|was|equals|equal\s+to|it's|get|have|obtain)\b|(?<!\d)(?<!\d\s)=|[:：])\s*(?=[-(√]*\d)", re.I
+    r"(?:\b(?:is|are|was|equals|equal\s+to|it's|get|have|obtain|gives|yields)\b|(?<!\d)(?<!\d\s)=|[:：])\s*(?=[-(√]*\d)",
+    re.I,
 )
 _THEREFORE = re.compile(r"\b(?:so|thus|therefore|hence)\b,?\s*", re.I)
 _PREMISE = re.compile(r"(?:since|because|as|when|with|given|for|using|from|by)\b", re.I)
@@ -123,6 +130,8 @@ def stated(text: str) -> list[str]:
     if not sentences:
         return []
     short = [tail.strip()] if len(tail.strip()) <= SHORT_CHARS else []
+    if short and (verdict := _VERDICT.match(short[0])):
+        return [*short, verdict[1]]
     return short + [reading for reading in _from_last_line(tail.strip(), sentences[-1].strip()) if reading not in short]
 
 

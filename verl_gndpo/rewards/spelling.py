@@ -52,6 +52,7 @@ _SYMBOLS = str.maketrans(
         "∩": r"\cap ",
         "∈": r"\in ",
         "∠": r"\angle ",
+        "∴": " ",
         "△": r"\triangle ",
         "∶": ":",
         "、": ",",
@@ -190,7 +191,7 @@ def _separate(text: str) -> str:
         else:
             # $2$ $\sqrt{3}$ may be a product.
             values = _VALUE_START.match(first["content"]) and _VALUE_START.match(second["content"])
-            apart = values and not re.match(r"\s*[-+]?\s*[\\(]", second["content"])
+            apart = bool(values) and not re.match(r"\s*[-+]?\s*[\\(]", second["content"])
         if apart and _BETWEEN_FORMULAS.fullmatch(text[first.end() : second.start()]):
             text = f"{text[: second.start()]};{text[second.start() :]}"
     return text
