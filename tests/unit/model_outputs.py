@@ -10,6 +10,7 @@ WORDS = ["The red bar", "The blue bar", "The green bar", "Insufficient informati
 SHAPES = ["Square", "Rhombus", "Rectangle", "No correct answer"]
 RATIOS = ["2:1", "3:2", "4:3", "5:2"]
 VERDICTS = ["Yes", "No", "Cannot be determined"]
+HEIGHTS = ["16 m", "18 m", "20 m", "24 m"]
 NONE: list[str] = []
 
 # Multiple choice.
@@ -462,4 +463,31 @@ TRAP_OUTPUTS = [
     ("math", "45", NONE, "The answer is around 45 or 50.", False),
     ("math", "45", NONE, "It was 45 before, and now it is 54.", False),
     ("math", "45", NONE, "45 is wrong; the angle is 54.", False),
+    ("choice", "B", HEIGHTS, "Hence, the height of the tower is 18 m, matching choice B.", True),
+    ("choice", "B", HEIGHTS, "Since tan 45° = 1, the tower is 18 m tall. (B)", True),
+    ("choice", "B", HEIGHTS, "Option B: 18 m.", True),
+    ("choice", "B", HEIGHTS, "The answer must be (B) 18 m.", True),
+    ("choice", "B", HEIGHTS, "**Correct Answer: B. 18 m**", True),
+    ("choice", "B", HEIGHTS, "According to the diagram, the correct answer would be B.", True),
+    ("choice", "B", HEIGHTS, "The tower's height is therefore \\(18\\) m.", True),
+    ("choice", "B", HEIGHTS, "The only option consistent with this is B.", True),
+    ("choice", "B", HEIGHTS, "✅ Answer: B", True),
+    ("choice", "B", HEIGHTS, "Answer: **(B)** 18 m", True),
+    ("choice", "B", HEIGHTS, "I believe the answer is B.", True),
+    ("choice", "B", HEIGHTS, "So, the final answer is option B, 18 m.", True),
+    ("choice", "B", HEIGHTS, "故本题选B.", True),
+    ("choice", "B", HEIGHTS, "The tower is taller than 18 m.", False),
+    ("choice", "B", HEIGHTS, "Options A and B are both too small.", False),
+    ("choice", "B", HEIGHTS, "B is too small, so C.", False),
+    ("choice", "B", HEIGHTS, "The answer is (A), since (B) ignores the base.", False),
+    ("choice", "B", HEIGHTS, "With height 18 m the angle would be 50°, so the answer is D.", False),
+    ("choice", "B", HEIGHTS, "A: 16 m is too small. B: 18 m is too small. So C.", False),
+    ("math", "-4", NONE, "The minimum value is -4.", True),
+    ("math", "-4", NONE, "Minimum: −4", True),
+    ("math", "-4", NONE, "The minimum value of $f$ is $-4$, reached at $x = 2$.", True),
+    ("math", "2", NONE, "The minimum value of $f$ is $-4$, reached at $x = 2$.", False),
+    ("math", "-4", NONE, "The minimum is 4.", False),
+    ("math", "x<2", NONE, "The solution is $x<2$.", True),
+    ("math", "x<2", NONE, "Thus x < 2.", True),
+    ("math", "x<2", NONE, "Thus x > 2.", False),
 ]

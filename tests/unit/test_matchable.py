@@ -4,6 +4,7 @@
 import pytest
 
 from verl_gndpo.conversion.matchable import is_matchable, natural_forms
+from verl_gndpo.conversion.text import plain_choices
 
 MATCHABLE = [
     ("5", "math"),
@@ -49,3 +50,7 @@ def test_a_choice_counts_by_letter_and_text():
 
 def test_forms_are_what_a_model_would_write():
     assert list(natural_forms("$$\\frac{1}{4}{}^\\circ$$", []))[:3] == ["1/4", "0.25", "1/4\u00b0"]
+
+
+def test_choices_may_be_numbers():
+    assert plain_choices((1, 2.5, "B. 3")) == ("1", "2.5", "B. 3")

@@ -58,7 +58,11 @@ _REASON = re.compile(
     r"|\s*,\s*(?:not|rather\s+than|instead\s+of|with|while|whereas|although|though|but|so|and\s+(?:the|it|this|therefore))\b.*|,?\s*\bi\.e\..*|\s+and\s+not\b.*|，?因为.*|(?<=[A-J])\s*选项.*",
     re.I | re.S,
 )
-_CONTRAST = re.compile(r"(?:\s*,\s*|\s+and\s+)(?:not|rather\s+than|instead\s+of)\b[^,]*?(?=\.?\s*$)")
+# What a sentence adds to its conclusion: "12, not 13" and "-4, reached at x = 2".
+_CONTRAST = re.compile(
+    r"(?:(?:\s*,\s*|\s+and\s+)(?:not|rather\s+than|instead\s+of)"
+    r"|\s*,\s*(?:reached|attained|achieved|obtained|found|occurring|when|where|with|at|for))\b[^,]*?(?=\.?\s*$)"
+)
 _NAMED_IN_REASON = re.compile(
     rf"\b(?:which|this|so\s+it)\s+(?:is|matches|corresponds\s+to|is\s+given\s+by|makes)\s+(?:the\s+)?(?:{_OPTION}\s+)?({_LABEL})(?!\s+[a-z])"
 )
@@ -227,6 +231,8 @@ def _after_verb(sentence: str) -> str:
     """Return what follows the verb of a sentence, or the sentence if it starts with a label or gives several values."""
     clause = _clause(sentence)
     verb = _VERB.match(clause)
+    if verb is None and not _STARTS_WITH_LABEL.match(sentence):
+        return clause
     if verb is None or _STARTS_WITH_LABEL.match(sentence) or _gives_several(_MATH.sub("0", clause)):
         return sentence
     after = _RELATIVE.sub("", clause[verb.end() :])
