@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps what the signal carries from step to step in the folder of a step's checkpoint."""
+"""Keeps what verl does not in the folder of a step's checkpoint: the state of the signal, and which run it is from."""
 
+import importlib.metadata
 import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from verl_gndpo.advantage import SignalState
+from verl_gndpo.advantage import Signal, SignalState
+from verl_gndpo.config import teacher_paths
 
 FILE = "gndpo_signal_state.json"
+RUN_FILE = "gndpo_run.json"
+"""Says of which run a checkpoint is: models, data, signal, log and versions."""
 
 
 def step_folder(trainer: Any, step: int) -> Path:
@@ -29,11 +35,7 @@ def save_state(folder: str | Path, state: SignalState) -> None:
         folder: of the step's checkpoint; made if missing.
         state: what to write.
     """
-    path = Path(folder) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(state)))
-    temporary.replace(path)
+    _write(Path(folder) / FILE, asdict(state))
 
 
 def load_state(folder: str | Path) -> SignalState | None:
@@ -49,3 +51,63 @@ def load_state(folder: str | Path) -> SignalState | None:
         return SignalState(**{name: float(value) for name, value in json.loads(path.read_text()).items()})
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no state of the signal: {error}; without it the average starts anew") from error
+
+
+def save_run(folder: str | Path, run: Mapping[str, Any]) -> None:
+    """Write what `describe_run` returns, completely or not at all.
+
+    Args:
+        folder: of the step's checkpoint; made if missing.
+    """
+    _write(Path(folder) / RUN_FILE, run)
+
+
+def load_run(folder: str | Path) -> dict[str, Any] | None:
+    """Return what `save_run` wrote; None if the checkpoint has none, or it is damaged."""
+    try:
+        return json.loads((Path(folder) / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def describe_run(config: Any, signal: Signal) -> dict[str, Any]:
+    """Return what the description of a model that was trained in a run has to say of it.
+
+    Args:
+        config: verl's whole config.
+        signal: `algorithm.gndpo`, resolved.
+    """
+    stages = asdict(signal) | {"parameters": dict(signal.parameters)}
+    return {
+        "base": config.actor_rollout_ref.model.path,
+        "teachers": list(dict.fromkeys(model.path for model in teacher_paths(config).values())),
+        "train_files": _as_list(config.data.train_files),
+        "val_files": _as_list(config.data.val_files),
+        "estimator": config.algorithm.adv_estimator,
+        "signal": {name: value for name, value in stages.items() if value not in ({}, math.inf)},
+        "policy_loss": config.actor_rollout_ref.actor.policy_loss.loss_mode,
+        "log": _log_of(config.trainer),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("verl", "verl-gndpo", "transformers", "torch")
+        },
+    }
+
+
+def _log_of(trainer: Any) -> str | None:
+    """Return the file to which verl's file logger writes in this process; None if the run does not use it."""
+    if "file" not in _as_list(trainer.logger):
+        return None
+    folder = os.path.join(os.path.expanduser(os.environ.get("VERL_FILE_LOGGER_ROOT", ".")), trainer.project_name)
+    named = os.path.join(folder, f"{trainer.experiment_name}.jsonl")
+    return os.path.abspath(os.environ.get("VERL_FILE_LOGGER_PATH", named))
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(path)

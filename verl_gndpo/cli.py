@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -153,6 +153,65 @@ def plan(
     typer.echo(json.dumps(made.as_dict(), indent=1) if as_json else describe(made))
     if not made.chosen.fits:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A folder global_step_N of verl, its actor, or the run's folder (newest step)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new folder. It must not exist.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write LoRA adapters for peft. Default: merge them into the weights.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Model that training started from. Default: as the checkpoint says."),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option("--dtype", help="Type of the weights. float32 keeps the trained weights exactly."),
+    ] = "bfloat16",
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            "--log", help="Log of verl's file logger, for the model card. Default: the run's, if it is found."
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+) -> None:
+    """Write a checkpoint of verl as a Hugging Face folder, load it again, and compare it with the checkpoint.
+
+    Exit code 0: the folder is complete and equal to the checkpoint. 1: it is not, and nothing is written.
+    """
+    with warnings.catch_warnings():
+        # verl warns about every training engine that is not installed.
+        warnings.simplefilter("ignore")
+        # verl first: its plugin makes torchvision importable on machines without an accelerator.
+        import verl  # noqa: F401
+
+        from verl_gndpo.export.command import export as run
+        from verl_gndpo.export.folders import ExportError
+
+        try:
+            run(
+                checkpoint,
+                out,
+                adapter=adapter,
+                base=base,
+                dtype=dtype,
+                log=log,
+                trust_remote_code=trust_remote_code,
+                say=typer.echo,
+            )
+        except ExportError as error:
+            typer.echo(f"error   {error}", err=True)
+            raise typer.Exit(1) from error
 
 
 @app.command(

@@ -24,7 +24,7 @@ from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_to_nested
 
 from verl_gndpo.advantage import SignalState, Trace
-from verl_gndpo.checkpoint import load_state, save_state, step_folder
+from verl_gndpo.checkpoint import describe_run, load_state, save_run, save_state, step_folder
 from verl_gndpo.config import (
     GNDPOConfig,
     Signal,
@@ -299,9 +299,12 @@ class GNDPOTrainerMixin(_Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
+        # Before verl's files, the last of which says that the checkpoint is complete.
+        folder = step_folder(self.config.trainer, self.global_steps)
+        if self.uses_gndpo:
+            save_run(folder, describe_run(self.config, self._gndpo.signal))
         if self.signal_state is not None:
-            # Before verl's files, the last of which says that the checkpoint is complete.
-            save_state(step_folder(self.config.trainer, self.global_steps), self.signal_state)
+            save_state(folder, self.signal_state)
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:

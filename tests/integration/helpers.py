@@ -124,21 +124,22 @@ def hugging_face_distributions(
     return log_probs
 
 
-def start_actor(path, packed: bool, max_tokens: int = 4096, attention: str = "sdpa", **model) -> TrainingWorker:
+def start_actor(
+    path, packed: bool, max_tokens: int = 4096, attention: str = "sdpa", strategy: str = "fsdp2", **model
+) -> TrainingWorker:
     """Start verl's own FSDP engine, as the actor that computes `old_log_probs`; `model` are settings of the model."""
     worker = TrainingWorker(
         TrainingWorkerConfig(
             model_type="language_model",
             model_config=HFModelConfig(
                 path=str(path),
-                load_tokenizer=False,
                 use_remove_padding=packed,
                 enable_gradient_checkpointing=False,
                 override_config={"attn_implementation": attention},
-                **model,
+                **({"load_tokenizer": False} | model),
             ),
             engine_config=FSDPEngineConfig(
-                strategy="fsdp2",
+                strategy=strategy,
                 model_dtype="float32",
                 mixed_precision={"param_dtype": "float32", "reduce_dtype": "float32", "buffer_dtype": "float32"},
                 use_torch_compile=False,

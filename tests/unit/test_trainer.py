@@ -8,10 +8,11 @@ import pytest
 import torch
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.tracking import FileLogger
 
 from verl_gndpo import trainer as trainer_module
 from verl_gndpo.advantage import SignalState
-from verl_gndpo.checkpoint import FILE, load_state, save_state
+from verl_gndpo.checkpoint import FILE, RUN_FILE, load_run, load_state, save_state
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.trainer import GNDPOTrainerMixin, step_order
 
@@ -148,7 +149,7 @@ def test_the_average_survives_a_resume(make_checkpointing, tmp_path):
     trainer._save_checkpoint()
     # It was there before verl said that the checkpoint was complete.
     assert trainer.saved == [trainer.signal_state]
-    assert [path.name for path in (tmp_path / "global_step_7").iterdir()] == [FILE]
+    assert sorted(path.name for path in (tmp_path / "global_step_7").iterdir()) == sorted([FILE, RUN_FILE])
 
     resumed = make_checkpointing(*EMA)
     assert resumed.signal_state == SignalState()
@@ -173,12 +174,31 @@ def test_without_a_saved_average_it_starts_anew_and_says_so(make_checkpointing, 
     assert not caplog.text
 
 
-def test_other_scales_leave_no_file_and_read_none(make_checkpointing, tmp_path, caplog):
+def test_other_scales_leave_no_state_and_read_none(make_checkpointing, tmp_path, caplog):
     trainer = make_checkpointing("algorithm.adv_estimator=gndpo")
     trainer.global_steps = 7
     trainer._save_checkpoint()
     trainer._load_checkpoint()
-    assert trainer.signal_state is None and not list(tmp_path.iterdir()) and not caplog.text
+    assert trainer.signal_state is None and not caplog.text
+    assert [path.name for path in tmp_path.rglob("*.*")] == [RUN_FILE]
+
+
+def test_a_checkpoint_says_of_which_run_it_is(make_checkpointing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # verl's own logger makes the file that has to be found.
+    monkeypatch.setenv("VERL_FILE_LOGGER_ROOT", "logs")
+    FileLogger("project", "one").finish()
+    (log,) = tmp_path.rglob("*.jsonl")
+    several = ("teacher.model.path=null", "+teacher.models.a.path=A", "+teacher.models.b.path=B")
+    files = ("data.train_files=[x.parquet,y.parquet]", "data.val_files=z.parquet", "actor_rollout_ref.model.path=S")
+    files += ("trainer.logger=[console,file]", "trainer.project_name=project", "trainer.experiment_name=one")
+    trainer = make_checkpointing("algorithm.adv_estimator=log_odds_opd", *several, *files)
+    trainer.global_steps = 7
+    trainer._save_checkpoint()
+    run = load_run(tmp_path / "global_step_7")
+    assert (run["base"], run["teachers"], run["estimator"]) == ("S", ["A", "B"], "log_odds_opd")
+    assert (run["train_files"], run["val_files"]) == (["x.parquet", "y.parquet"], ["z.parquet"])
+    assert run["log"] == str(log) and run["signal"]["bound"] and run["versions"]["verl"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"ema_variance": "a"}', '{"mean": 1.0}'])

@@ -9,6 +9,7 @@ on somewhat different inputs.
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from huggingface_hub import constants as hub
 
+from verl_gndpo.export.folders import find_actor
 from verl_gndpo.families import family_of
 from verl_gndpo.platforms import torchvision_ops
 
@@ -135,6 +137,8 @@ def check_model_folder(path: str, role: str) -> None:
         raise ModelNotFound(_describe_folder(folder, role))
     weights = [p for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern)]
     if not weights:
+        if find_actor(folder) is not None:
+            raise ModelNotFound(_describe_folder(folder, role))
         raise ModelNotFound(f"{role} folder {path} has a config.json but no weights (*.safetensors or *.bin)")
     for index in folder.glob("*.index.json"):
         shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
@@ -147,14 +151,14 @@ def check_model_folder(path: str, role: str) -> None:
 
 
 def _describe_folder(folder: Path, role: str) -> str:
-    """Say what a folder without config.json holds, and how it becomes a model."""
-    for actor in (folder, folder / "actor"):
-        if any(actor.glob("model_world_size_*_rank_*.pt")):
-            return (
-                f"{role} folder {folder} is a checkpoint of verl, whose shards have to be merged: python -m "
-                f"verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir {actor}/merged, and then "
-                f"give {actor}/merged"
-            )
+    """Say what a folder that is no whole model holds, and how it becomes one."""
+    actor = find_actor(folder)
+    if actor is not None:
+        out = (actor.parent if actor.name == "actor" else actor) / "exported"
+        return (
+            f"{role} folder {folder} is a checkpoint of verl, which has to be exported: verl-gndpo export "
+            f"{shlex.quote(str(folder))} --out {shlex.quote(str(out))}, and then give {out}"
+        )
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"

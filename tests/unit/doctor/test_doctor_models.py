@@ -197,15 +197,6 @@ def test_a_processor_that_verl_can_t_use_matters_only_with_images(make_config, t
     expect(check_models(make_config(path, teacher=student)), "error", "images would be lost")
 
 
-def test_a_folder_that_has_to_be_merged_first_names_the_command(make_config, tmp_path):
-    checkpoint = tmp_path / "global_step_3" / "actor"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "model_world_size_2_rank_0.pt").touch()
-    command = f"python -m verl.model_merger merge --backend fsdp --local_dir {checkpoint} --target_dir"
-    for folder in (checkpoint, checkpoint.parent):
-        expect(check_models(make_config(teacher=folder)), "error", "is a checkpoint of verl", command)
-
-
 def test_adapters_are_merged_by_the_command_that_the_error_names(make_config, student, tmp_path):
     import peft
     from transformers import AutoModelForImageTextToText

@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor's remedies that are overrides: each is applied as it stands, and its finding is gone."""
+"""The doctor's remedies that are overrides or commands: each is applied as it stands, and its finding is gone."""
 
 import ast
+import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
+import torch
 from omegaconf import OmegaConf
+from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
 
 import verl_gndpo.doctor
 from tests.unit.doctor.helpers import OURS, write_sources
+from verl_gndpo.cli import app
+from verl_gndpo.doctor.inputs import Inputs
+from verl_gndpo.doctor.models import check_models
 from verl_gndpo.doctor.run import run_checks
 
 OVERRIDE = re.compile(r"\+{0,2}((?:[a-z_0-9]+\.)*[a-z_0-9]+)=([^\s,;=][^\s,;]*)")
@@ -86,6 +96,41 @@ def test_a_source_without_a_grader_gets_ours(make_config, on_cpu, tmp_path):
     applied = [f"{key}={value}" for key, value in OVERRIDE.findall(check.remedy)]
     assert check.status == "error" and len(applied) == 2
     assert not check_rewards(Inputs(make_config(*applied)))
+
+
+@pytest.mark.parametrize("given", [".", "actor", "actor/huggingface", ".."])
+def test_a_checkpoint_becomes_a_model_by_the_command_that_the_error_names(make_config, student, tmp_path, given):
+    """Each folder of a checkpoint of a LoRA run is refused as a teacher, and what the command makes is accepted."""
+    step = tmp_path / "my run" / "global_step_7"
+    trained = write_lora_checkpoint(student, step)
+    (step.parent / "latest_checkpointed_iteration.txt").write_text("7")
+    config = make_config(teacher=(step / given).resolve())
+    (check,) = [c for c in check_models(Inputs(config)) if c.status == "error"]
+    assert "is a checkpoint of verl" in check.detail
+    command, out = re.search(r"exported: (verl-gndpo export .+), and then give (.+)$", check.detail).groups()
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+    assert not [c for c in check_models(Inputs(make_config(teacher=out))) if c.status == "error"]
+    # It is the trained model, which verl's own merger would lose.
+    merged = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).state_dict()
+    for name, weight in trained.items():
+        torch.testing.assert_close(merged[name], weight.bfloat16().float(), rtol=0, atol=1e-2)
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    base = AutoModelForImageTextToText.from_pretrained(student, dtype=torch.float32).state_dict()
+    assert (trained[name] - base[name]).abs().max() > 0.1
+
+
+def write_lora_checkpoint(base, step):
+    """Write a checkpoint of one rank as verl does, and return the weights with merged adapters."""
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    settings = peft.LoraConfig(r=2, lora_alpha=64, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings)
+    actor = step / "actor"
+    shutil.copytree(base, actor / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(adapted.state_dict(), actor / "model_world_size_1_rank_0.pt")
+    (actor / "lora_train_meta.json").write_text(json.dumps({"r": 2, "lora_alpha": 64, "task_type": "CAUSAL_LM"}))
+    (actor / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 1, "world_size": 1}))
+    return adapted.merge_and_unload().state_dict()
 
 
 def test_every_setting_that_a_remedy_names_is_applied_here_or_elsewhere(make_config):
