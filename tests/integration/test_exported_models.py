@@ -3,6 +3,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from verl_gndpo.export.folders import ExportError
 
 IMAGES = {"qwen2_5_vl": [1, 0, 2], "qwen3_vl": [1, 0, 2], "internvl": [1, 0, 2], "qwen2": [0, 0, 0]}
 LENGTHS = [[5, 2], [9], [7]]
+PROMPT = list(range(20, 40))
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def test_the_card_says_what_the_run_was(made, tmp_path):
     assert "without" not in exported(step, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: org/student\n" in card
+    assert "\n# out\n" in card
     rows = ["base model | org/student", "teacher | org/teacher", "training data | a.parquet", "signal | gndpo"]
     rows += ["steps | 7", "accuracy on geo | 5 | 0.25"]
     assert all(f"| {row} |" in card for row in rows), card
@@ -226,3 +230,25 @@ def test_export_error_is_one_line(made, tmp_path):
     with pytest.raises(ExportError, match="holds no LoRA adapters") as caught:
         command.export(made[CASES[-1]].step, tmp_path / "out", adapter=True)
     assert "\n" not in str(caught.value)
+
+
+def test_vllm_answers_as_transformers_does(made, tmp_path):
+    """With merged adapters. vLLM runs in a process of its own, as it changes much in its process."""
+    exported(made[ADAPTERS[0]].step, tmp_path / "out", "--dtype", "float32")
+    code = (
+        "from vllm import LLM, SamplingParams\n"
+        "if __name__ == '__main__':\n"
+        f"    model = LLM({str(tmp_path / 'out')!r}, dtype='float32', enforce_eager=True, max_model_len=128,\n"
+        "                gpu_memory_utilization=0.1)\n"
+        "    greedy = SamplingParams(temperature=0, max_tokens=8, repetition_penalty=1.0)\n"
+        f"    (answer,) = model.generate([{{'prompt_token_ids': {PROMPT}}}], greedy)\n"
+        "    print('tokens:', *answer.outputs[0].token_ids)\n"
+    )
+    (tmp_path / "serve.py").write_text(code)
+    done = subprocess.run([sys.executable, str(tmp_path / "serve.py")], capture_output=True, text=True, timeout=300)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("tokens:")] or [done.stderr[-2000:]]
+    ids = torch.tensor([PROMPT])
+    greedy = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        output = helpers.load(tmp_path / "out").generate(ids, attention_mask=ids**0, generation_config=greedy)
+    assert line.split()[1:] == [str(token) for token in output[0, len(PROMPT) :].tolist()]

@@ -5,11 +5,15 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 
-from verl_gndpo.platforms import cpu, without_accelerator
+from verl_gndpo.platforms import cpu, every_interpreter, without_accelerator
+
+REPO = Path(__file__).parents[2]
 
 needs_cpu_torch = pytest.mark.skipif(
     not without_accelerator(), reason="torch is built for an accelerator here, and the plugin leaves verl as it is"
@@ -92,6 +96,28 @@ def test_interpreters_that_vllm_starts_can_import_torchvision(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert result.stdout.strip() == "yes", result.stderr
+
+
+@needs_cpu_torch
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_environment_in_which_every_interpreter_can_import_a_processor(tmp_path, installed):
+    """Without verl. The second case shows that something else does not make it importable already."""
+    if installed:
+        every_interpreter.install(tmp_path)
+    # -S: no sitecustomize and no .pth file but ours.
+    code = (
+        f"import site, sys; sys.path += {[str(REPO), sysconfig.get_path('purelib')]}; "
+        f"site.addsitedir({str(tmp_path)!r}); from transformers import AutoProcessor; print('verl' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.strip() == ("False" if installed else ""), result.stderr
+
+
+def test_an_environment_without_this_package_starts_as_before(tmp_path):
+    every_interpreter.install(tmp_path)
+    code = f"import site; site.addsitedir({str(tmp_path)!r})"
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path, env={})
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @needs_cpu_torch

@@ -75,11 +75,14 @@ def _read_metrics(path: Path, step: int | None) -> dict[str, tuple[int, float]]:
     return found
 
 
-def write_card(out: Path, checkpoint: Checkpoint, facts: Facts, adapter: bool, dtype: str, sees: bool) -> None:
+def write_card(
+    folder: Path, name: str, checkpoint: Checkpoint, facts: Facts, adapter: bool, dtype: str, sees: bool
+) -> None:
     """Write README.md.
 
     Args:
-        out: the folder of the model.
+        folder: of the model.
+        name: of the model.
         adapter: the folder holds adapters instead of a whole model.
         dtype: of its weights.
         sees: whether the model takes images.
@@ -108,7 +111,7 @@ def write_card(out: Path, checkpoint: Checkpoint, facts: Facts, adapter: bool, d
         yaml.safe_dump(head, sort_keys=False).strip(),
         "---",
         "",
-        f"# {out.name}",
+        f"# {name}",
         "",
         *(
             [f"Distilled on its own answers with verl and verl-gndpo from {_join(run.get('teachers'))}."]
@@ -125,7 +128,7 @@ def write_card(out: Path, checkpoint: Checkpoint, facts: Facts, adapter: bool, d
         lines += ["| metric | step | value |", "|---|---|---|"]
         lines += [f"| {_cell(name)} | {step} | {value:.4g} |" for name, (step, value) in facts.metrics.items()]
         lines.append("")
-    (out / "README.md").write_text("\n".join(lines))
+    (folder / "README.md").write_text("\n".join(lines))
 
 
 def _join(values: list[str] | None) -> str:

@@ -90,8 +90,7 @@ def export(
             del weights
             model = model.float().eval()
         difference = check_answers(rounded, ask(model, temporary, trust_remote_code), "what was written")
-        write_card(temporary, checkpoint, facts, adapter, dtype, sees)
-        # Its own name goes into the card.
+        write_card(temporary, out.name, checkpoint, facts, adapter, dtype, sees)
         os.rename(temporary, out)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{out} can't be written: {' '.join(str(error).split())}") from error
