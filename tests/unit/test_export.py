@@ -59,6 +59,18 @@ def test_an_intact_checkpoint_is_exported(step, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_the_attention_of_the_training_is_not_needed(step, tmp_path):
+    """verl writes it into the config, and it may need a GPU."""
+
+    def change(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "flash_attention_2"}))
+
+    spoil(step, "huggingface/config.json", change)
+    result = run(step, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "attention_2" not in (tmp_path / "out" / "config.json").read_text()
+
+
 def test_a_missing_rank(step, tmp_path):
     spoil(step, "model_world_size_2_rank_1.pt", lambda path: path.unlink())
     line = refused(tmp_path / "out", step)

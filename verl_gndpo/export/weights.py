@@ -158,10 +158,9 @@ def write_model(merger: FSDPModelMerger, weights: dict[str, torch.Tensor], dtype
     path = Path(merger.config.target_dir) / "config.json"
     config = json.loads(path.read_text())
     for section in _sections(config):
-        # The merger writes bfloat16, whatever it is given. The attention is a choice of the training, for its machine.
+        # The merger writes bfloat16, whatever it is given.
         if "dtype" in section:
             section["dtype"] = str(dtype).removeprefix("torch.")
-        section.pop("attn_implementation", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
