@@ -8,7 +8,7 @@ from typing import Any
 
 from verl_gndpo.conversion import DroppedRow, Problem, Recipe, main
 
-KINDS = {"float": "number", "multiple choice": "choice", "text": "text"}
+KINDS = {"float": "number", "int": "number", "integer": "number", "multiple choice": "choice", "text": "text"}
 
 
 def problem(row: dict[str, Any]) -> Problem:
@@ -19,7 +19,7 @@ def problem(row: dict[str, Any]) -> Problem:
         answer=row["ground_truth"],
         images=row["decoded_image"] or row["image"],
         answer_type=KINDS[row["answer_type"]],
-        tolerance=1e-3 if row["answer_type"] == "float" else 0.0,
+        tolerance=1e-3 if KINDS[row["answer_type"]] == "number" else 0.0,
         meta={"subject": row["subject"], "level": row["knowledge_level"]},
     )
 
@@ -31,7 +31,7 @@ RECIPE = Recipe(
     columns=("id", "question", "ground_truth", "answer_type"),
     optional=("decoded_image", "image", "subject", "knowledge_level"),
     problem=problem,
-    answer_types=tuple(KINDS.values()),
+    answer_types=tuple(dict.fromkeys(KINDS.values())),
     rows={f"sample_variant{number}": 501 for number in range(1, 11)},
     download="183 MB",
     placeholders=False,

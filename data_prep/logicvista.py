@@ -9,7 +9,7 @@ from typing import Any
 
 from verl_gndpo.conversion import Problem, Recipe, main
 
-LETTERS = re.compile(r"[A-J](\s*[,;]\s*[A-J])+")
+LETTERS = re.compile(r"[A-Z](\s*[,;]\s*[A-Z])+")
 
 
 def problem(row: dict[str, Any]) -> Problem:

@@ -6,9 +6,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from verl_gndpo.conversion import Problem, Recipe, main, split_choices
-
-IN_THE_PICTURE = "The problem is written in the picture. Solve it."
+from verl_gndpo.conversion import IN_THE_PICTURE, Problem, Recipe, main, split_choices
 
 
 def problem(row: dict[str, Any]) -> Problem:

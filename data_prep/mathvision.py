@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import sys
+from string import ascii_uppercase
 from typing import Any
 
-from verl_gndpo.conversion import DroppedRow, Problem, Recipe, main
+from verl_gndpo.conversion import IN_THE_PICTURE, DroppedRow, Problem, Recipe, main, without_placeholders
 
 
 def problem(row: dict[str, Any]) -> Problem:
     options = row["options"] or []
     if not isinstance(options, list):
         raise DroppedRow("options are not a list", repr(options)[:60])
-    # When the picture shows the choices, the options are only their letters.
-    drawn = all(option.strip(" ().").upper() in tuple("ABCDEFGHIJ") for option in options)
+    # If the picture shows the choices, each option is only its letter, or a placeholder for a part of the picture.
+    labels = [without_placeholders(option).strip(" ().:").upper() for option in options]
+    drawn = all(label in ("", letter) for label, letter in zip(labels, ascii_uppercase, strict=False))
+    question = row["question"]
+    if question and not without_placeholders(question).strip():
+        question += IN_THE_PICTURE
     return Problem(
-        question=row["question"],
+        question=question,
         answer=row["answer"],
         images=row["decoded_image"] or row["image"],
         choices=() if drawn else tuple(options),

@@ -10,12 +10,11 @@ from verl_gndpo.conversion import DroppedRow, Problem, Recipe, main
 
 
 def problem(row: dict[str, Any]) -> Problem:
-    choices, answer, kind = tuple(row["choices"] or ()), row["answer"], None
+    # Of two equal choices one is enough: the question lists what remains, with letters of its own.
+    choices, answer, kind = tuple(dict.fromkeys(row["choices"] or ())), row["answer"], None
     if row["question_type"] == "multi_choice":
-        if choices.count(answer) != 1:
-            raise DroppedRow(
-                "answer names no choice", f"{answer!r} is {choices.count(answer)} of {len(choices)} choices"
-            )
+        if answer not in choices:
+            raise DroppedRow("answer names no choice", f"{answer!r} is none of {len(choices)} choices")
         answer, kind = chr(ord("A") + choices.index(answer)), "choice"
     elif row["answer_type"] in ("integer", "float"):
         kind = "number"

@@ -5,18 +5,46 @@ from __future__ import annotations
 
 import re
 import sys
+from string import ascii_uppercase
 from typing import Any
 
 from verl_gndpo.conversion import DroppedRow, Problem, Recipe, main
 
-# In "A. a; b;B. c" only the semicolon before a letter is a separator.
-SEPARATOR = re.compile(r"\s*[;；]\s*(?=[A-J][.:、．：])")
+# In "A. a; b;B. c", a label follows a separator and precedes a text. Some options lack the semicolon.
+LABEL = r"{before}{letter}[.:、．：]\s*(?=[^\s;；])"
+SEPARATORS = (r"[;；]\s*", r"\s+")
+# "around point ;O." and "angle AB;E." hold separators that some program put before every label-like end of a sentence.
+STRAY = re.compile(r"[;；](?=[A-Z]\.$)")
+NONE_OF_THEM = "No correct answer"
+
+
+def separated(text: str) -> list[str]:
+    """Return the texts of the options in "A. 45° B. 60° ;C. point ;O.;D. none", in order.
+
+    Each label is the first one with the next letter, after a semicolon if possible. The last option, that no other is
+    correct, may have a later letter.
+
+    Raises:
+        DroppedRow: there are fewer than two options, an empty one, or a label out of order.
+    """
+    rest = ";" + text.strip()
+    options: list[str] = []
+    for letter in ascii_uppercase:
+        found = [re.search(LABEL.format(before=before, letter=letter), rest) for before in SEPARATORS]
+        label = found[0] or found[1]
+        if label is None or (not options and label.start() > 0):
+            break
+        options.append(rest[: label.start()])
+        rest = rest[label.end() :]
+    last, *beyond = re.split(LABEL.format(before=SEPARATORS[0], letter="[A-J]"), rest)
+    options = [STRAY.sub("", option.strip(" ;；\n")) for option in [*options[1:], last, *beyond]]
+    if len(options) < 2 or not all(options) or beyond not in ([], [NONE_OF_THEM]):
+        raise DroppedRow("options cannot be separated", text[:60])
+    return options
 
 
 def problem(row: dict[str, Any]) -> Problem:
-    options = tuple(SEPARATOR.split(row["option"].strip()))
-    if len(options) < 2 or [text[:1] for text in options] != list("ABCDEFGHIJ"[: len(options)]):
-        raise DroppedRow("options cannot be separated", row["option"][:60])
+    options = tuple(separated(row["option"]))
     return Problem(
         question=row["question"],
         answer=row["answer"],

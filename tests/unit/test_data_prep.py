@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The core that all converters share: sources, archives, options, repairs, and runs that are cut short."""
 
+import base64
 import json
 import os
 import signal
@@ -11,12 +12,14 @@ import time
 import warnings
 import zipfile
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,10 +27,10 @@ from PIL import Image
 from data_prep import mmk12
 from tests.data_files import ROOT, picture, run_here, write_rows
 from verl_gndpo import conversion
-from verl_gndpo.conversion import ConversionError, SourceError
+from verl_gndpo.conversion import ConversionError, Problem, SourceError
 from verl_gndpo.conversion import images as images_module
 from verl_gndpo.conversion.errors import DroppedRow
-from verl_gndpo.conversion.images import ImageStore
+from verl_gndpo.conversion.images import ImageStore, image_bytes, image_entries
 from verl_gndpo.conversion.lengths import load_measure
 from verl_gndpo.conversion.pipeline import staging
 from verl_gndpo.conversion.prompt import load_prompt
@@ -268,6 +271,154 @@ def test_links_inside_the_source_and_in_the_hubs_cache_are_followed(tmp_path):
     assert ImageStore([snapshot]).read("a.png") == picture(1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PPM", {}),
+        ("PPM", {"mode": "L"}),
+        ("PPM", {"mode": "1"}),
+        ("WEBP", {"lossless": True}),
+        ("GIF", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("MPO", {"save_all": True, "append_images": [Image.new("RGB", (40, 30))]}),
+    ],
+)
+def test_every_format_that_is_listed_is_read(kind, options, tmp_path):
+    data = picture(1, kind=kind, **options)
+    source = write_rows(tmp_path / "train.parquet", [record(1, image={"bytes": data, "path": None})])
+    (report,) = convert(source, tmp_path / "out")
+    assert (report.written, report.repaired) == (1, 1)
+    (row,) = rows_of(tmp_path / "out" / "train.parquet")
+    assert Image.open(BytesIO(row["images"][0]["bytes"])).format == "PNG"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        picture(kind="AVIF"),
+        picture(kind="JPEG2000"),
+        picture(kind="ICO"),
+        b"%PDF-1.4",
+    ],
+    ids=["svg", "avif", "jp2", "ico", "pdf"],
+)
+def test_a_file_of_another_format_is_dropped_with_those_that_are_read(data, tmp_path, capsys):
+    (tmp_path / "a.image").write_bytes(data)
+    source = write_records(tmp_path, "lines", [record(0, image="a.image"), record(1, image="b.png")])
+    (tmp_path / "b.png").write_bytes(picture())
+    (report,) = convert(source, tmp_path / "out")
+    assert (report.written, report.reasons) == (1, {"image does not decode": 1})
+    assert "a.image: it is none of PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM" in capsys.readouterr().err
+
+
+def base64_of(data: bytes, wrapped: bool = False) -> str:
+    return (base64.encodebytes if wrapped else base64.b64encode)(data).decode()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        base64_of(picture(5)),
+        base64_of(picture(5), wrapped=True),
+        base64.urlsafe_b64encode(picture(5)).decode().rstrip("="),
+        f"data:image/png;base64,{base64_of(picture(5))}",
+        {"bytes": base64_of(picture(5)), "path": None},
+        {"bytes": base64_of(picture(5)), "path": "a.png"},
+        {"path": f"data:image/png;base64,{base64_of(picture(5))}"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64_of(picture(5))}"}},
+    ],
+)
+def test_a_base64_image_is_decoded(entry, tmp_path):
+    (report,) = convert(write_records(tmp_path, "lines", [record(0, image=entry)]), tmp_path / "out")
+    assert report.repaired_by.rows == {"image decoded from base64": 1}
+    (row,) = rows_of(tmp_path / "out" / "train.parquet")
+    assert row["images"][0]["bytes"] == picture(5)
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("A" * 4_000_000, "image file is unreadable"),
+        ("/9j/" + "A" * 4_000_000, "image path leads out of the source"),
+        ("iVBORw0KGgo" + "A" * 4_000_000, "image file is unreadable"),
+        ("data:image/png;base64,?" + "A" * 4_000_000, "image does not decode"),
+        ("data:image/svg+xml,<svg/>" + "A" * 4_000_000, "image does not decode"),
+        ({"bytes": "?" + "A" * 4_000_000}, "image does not decode"),
+        ({"bytes": None, "path": "a" * 4_000_000}, "image file is unreadable"),
+    ],
+)
+def test_broken_base64_is_not_printed_whole(entry, reason, tmp_path, capfd):
+    (tmp_path / "0.png").write_bytes(picture())
+    source = write_records(tmp_path, "lines", [record(0, image="0.png"), record(1, image=entry)])
+    (report,) = convert(source, tmp_path / "out")
+    assert (report.written, report.reasons) == (1, {reason: 1})
+    assert sum(map(len, capfd.readouterr())) < 5_000
+
+
+@pytest.mark.parametrize(
+    "url", ["https://example.com/a/1.png", "HTTP://example.com/../1.png", "s3://bucket/1.png", "file:///etc/hostname"]
+)
+@pytest.mark.parametrize("wrap", [str, lambda url: {"path": url}, lambda url: {"image_url": {"url": url}}])
+def test_a_url_is_named_as_one(url, wrap, tmp_path, capsys):
+    (tmp_path / "0.png").write_bytes(picture())
+    source = write_records(tmp_path, "lines", [record(0, image="0.png"), record(1, image=wrap(url))])
+    (report,) = convert(source, tmp_path / "out")
+    assert (report.written, report.reasons) == (1, {"image is a URL": 1})
+    assert f"{url}: download the images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "numbers"),
+    [
+        ({"image": {"bytes": picture(1), "path": None}}, [1]),
+        ({"image": {"bytes": None, "path": "2.png"}}, [2]),
+        ({"type": "image", "image": "2.png"}, [2]),
+        ([{"image": "1.png"}, {"image": "2.png"}], [1, 2]),
+        ([["1.png"], ["2.png"]], [1, 2]),
+        ([[["2.png"]]], [2]),
+        ({"image": ["1.png", "2.png"]}, [1, 2]),
+        ([["1.png", {"bytes": picture(2)}]], [1, 2]),
+    ],
+)
+def test_images_in_lists_and_dictionaries_are_found(images, numbers, tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    repairs: list[str] = []
+    found = [image_bytes(entry, ImageStore([tmp_path]), repairs)[0] for entry in image_entries(images)]
+    assert found == [picture(number) for number in numbers]
+
+
+@pytest.mark.parametrize("images", [None, "", [], [[]], [[], []]])
+def test_a_row_without_images(images):
+    assert image_entries(images) == []
+
+
+@pytest.mark.parametrize("images", [[None], [""], [["0.png"], None], {"image": None}, {"text": "0.png"}, {}])
+def test_an_empty_entry_is_not_skipped(images, tmp_path):
+    (tmp_path / "0.png").write_bytes(picture())
+    with pytest.raises(DroppedRow):
+        [image_bytes(entry, ImageStore([tmp_path]), []) for entry in image_entries(images)]
+
+
+def test_an_image_with_too_many_pixels_is_dropped_before_it_is_decoded(tmp_path, capsys):
+    assert images_module.MAX_IMAGE_PIXELS <= 40_000_000
+    huge = picture(size=(9400, 9400), mode="1")
+    source = write_rows(tmp_path / "train.parquet", [record(0), record(1, image={"bytes": huge, "path": "huge.png"})])
+    (report,) = convert(source, tmp_path / "out")
+    assert (report.written, report.reasons) == (1, {"image is too large": 1})
+    assert "huge.png: 9400x9400 pixels, above 36,000,000" in capsys.readouterr().err
+    stated = (ROOT / "docs" / "data.md").read_text()
+    assert f"{images_module.MAX_IMAGE_PIXELS // 1_000_000} million pixels" in stated
+
+
+def test_the_digest_of_pixels_is_that_of_the_whole_image():
+    image = Image.effect_noise((33, 700), 90).convert("RGB")
+    digest = xxhash.xxh3_128(repr(image.size).encode() + image.tobytes()).digest()
+    assert images_module.pixel_digest(image) == digest
+
+
 # Repairs
 
 
@@ -401,7 +552,14 @@ def test_unwrapping_ends_and_changes_nothing_twice(text):
         ("What?\nA.2.3.\nB.5", ("2.3.", "5")),
         ("Which is it? A) 10 B) 12", ("10", "12")),
         ("Choose from A. B. C. (A) one (B) two", ("one", "two")),
+        ("(A) from A. to C. (B) from B. to D.", ("from A. to C.", "from B. to D.")),
+        ("(A) point P. (B) point Q. of M. (C) none", ("point P.", "point Q. of M.", "none")),
+        (
+            "".join(f"({letter}) {letter.lower()}{letter.lower()} " for letter in "ABCDEFGHIJKL"),
+            tuple(letter * 2 for letter in "abcdefghijkl"),
+        ),
         ("Choose (A) one (C) two", ()),
+        ("Choose (A) one (B) two (D) three", ()),
         ("Is angle (A) right?", ()),
         ("Nothing to choose", ()),
         ("Angle A. Point B.", ()),
@@ -435,6 +593,10 @@ def test_choices_in_a_text(text, choices):
         ("(B)", (), "choice", ("B", "choice")),
         ("A, C", (), "multi_choice", ("A, C", "multi_choice")),
         ("B", ("5", "6"), "text", ("B", "text")),
+        ("K", tuple("123456789abc"), None, ("K", "choice")),
+        ("B, L", tuple("123456789abc"), None, ("B, L", "multi_choice")),
+        ("Y", ("X", "Y", "Z"), None, ("B", "choice")),
+        ("K", (), None, ("K", "math")),
     ],
 )
 def test_how_an_answer_is_graded(answer, choices, kind, typed):
@@ -447,8 +609,43 @@ def test_a_letter_beyond_the_choices_is_dropped(answer):
         typed_answer(answer, ("5", "6"), None)
 
 
+@pytest.mark.parametrize("count", [27, 28, 29, 40, 300])
+def test_a_row_with_more_choices_than_letters_is_dropped(count, tmp_path, capsys):
+    """A converter for rows with choices, whatever their number."""
+    folder = tmp_path / "source"
+    rows = [record(number, subject="") for number in range(2)]
+    source = write_rows(folder / "train.parquet", rows)
+
+    def problem(row):
+        many = row["id"] == "r1"
+        return Problem(row["question"], "B", row["image"], tuple(map(str, range(count if many else 26))), True)
+
+    recipe = replace(mmk12.RECIPE, problem=problem)
+    (report,) = conversion.convert(str(source), tmp_path / "out", recipe, skip_verify=True, max_dropped=1.0)
+    assert (report.written, report.reasons) == (1, {"more choices than letters": 1})
+    (row,) = rows_of(tmp_path / "out" / "train.parquet")
+    assert row["extra_info"]["question"].endswith("\n(Y) 24\n(Z) 25")
+    assert f"mmk12-train-r1: more choices than letters ({count} choices)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", [{"choices": (None,)}, {"tolerance": "x"}, {"meta": {(1,): 2}}, {"meta": 5}])
+def test_a_value_that_no_set_has_drops_its_row_and_not_the_conversion(broken, tmp_path):
+    source = write_rows(tmp_path / "train.parquet", [record(number) for number in range(2)])
+
+    def problem(row):
+        return Problem(row["question"], row["answer"], row["image"], **(broken if row["id"] == "r1" else {}))
+
+    recipe = replace(mmk12.RECIPE, problem=problem)
+    (report,) = conversion.convert(str(source), tmp_path / "out", recipe, skip_verify=True, max_dropped=1.0)
+    assert (report.written, report.dropped) == (1, 1)
+
+
 def test_letters_repeated_in_choices_are_taken_off():
     assert plain_choices(("A. 5", "(B) 6", "C:7", "D", "Ant")) == ("5", "6", "7", "D", "Ant")
+
+
+def test_choices_may_be_numbers():
+    assert plain_choices((1234567, 0.1, 2.0)) == ("1234567", "0.1", "2")
 
 
 def test_ids_that_a_source_repeats_get_stable_numbers(tmp_path):
@@ -674,6 +871,14 @@ def test_the_preview_shows_rows_and_lets_no_markup_through(tmp_path):
     assert "train: 4 of 20 rows" in page and "mmk12-train-r15" in page
     assert "&lt;script&gt;" in page and "<script>" not in page and "http" not in page
     assert "tokens<dd>" in page
+
+
+@pytest.mark.parametrize(("rows", "preview", "shown"), [(12, 40, 12), (12, 12, 12), (12, 5, 5), (1, 9, 1), (7, 6, 6)])
+def test_the_preview_shows_as_many_rows_as_there_are(rows, preview, shown, tmp_path):
+    source = write_rows(tmp_path / "train.parquet", [record(number) for number in range(rows)])
+    convert(source, tmp_path / "out", preview=preview)
+    page = (tmp_path / "out" / "preview.html").read_text()
+    assert page.count("<article>") == shown and f"train: {shown} of {rows} rows" in page
 
 
 # Runs that are cut short

@@ -370,6 +370,26 @@ def test_mathvision_choices(tmp_path):
     assert (row["type"], row["choices"], row["id"]) == ("math", [], "mathvision-test-1050")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [[f"<image{n}>" for n in range(2, 7)], ["(A) <image2>", "(B) <image3>"], [""] * 5, ["<image>", "<image>"]],
+)
+def test_mathvision_options_that_are_parts_of_the_picture(options, tmp_path):
+    row = one("mathvision", tmp_path, options=options)
+    assert (row["answer"], row["type"], row["choices"], row["images"]) == ("B", "choice", [], 1)
+    assert row["question"] == "<image>Which one is it?\n" or row["question"] == "Which one is it?\n<image>"
+
+
+def test_mathvision_letters_that_are_no_labels_are_listed(tmp_path):
+    row = one("mathvision", tmp_path, options=["K", "E", "N", "G", "U"], answer="C")
+    assert row["choices"] == ["K", "E", "N", "G", "U"] and row["question"].endswith("(C) N\n(D) G\n(E) U")
+
+
+def test_mathvision_a_picture_that_is_the_whole_question(tmp_path):
+    row = one("mathvision", tmp_path, question="<image1>", options=[], answer="15")
+    assert (row["question"], row["answer"]) == ("<image>The problem is written in the picture. Solve it.", "15")
+
+
 # mathverse
 
 
@@ -414,7 +434,15 @@ def test_mathvista_names_the_letter_of_a_choice(tmp_path):
     assert (row["answer"], row["type"], row["choices"][2]) == ("C", "choice", "145°")
     assert row["question"].endswith("Choices:\n(A) 135°\n(B) 140°\n(C) 145°\n(D) 150°")
     assert dropped("mathvista", tmp_path / "none", answer="9") == {"answer names no choice": 1}
-    assert dropped("mathvista", tmp_path / "twice", choices=["145°", "145°"]) == {"answer names no choice": 1}
+
+
+def test_mathvista_equal_choices_are_listed_once(tmp_path):
+    """Whichever of the two the model names, it names the right one."""
+    row = one("mathvista", tmp_path, choices=["9", "12", "18", "18"], answer="18")
+    assert (row["answer"], row["choices"]) == ("C", ["9", "12", "18"])
+    assert row["question"].endswith("Choices:\n(A) 9\n(B) 12\n(C) 18")
+    row = one("mathvista", tmp_path / "other", choices=["9", "9", "18"], answer="18")
+    assert (row["answer"], row["choices"]) == ("B", ["9", "18"])
 
 
 @pytest.mark.parametrize(
@@ -431,7 +459,7 @@ def test_mathvista_free_answers(kind, precision, answer, graded, tolerance, tmp_
         answer=answer, unit="g",
     )  # fmt: skip
     assert (row["answer"], row["type"], row["tolerance"]) == (answer, graded, tolerance)
-    assert row["question"].endswith("(Unit: g)") and row["choices"] == []
+    assert "(Unit: g)" in row["question"] and row["choices"] == []
 
 
 @pytest.mark.parametrize("name", ["Train", "training", "train_v2"])
@@ -466,9 +494,44 @@ def test_wemath_options_without_blanks(option, tmp_path):
     assert len(one("wemath", tmp_path, option=option)["choices"]) == 3
 
 
-@pytest.mark.parametrize("option", ["80;90", "A. 80", "A. 1; C. 2; D. 3", ""])
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("A. Yes, around point ;O.;B. No, around ;P.;C. No.; F. No correct answer", 4 * [None]),
+        ("A. It turns into shape ;C.; B. It stays ;C.; C. It is not ;C.; D. No correct answer", 4 * [None]),
+        ("A. east to B, north to ;C.  ;B. west to ;C.  ;C. south ;D. No correct answer", 4 * [None]),
+        ("A. 45° B. 60° ;C. 120°; D. No correct answer", ["45°", "60°", "120°", "No correct answer"]),
+        ("A. 6cm, 2cm B. 1cm, 3cm ;C. 1cm, 4cm", ["6cm, 2cm", "1cm, 3cm", "1cm, 4cm"]),
+        ("A. 4 B. 3 C. 2 ;D. 1", ["4", "3", "2", "1"]),
+        ("A. angle ∠AB;E.; B. angle ∠AB;C.;C. none", ["angle ∠ABE.", "angle ∠ABC.", "none"]),
+        ("A. 4\nB. 3\nC. 2", ["4", "3", "2"]),
+    ],
+)
+def test_wemath_labels_are_found_by_the_next_letter(option, choices, tmp_path):
+    """Its own text holds labels that are names of points, and lacks separators."""
+    row = one("wemath", tmp_path, option=option, answer="B")
+    assert len(row["choices"]) == len(choices) and not any(";" in choice for choice in row["choices"])
+    assert choices in (row["choices"], 4 * [None])
+    assert row["question"].count("\n(") == len(choices)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "80;90",
+        "A. 80",
+        "A. 1; C. 2; D. 3",
+        "A. 1; B. 2; D. 3",
+        "B. 1; A. 2",
+        "A. 1;B.;C. 3",
+        "A. 1; B. 2; A. 3",
+        "",
+        None,
+    ],
+)
 def test_wemath_options_that_cannot_be_separated(option, tmp_path):
-    assert dropped("wemath", tmp_path, option=option) == {"options cannot be separated": 1}
+    reason = "row is not as the set has it" if option is None else "options cannot be separated"
+    assert dropped("wemath", tmp_path, option=option) == {reason: 1}
     assert dropped("wemath", tmp_path / "beyond", answer="F") == {"answer names no choice": 1}
 
 
@@ -501,6 +564,63 @@ def test_dynamath_answer_type_decides_the_grader(kind, answer, graded, tolerance
     row = one("dynamath", tmp_path, answer_type=kind, ground_truth=answer)
     assert (row["type"], row["tolerance"]) == (graded, tolerance)
     assert row["choices"] == (["Yes", "No"] if graded == "choice" else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("logicvista", {"question": "Is it? Select from A, B and C. (A) True (B)False (C)Insufficient", "answer": "B"}),
+        ("dynamath", {"question": "Is the function even? choice: (A) Yes (B) No ", "ground_truth": "B"}),
+        ("dynamath", {"question": "Which? A) one B) two", "ground_truth": "B"}),
+        ("mmk12", {"question": "Which?\nA.1\nB.2\nC.3 cm", "answer": "B"}),
+        ("geo3k", {"problem": "<image>Find x"}),
+    ],
+)
+@pytest.mark.parametrize("style", ["think_boxed", "boxed"])
+def test_the_instruction_does_not_continue_the_question(name, changes, style, tmp_path):
+    (row,), _ = convert(name, tmp_path, [ROWS[name] | changes], prompt_style=style)
+    text, _, instruction = row["prompt"][0]["content"].rpartition("\n\n")
+    assert text == row["extra_info"]["question"] == text.rstrip()
+    assert "\\boxed" in instruction and "\n" not in instruction
+
+
+ROUNDED = {"answer_type": "float", "ground_truth": "24.9356"}
+
+
+def test_dynamath_asks_for_the_decimals_that_its_grader_wants(tmp_path):
+    (row,), _ = convert("dynamath", tmp_path, [ROWS["dynamath"] | ROUNDED | {"question": "What is the volume?"}])
+    assert (
+        "What is the volume?\nIf the answer is not a whole number, give it to 3 decimal places.\n\n"
+        in (row["prompt"][0]["content"])
+    )
+    assert scores(row, "\\boxed{24.94}")["acc"] == 0.0 and scores(row, "\\boxed{24.936}")["acc"] == 1.0
+    choice = one("dynamath", tmp_path / "choice")
+    assert "decimal" not in choice["question"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "wanted"), [("1", "give it to 1 decimal place."), ("2", "give it to 2 decimal places."), (None, "")]
+)
+def test_mathvista_asks_for_the_stated_precision(precision, wanted, tmp_path):
+    changes = {"question_type": "free_form", "answer_type": "float", "choices": None, "precision": precision}
+    row = one("mathvista", tmp_path, answer="1.25", **changes)
+    assert row["question"].endswith(wanted) and ("decimal" in row["question"]) == bool(wanted)
+
+
+@pytest.mark.parametrize(
+    ("question", "stated"),
+    [
+        ("Round your answer to two decimal places.", True),
+        ("What is it, rounded to the nearest tenth?", True),
+        ("Give three decimals.", True),
+        ("What is the decimal value of 0011110?", False),
+        ("How many seats has the round table?", False),
+        ("Which town is nearest to A?", False),
+    ],
+)
+def test_a_precision_that_the_question_states_is_not_contradicted(question, stated, tmp_path):
+    row = one("dynamath", tmp_path, question=question, **ROUNDED)
+    assert ("3 decimal places" in row["question"]) == (not stated)
 
 
 def test_dynamath_files_of_the_hub(tmp_path):

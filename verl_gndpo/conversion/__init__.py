@@ -17,10 +17,11 @@ from .images import ImageStore
 from .pipeline import convert
 from .recipe import Problem, Recipe
 from .split import SourceRow, Split
-from .text import IMAGE_PLACEHOLDER, split_choices, tagged_answer
+from .text import IMAGE_PLACEHOLDER, IN_THE_PICTURE, split_choices, tagged_answer, without_placeholders
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
+    "IN_THE_PICTURE",
     "ConversionError",
     "DroppedRow",
     "ImageStore",
@@ -33,4 +34,5 @@ __all__ = [
     "main",
     "split_choices",
     "tagged_answer",
+    "without_placeholders",
 ]

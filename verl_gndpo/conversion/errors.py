@@ -12,18 +12,22 @@ class SourceError(ConversionError):
     """The source cannot be read."""
 
 
+DETAIL_CHARS = 300
+
+
 class DroppedRow(Exception):
     """One row fails a check.
 
     Args:
         reason: one of a few fixed phrases; the report counts each.
-        detail: what exactly is wrong with this row.
+        detail: what exactly is wrong with this row; it is cut to `DETAIL_CHARS`.
     """
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)  # as arguments, so that unpickling from a worker process works
         self.reason = reason
-        self.detail = detail
+        # A path may turn out to be megabytes of text.
+        self.detail = detail if len(detail) <= DETAIL_CHARS else f"{detail[:DETAIL_CHARS]}..."
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.detail})" if self.detail else self.reason

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import lzma
+import re
 import stat
 import warnings
 import zipfile
@@ -14,12 +16,14 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 import xxhash
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .errors import DroppedRow, SourceError, one_line
 
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
 """Limit for one image file, unpacked."""
+MAX_IMAGE_PIXELS = 36_000_000
+"""Limit for one image, such as 6000 x 6000. A worker process needs about 10 bytes per pixel to convert it."""
 MAX_ASPECT_RATIO = 200
 # Sides are rounded to multiples of patch size x merge size before the image processor measures the ratio again:
 # 28 for Qwen2-VL and Qwen2.5-VL, 32 for Qwen3-VL.
@@ -29,7 +33,17 @@ PNG_LEVEL = 3
 # zipfile and its decompressors raise these on a damaged, encrypted or unknown member.
 UNREADABLE = (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, lzma.LZMAError)
 # Pillow also has decoders that start other programs or read further files. No data set needs them.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")
+# JPEG includes MPO, and PPM includes PGM and PBM.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+DATA_URL = re.compile(r"data:[^,]{0,100},", re.IGNORECASE)
+BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
+# A shorter text is taken for a path. No image file is as short.
+MIN_BASE64_CHARS = 64
+DIGEST_ROWS = 256
+DECODED = "image decoded from base64"
+# Some sources put an image into another dictionary.
+WRAPPERS = ("image", "image_url", "url")
 
 
 @dataclass(frozen=True)
@@ -63,8 +77,12 @@ class ImageStore:
         """Return the bytes of one image file.
 
         Raises:
-            DroppedRow: the path leads out of the source, or the file is missing, empty or too large.
+            DroppedRow: the path is a URL or leads out of the source, or the file is missing, empty or too large.
         """
+        if url := URL.match(path):
+            raise DroppedRow(
+                "image is a URL", f"{path}: download the images, and give their paths ({url['scheme']} is not read)"
+            )
         name = PurePosixPath(path.replace("\\", "/"))
         for folder in self.folders:
             if name.is_relative_to(folder):
@@ -157,14 +175,30 @@ def _opened_archive(archive: Path) -> zipfile.ZipFile:
 
 
 def image_entries(images: object) -> list[object]:
-    """Return the entries of a row's image column, which holds none, one, or a list."""
+    """Return the entries of a row's image column, which holds none, one, or a list, perhaps of lists.
+
+    `{"image": ...}` and `{"image_url": {"url": ...}}` count as what they hold.
+    """
     if images is None or images == "":
         return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    if isinstance(images, (list, tuple)):
+        # None or "" in a list is a fault of the row.
+        nested = [image_entries(entry) if isinstance(entry, (list, tuple, dict)) else [entry] for entry in images]
+        return [entry for entries in nested for entry in entries]
+    if isinstance(images, dict) and not images.get("bytes") and not images.get("path"):
+        held = [images[key] for key in WRAPPERS if images.get(key)]
+        if len(held) == 1:
+            return image_entries(held[0])
+    return [images]
 
 
 def image_bytes(entry: object, store: ImageStore, repairs: list[str]) -> tuple[bytes, str]:
     """Return the bytes of an image entry and its file's name for messages; read the file when the entry has no bytes.
+
+    Args:
+        entry: bytes, base64, a data URL, a path, or `{"bytes": ..., "path": ...}`.
+        store: files that paths name.
+        repairs: receives the kind of each repair.
 
     Raises:
         DroppedRow: there are no bytes, or the file cannot be used.
@@ -172,17 +206,59 @@ def image_bytes(entry: object, store: ImageStore, repairs: list[str]) -> tuple[b
     if isinstance(entry, bytes) and entry:
         return entry, ""
     if isinstance(entry, str):
-        return store.read(entry), entry
+        return _decoded_or_read(entry, store, repairs)
     entry = entry if isinstance(entry, dict) else {}
-    data, path = entry.get("bytes"), entry.get("path") or ""
-    if not isinstance(path, str) or not isinstance(data, bytes | None):
+    data, path = entry.get("bytes") or None, entry.get("path") or ""
+    if not isinstance(path, str) or not isinstance(data, bytes | str | None):
         raise DroppedRow("image is neither bytes nor path", f"{type(data).__name__}, {type(path).__name__}")
+    if isinstance(data, str):
+        if (decoded := _from_base64(data)) is None:
+            raise DroppedRow("image does not decode", f"{data[:40]}: text that is not the base64 of an image")
+        repairs.append(DECODED)
+        return decoded, path
     if data:
         return data, path
     if not path:
         raise DroppedRow("image is empty", "neither bytes nor path")
-    repairs.append("image embedded from its path")
-    return store.read(path), path
+    found, name = _decoded_or_read(path, store, repairs)
+    if name:
+        repairs.append("image embedded from its path")
+    return found, name
+
+
+def _decoded_or_read(text: str, store: ImageStore, repairs: list[str]) -> tuple[bytes, str]:
+    """Return the bytes that base64 or a data URL holds, and ""; or those of a file in the store, and its path."""
+    if decoded := _from_base64(text):
+        repairs.append(DECODED)
+        return decoded, ""
+    return store.read(text), text
+
+
+def _from_base64(text: str) -> bytes | None:
+    """Return the bytes of a data URL or of base64; None for any other text, such as a path.
+
+    Raises:
+        DroppedRow: a data URL that is not base64.
+    """
+    url = DATA_URL.match(text)
+    encoded = text[url.end() :] if url else text
+    data = None
+    if (url or len(text) >= MIN_BASE64_CHARS) and BASE64.fullmatch(encoded):
+        encoded = "".join(encoded.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+        with contextlib.suppress(ValueError):
+            data = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    if url and not data:
+        raise DroppedRow("image does not decode", f"{text[:40]}: the data URL is not base64")
+    # A long path without a full stop consists of base64's letters, too.
+    return data if url or (data and _is_image(data)) else None
+
+
+def _is_image(data: bytes) -> bool:
+    try:
+        Image.open(BytesIO(data), formats=FORMATS)
+    except Exception:  # Pillow raises anything from struct.error to DecompressionBombError
+        return False
+    return True
 
 
 def rgb_picture(data: bytes, name: str, repairs: list[str]) -> Picture:
@@ -193,7 +269,7 @@ def rgb_picture(data: bytes, name: str, repairs: list[str]) -> Picture:
     agree.
 
     Raises:
-        DroppedRow: the image does not decode, is larger than Pillow allows, or has a shape or pixel format that
+        DroppedRow: the image does not decode, has more than `MAX_IMAGE_PIXELS`, or has a shape or pixel format that
             the vision processors cannot process.
     """
     where = f"{name}: " if name else ""
@@ -204,7 +280,8 @@ def rgb_picture(data: bytes, name: str, repairs: list[str]) -> Picture:
         return Picture(data, image.size, pixel_digest(image))
     repair = f"{kind} image of mode {image.mode} to RGB PNG" if upright else "image turned upright"
     if image.has_transparency_data:
-        image, repair = image.convert("RGBA"), "transparency became white"
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        repair = "transparency became white"
         alpha = image.getchannel("A")
         if alpha.getextrema() == (255, 255):
             flat = image.convert("RGB")
@@ -234,6 +311,8 @@ def _decoded(data: bytes, where: str) -> tuple[Image.Image, str, bool]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DroppedRow("image is too large", where + one_line(error)) from error
+    except UnidentifiedImageError as error:
+        raise DroppedRow("image does not decode", f"{where}it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise anything from struct.error to IndexError on broken bytes
         raise DroppedRow("image does not decode", where + one_line(error)) from error
 
@@ -241,11 +320,15 @@ def _decoded(data: bytes, where: str) -> tuple[Image.Image, str, bool]:
 def pixel_digest(image: Image.Image) -> bytes:
     """Return 16 bytes that depend on the size and RGB pixels only, not on the file format."""
     digest = xxhash.xxh3_128(repr(image.size).encode())
-    digest.update(image.tobytes())
+    # In strips, because the bytes of a whole image are as large as the image.
+    for top in range(0, image.height, DIGEST_ROWS):
+        digest.update(image.crop((0, top, image.width, min(top + DIGEST_ROWS, image.height))).tobytes())
     return digest.digest()
 
 
 def _check_shape(width: int, height: int, where: str) -> None:
+    if width * height > MAX_IMAGE_PIXELS:
+        raise DroppedRow("image is too large", f"{where}{width}x{height} pixels, above {MAX_IMAGE_PIXELS:,}")
     if min(width, height) < 1:
         raise DroppedRow("image does not decode", f"{where}{width}x{height} pixels")
     short, long = sorted((width, height))

@@ -41,7 +41,8 @@ def write_preview(path: Path, title: str, files: dict[str, list[Path]], reports:
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"]
     parts += [f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"]
     for report in reports:
-        chosen = {report.written * number // rows for number in range(min(rows, report.written))}
+        count = min(rows, report.written)
+        chosen = {report.written * number // count for number in range(count)}
         parts.append(f"<h2>{html.escape(report.split)}: {len(chosen)} of {report.written} rows</h2>")
         for place, row in _rows(files[report.split], chosen):
             parts.append(_article(row, report, place))

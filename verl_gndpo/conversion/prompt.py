@@ -9,16 +9,17 @@ from pathlib import Path
 import yaml
 
 from .errors import ConversionError, one_line
-from .text import CHOICES, FOREIGN_PLACEHOLDERS, IMAGE_PLACEHOLDER, SPECIAL_TOKEN
+from .text import FOREIGN_PLACEHOLDERS, IMAGE_PLACEHOLDER, SPECIAL_TOKEN
 
 QUESTION = "{question}"
+# The instruction is a paragraph of its own, because a question may end with a list of choices or without a full stop.
 STYLES = {
     # The published recipe's form, think first and box the answer, which verl's Geometry3K reward scores.
     "think_boxed": (
-        "{question} Work through the problem inside <think> </think> tags first. "
+        "{question}\n\nWork through the problem inside <think> </think> tags first. "
         "After the closing tag, state only the final answer, written as \\boxed{answer}."
     ),
-    "boxed": "{question} Reason step by step, and write the final answer as \\boxed{answer}.",
+    "boxed": "{question}\n\nReason step by step, and write the final answer as \\boxed{answer}.",
     "plain": "{question}",
 }
 
@@ -40,11 +41,7 @@ class Prompt:
     def messages(self, question: str) -> list[dict[str, str]]:
         """Return the messages for one question."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        user = self.user
-        if self.name in STYLES and CHOICES in question:
-            # The instruction must not continue the line of the last choice.
-            user = user.replace(f"{QUESTION} ", f"{QUESTION}\n\n")
-        return [*system, {"role": "user", "content": user.replace(QUESTION, question)}]
+        return [*system, {"role": "user", "content": self.user.replace(QUESTION, question)}]
 
 
 def load_prompt(style: str) -> Prompt:

@@ -9,13 +9,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from .errors import ConversionError, DroppedRow, one_line
+from .errors import ConversionError, DroppedRow
 from .images import ImageStore, Picture, image_bytes, image_entries, rgb_picture
 from .matchable import is_matchable
 from .prompt import Prompt
 from .recipe import Recipe
 from .split import SourceRow
-from .text import checked_text, listed_choices, place_images, plain_answer, plain_choices, split_choices, typed_answer
+from .text import (
+    checked_text,
+    listed_choices,
+    place_images,
+    plain_answer,
+    plain_choices,
+    split_choices,
+    typed_answer,
+    with_decimals,
+)
 
 # The Image feature makes `datasets` return decoded pictures to verl, as for files of verl's own recipe. "Sequence" is
 # the only spelling of a list that both old and new versions of `datasets` read.
@@ -85,14 +94,9 @@ def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, imag
     """
     if isinstance(row.values, DroppedRow):
         raise row.values
-    try:
-        problem = recipe.problem(row.values)
-    except DroppedRow:
-        raise
-    except Exception as error:  # a value has another type than in the published set
-        raise DroppedRow("row is not as the set has it", one_line(error)) from error
+    problem = recipe.problem(row.values)
     repairs = ["id that an earlier row has"] if row.repeated else []
-    question = checked_text(problem.question, "question")
+    question = checked_text(problem.question, "question").rstrip()
     choices = plain_choices(problem.choices)
     ground_truth, graded_as = typed_answer(plain_answer(problem.answer, repairs), choices, problem.answer_type)
     if graded_as not in recipe.answer_types:
@@ -102,12 +106,14 @@ def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, imag
         )
     if not choices and graded_as in ("choice", "multi_choice"):
         found = split_choices(question)
-        # When the answer is a letter beyond the end of what looked like a list, that was not a list of choices.
+        # If the answer is a letter beyond the end of what looked like a list, that was not a list of choices.
         choices = found if max(ground_truth) < chr(ord("A") + len(found)) else ()
     unmatchable = not is_matchable(ground_truth, graded_as, list(choices), problem.tolerance)
     notes = [UNMATCHABLE] if unmatchable else []
     if problem.list_choices and choices:
         question = listed_choices(question, choices)
+    if problem.tolerance:
+        question = with_decimals(question, problem.tolerance)
     question, entries = place_images(question, image_entries(problem.images), repairs, recipe.placeholders)
     pictures = [rgb_picture(*image_bytes(entry, images, repairs), repairs) for entry in entries]
     values = {

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from math import ceil, log10
+from string import ascii_uppercase
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 
@@ -18,6 +20,8 @@ FOREIGN_PLACEHOLDERS = ("<video>", "<audio>")
 # In a text, tokenizers read these as special tokens, and processors count them as images.
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<IMG_CONTEXT>|</?img>|<(?:start|end)_of_image>")
 NUMBERED_PLACEHOLDER = re.compile(r"<image[ _]?(\d{1,3})>")
+IN_THE_PICTURE = "The problem is written in the picture. Solve it."
+"""The question of a row whose picture holds all of it."""
 
 WRAPPINGS = (
     re.compile(r"<answer>((?:(?!<answer>).)*)</answer>", re.DOTALL | re.IGNORECASE),
@@ -27,15 +31,28 @@ WRAPPINGS = (
     re.compile(r"\\\[((?:(?!\\\[).)+)\\\]", re.DOTALL),
 )
 CHOICES = "\nChoices:\n"
-LETTER = re.compile(r"\(?(?P<bare>[A-J])\)?[.:]?|\\text\s*\{\s*(?P<text>[A-J])\s*\}")
-LETTER_AND_TEXT = re.compile(r"\(?(?P<bare>[A-J])(?:\)|[.:])\s*\S.*|(?P<small>[a-j])", re.DOTALL)
-LETTERS = re.compile(r"[A-J](?:(?:\s*(?:[,;&]|\band\b)\s*|\s+)?[A-J])+")
+MAX_CHOICES = len(ascii_uppercase)
+USUAL_LETTERS = 10
+"""A capital letter up to J is taken for a label, a later one only if there are as many choices."""
+LETTER = re.compile(r"\(?(?P<bare>[A-Z])\)?[.:]?|\\text\s*\{\s*(?P<text>[A-Z])\s*\}")
+LETTER_AND_TEXT = re.compile(r"\(?(?P<bare>[A-Z])(?:\)|[.:])\s*\S.*|(?P<small>[a-z])", re.DOTALL)
+LETTERS = re.compile(r"[A-Z](?:(?:\s*(?:[,;&]|\band\b)\s*|\s+)?[A-Z])+")
+STATED_PRECISION = re.compile(
+    r"\bdecimals\b|\bdecimal (?:place|point|digit)|\bsignificant (?:figure|digit)|\bround(?:ed|ing)?\b[^.?!]*\bto\b"
+    r"|\bnearest (?:integer|whole|tenth|hundredth|thousandth|0?\.\d|1\b)",
+    re.IGNORECASE,
+)
 LATEX_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # "(A) x (B) y", "A. x; B. y", "A) x B) y", or "A:40°" at the start of a line. White space or punctuation goes before.
 CHOICE_MARK = re.compile(
-    r"(?:^|(?<=[\s;,.:?)\]】]))(?:\((?P<round>[A-J])\)|(?P<plain>[A-J])[.:、)](?!\d))\s*|^(?P<first>[A-J])[.:、)]\s*",
+    r"(?:^|(?<=[\s;,.:?)\]】]))(?:\((?P<round>[A-Z])\)|(?P<plain>[A-Z])[.:、)](?!\d))\s*|^(?P<first>[A-Z])[.:、)]\s*",
     re.MULTILINE,
 )
+
+
+def without_placeholders(text: str) -> str:
+    """Return the text without `<image>`, `<image1>` and so on."""
+    return NUMBERED_PLACEHOLDER.sub("", text).replace(IMAGE_PLACEHOLDER, "")
 
 
 def checked_text(value: object, what: str) -> str:
@@ -44,7 +61,7 @@ def checked_text(value: object, what: str) -> str:
     Raises:
         DroppedRow: it is anything else.
     """
-    bare = NUMBERED_PLACEHOLDER.sub("", value).replace(IMAGE_PLACEHOLDER, "") if isinstance(value, str) else value
+    bare = without_placeholders(value) if isinstance(value, str) else value
     if bare is None or (isinstance(bare, str) and not bare.strip()):
         raise DroppedRow(f"no {what}")
     if not isinstance(value, str):
@@ -117,11 +134,9 @@ def plain_answer(value: object, repairs: list[str]) -> str:
     Raises:
         DroppedRow: there is no answer, it is neither text nor a number, or its box is not closed.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100:
+    if _is_number(value):
         repairs.append("answer was a number")
-        # A column of 32-bit floats returns 1.100000023841858 for 1.1.
-        short = np.float32(value) if abs(value) < 1e30 and float(np.float32(value)) == value else value
-        value = str(int(value)) if value == int(value) and abs(value) < 1e15 else str(short)
+        value = _number_text(value)
     answer = checked_text(value, "answer").strip()
     bare = answer
     while (inner := _inside(bare).strip()) != bare:
@@ -131,6 +146,17 @@ def plain_answer(value: object, repairs: list[str]) -> str:
     if bare != answer:
         repairs.append("answer unwrapped")
     return bare
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a finite number that can be written as text."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
+
+
+def _number_text(value: int | float) -> str:
+    """Return a number as its source meant it: a column of 32-bit floats returns 1.100000023841858 for 1.1."""
+    short = np.float32(value) if abs(value) < 1e30 and float(np.float32(value)) == value else value
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else str(short)
 
 
 def _inside(answer: str) -> str:
@@ -197,15 +223,21 @@ def typed_answer(answer: str, choices: tuple[str, ...], kind: str | None) -> tup
     if kind not in (None, "choice"):
         return answer, kind
     texts = [choice.casefold() for choice in choices]
+    labels = ascii_uppercase[: max(USUAL_LETTERS, len(choices))]
     # A capital letter is a label, even if the texts of the choices are letters themselves.
-    if named := LETTER.fullmatch(answer):
+    if (named := LETTER.fullmatch(answer)) and _matched(named) in labels:
         letter = _matched(named)
     elif texts.count(answer.casefold()) == 1:
         letter = chr(ord("A") + texts.index(answer.casefold()))
-    elif choices and (named := LETTER_AND_TEXT.fullmatch(answer)):
+    elif choices and (named := LETTER_AND_TEXT.fullmatch(answer)) and _matched(named).upper() in labels:
         letter = _matched(named).upper()
-    elif choices and kind is None and LETTERS.fullmatch(answer):
-        return ", ".join(re.findall("[A-J]", answer)), "multi_choice"
+    elif (
+        choices
+        and kind is None
+        and LETTERS.fullmatch(answer)
+        and set(letters := re.findall("[A-Z]", answer)) <= {*labels}
+    ):
+        return ", ".join(letters), "multi_choice"
     else:
         return answer, kind or "math"
     if choices and ord(letter) - ord("A") >= len(choices):
@@ -224,20 +256,20 @@ def plain_choices(choices: tuple[object, ...]) -> tuple[str, ...]:
     "A. 5" and "(A) 5" become "5".
 
     Raises:
-        DroppedRow: a choice is neither text nor a number.
+        DroppedRow: a choice is neither text nor a number, or there are more choices than letters.
     """
+    if len(choices) > MAX_CHOICES:
+        raise DroppedRow("more choices than letters", f"{len(choices)} choices")
     plain = []
-    for number, choice in enumerate(choices):
-        letter = chr(ord("A") + number)
-        number = isinstance(choice, int | float) and not isinstance(choice, bool)
-        text = checked_text(f"{choice:g}" if number else choice, "choice").strip()
+    for letter, choice in zip(ascii_uppercase, choices, strict=False):
+        text = checked_text(_number_text(choice) if _is_number(choice) else choice, "choice").strip()
         plain.append(re.sub(rf"^(?:\({letter}\)|{letter}[.:、)．：])\s*(?=\S)", "", text))
     return tuple(plain)
 
 
 def listed_choices(question: str, choices: tuple[str, ...]) -> str:
     """Return the question with its choices below it, one per line."""
-    lines = [f"({chr(ord('A') + number)}) {choice}" for number, choice in enumerate(choices)]
+    lines = [f"({letter}) {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
     return question.rstrip() + CHOICES + "\n".join(lines)
 
 
@@ -246,13 +278,42 @@ def split_choices(text: str) -> tuple[str, ...]:
 
     The result is () when the text has no list with the letters A, B, C, ... in order.
     """
-    marks = [(match.start(), match.end(), _matched(match)) for match in CHOICE_MARK.finditer(text)]
-    letters = [letter for _, _, letter in marks]
+    marks = list(CHOICE_MARK.finditer(text))
     # A list that starts again, as in "choose from A. B. (A) .. (B) ..", counts from its last A.
-    start = len(letters) - 1 - letters[::-1].index("A") if "A" in letters else 0
-    marks, letters = marks[start:], letters[start:]
-    if len(letters) < 2 or letters != [chr(ord("A") + number) for number in range(len(letters))]:
-        return ()
-    ends = [begin for begin, _, _ in marks[1:]] + [len(text)]
-    choices = tuple(text[begin:end].strip(" \t\r\n;,") for (_, begin, _), end in zip(marks, ends, strict=True))
-    return choices if all(choices) else ()
+    for start in reversed([place for place, mark in enumerate(marks) if _matched(mark) == "A"]):
+        in_parentheses = marks[start]["round"] is not None
+        # In "(A) from A. to C. (B) ..", only the marks that look like the first one begin a choice.
+        alike = [mark for mark in marks[start:] if (mark["round"] is not None) == in_parentheses]
+        if choices := _between(text, marks[start:]) or _between(text, alike):
+            return choices
+    return ()
+
+
+def _between(text: str, marks: list[re.Match[str]]) -> tuple[str, ...]:
+    """Return the texts that follow the marks A, B, C, ...; () if there is another order, or a text is empty."""
+    taken: list[re.Match[str]] = []
+    for mark in marks:
+        letter, expected = _matched(mark), ascii_uppercase[len(taken) : len(taken) + 1]
+        if letter == expected:
+            taken.append(mark)
+        elif letter in ascii_uppercase[:USUAL_LETTERS]:
+            return ()
+        # A later letter is more often the name of a point than a label.
+    ends = [mark.start() for mark in taken[1:]] + [len(text)]
+    choices = tuple(text[mark.end() : end].strip(" \t\r\n;,") for mark, end in zip(taken, ends, strict=True))
+    return choices if len(choices) > 1 and all(choices) else ()
+
+
+def with_decimals(question: str, tolerance: float) -> str:
+    """Return the question with a request for as many decimals as an answer needs to be within a tolerance.
+
+    A question that states a precision itself stays as it is.
+    """
+    if STATED_PRECISION.search(question):
+        return question
+    # Rounding to this many decimals changes a number by at most the tolerance. The margin is for inexact floats.
+    decimals = max(0, ceil(-log10(2 * tolerance) - 1e-9))
+    if decimals == 0:
+        return f"{question}\nGive the answer as a whole number."
+    places = f"{decimals} decimal place{'s' if decimals > 1 else ''}"
+    return f"{question}\nIf the answer is not a whole number, give it to {places}."

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from verl_gndpo.data_facts import FileFacts
 
-from .errors import ConversionError, DroppedRow
+from .errors import ConversionError, DroppedRow, one_line
 from .images import ImageStore
 from .prompt import Prompt
 from .recipe import Recipe
@@ -57,6 +57,10 @@ class Converter:
             return convert_row(row, self.split, self.recipe, self.prompt, self.images)
         except DroppedRow as dropped:
             return dropped
+        except ConversionError:
+            raise
+        except Exception as error:  # a value that the published set does not have must not end the whole conversion
+            return DroppedRow("row is not as the set has it", one_line(error))
 
 
 def convert_all(
