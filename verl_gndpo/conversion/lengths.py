@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConversionError, DroppedRow, one_line
@@ -40,13 +41,15 @@ class Measure:
 
     Args:
         tokenizer: a tokenizer of transformers.
-        processor: a processor of transformers.
+        processor: a processor of transformers; None for a model without images.
         name: description of both, for the report.
+        template: arguments of the chat template.
     """
 
     tokenizer: Any
     processor: Any
     name: str
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, messages: list[dict[str, str]], sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """Return the number of tokens of the prompt, and how many of them are image tokens, without any pixels.
@@ -58,13 +61,18 @@ class Measure:
         Raises:
             Exception: any error that the processor raises on a shape that it refuses.
         """
-        text = self.processor.apply_chat_template(structured(messages), add_generation_prompt=True, tokenize=False)
+        # verl leaves the messages of a row without images as they are, too.
+        content = structured(messages) if sizes else messages
+        writer = self.processor or self.tokenizer
+        text = writer.apply_chat_template(content, add_generation_prompt=True, tokenize=False, **self.template)
         tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        resized = [self._resized(width, height) for width, height in sizes]
+        if not sizes:
+            return tokens, 0
+        resized = [self.resized(width, height) for width, height in sizes]
         images = sum(self.processor._get_num_multimodal_tokens(image_sizes=resized)["num_image_tokens"])
         return tokens - len(sizes) + images, images
 
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
+    def resized(self, width: int, height: int) -> tuple[int, int]:
         """Return (height, width) after the resizing that verl's agent loop applies before the processor."""
         from qwen_vl_utils import vision_process
 
@@ -98,17 +106,34 @@ def load_measure(model: str | None) -> Measure:
     """
     if model is None:
         return Measure(*_built(), "bytes as text tokens, an upper bound, and Qwen2.5-VL's image tokens")
-    from verl.utils import hf_processor, hf_tokenizer
-
     try:
-        tokenizer, processor = hf_tokenizer(model), hf_processor(model)
+        measure = measure_of(model)
     except Exception as error:
         raise ConversionError(f"--model {model} cannot be loaded ({one_line(error)}).") from error
-    if processor is None:
+    if measure.processor is None:
         raise ConversionError(f"--model {model} has no processor that verl can load, so it cannot read images.")
-    if not hasattr(processor, "_get_num_multimodal_tokens"):
-        raise ConversionError(f"--model {model}: {type(processor).__name__} cannot say how many tokens an image takes.")
-    return Measure(tokenizer, processor, f"tokenizer and processor of {model}")
+    if not hasattr(measure.processor, "_get_num_multimodal_tokens"):
+        kind = type(measure.processor).__name__
+        raise ConversionError(f"--model {model}: {kind} cannot say how many tokens an image takes.")
+    return measure
+
+
+def measure_of(model: str, trust_remote_code: bool = False, template: Mapping[str, Any] | None = None) -> Measure:
+    """Load the tokenizer and processor of a model as verl does.
+
+    Args:
+        model: folder or hub id.
+        trust_remote_code: run code that comes with the model.
+        template: as for `Measure`.
+
+    Raises:
+        Exception: whatever transformers raises on a model that it cannot load.
+    """
+    from verl.utils import hf_processor, hf_tokenizer
+
+    tokenizer = hf_tokenizer(model, trust_remote_code=trust_remote_code)
+    processor = hf_processor(model, trust_remote_code=trust_remote_code)
+    return Measure(tokenizer, processor, f"tokenizer and processor of {model}", template or {})
 
 
 def _built() -> tuple[Any, Any]:

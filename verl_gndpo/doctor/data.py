@@ -2,14 +2,19 @@
 """Check the data of a run: files, placeholders, rewards, and a teacher for every sample."""
 
 import contextlib
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 from verl_gndpo.config import EVERY_SAMPLE
+from verl_gndpo.conversion.lengths import Measure, measure_of
 from verl_gndpo.conversion.sets import validation_only
 from verl_gndpo.data_facts import FactsError, read_facts
-from verl_gndpo.doctor.check import Check, select
+from verl_gndpo.doctor.check import Check, Status, describe_error, select
 from verl_gndpo.doctor.inputs import Inputs
-from verl_gndpo.doctor.parquet import CANNOT_READ, DataError, Label
+from verl_gndpo.doctor.media import Reading, read_rows
+from verl_gndpo.doctor.parquet import CANNOT_READ, ROWS_SHOWN, DataError, Label
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES, NO_ANSWER
 
 REWARDS = "pkg://verl_gndpo.rewards"
@@ -17,6 +22,9 @@ USE_REWARDS = (
     f"reward.custom_reward_function.path={REWARDS}",
     "reward.custom_reward_function.name=compute_score",
 )
+
+READING_S = 30
+"""Limit for decoding images and measuring prompts, for all files of a run together."""
 
 
 def check_data(inputs: Inputs) -> list[Check]:
@@ -73,6 +81,110 @@ def _check_file(key: str, file: str, inputs: Inputs) -> tuple[Check, int | None]
         reason = str(error).strip().splitlines()[0]
         return Check("data", "error", f"{name} can't be read as parquet: {reason}", again), None
     return Check("data", "ok", f"{name}: {summary.rows} rows, {summary.images} images"), summary.rows
+
+
+def check_rows(inputs: Inputs) -> list[Check]:
+    """Check that verl can decode the images of the rows, and how many prompts are too long for it.
+
+    All rows of a file are read if that takes less than its share of `READING_S` seconds, otherwise a sample.
+    """
+    data = inputs.config.data
+    if select(data, "custom_cls.path"):
+        return []
+    files: dict[str, str] = {}
+    for key in ("train_files", "val_files"):
+        for file in inputs.files(key):
+            if "://" not in file and file.endswith(".parquet"):
+                files.setdefault(file, f"data.{key}: {file}")
+    if not files:
+        return []
+    measure, why = _measure(inputs)
+    # `check_models` reports a student that can't be read.
+    checks = [] if measure else [Check("prompts", "ok", f"lengths are not known: {why}")]
+    end = time.monotonic() + READING_S
+    for place, (file, name) in enumerate(files.items()):
+        seconds = max(end - time.monotonic(), 0) / (len(files) - place)
+        # `check_data` reports a file that can't be read, or whose placeholders and media differ.
+        with contextlib.suppress(DataError, *CANNOT_READ):
+            if inputs.file(file).summary:
+                reading = read_rows(Path(file).expanduser(), data, measure, seconds)
+                checks += [*_check_readable(name, reading, data), *_check_lengths(name, reading, data)]
+    return checks
+
+
+def _measure(inputs: Inputs) -> tuple[Measure | None, str]:
+    """Return the measure of prompts in tokens of the student, and ""; or None and why there is none."""
+    model, data = inputs.config.actor_rollout_ref.model, inputs.config.data
+    path = model.get("tokenizer_path") or model.path
+    if data.get("mm_processor_kwargs"):
+        return None, "data.mm_processor_kwargs may change the number of image tokens"
+    try:
+        from verl.utils.fs import copy_to_local
+
+        with warnings.catch_warnings():
+            # `check_models` reports a processor that can't be loaded.
+            warnings.simplefilter("ignore")
+            template = dict(data.get("apply_chat_template_kwargs") or {})
+            return measure_of(copy_to_local(path), bool(model.get("trust_remote_code")), template), ""
+    except Exception as error:  # whatever transformers raises on a model that it can't load
+        return None, f"{path}: {describe_error(error)}"
+
+
+def _check_readable(name: str, reading: Reading, data: Any) -> list[Check]:
+    """Report the rows whose images verl can't read.
+
+    Args:
+        name: setting and file, for messages.
+        reading: what was read.
+        data: verl's `data` section.
+    """
+    if not reading.unreadable:
+        return [Check("data", "ok", f"{name}: the images of {reading.extent} can be decoded")] if reading.rows else []
+    shown = "; ".join(f"row {row}: {why}" for row, why in sorted(reading.unreadable.items())[:ROWS_SHOWN])
+    dropped = bool(data.get("filter_overlong_prompts"))
+    follows = "verl will drop them" if dropped else "the run would stop at the first of them"
+    detail = (
+        f"{name}: {len(reading.unreadable)} rows ({reading.extent}) have images that can't be read, {follows}: {shown}"
+    )
+    return [Check("data", "warning" if dropped else "error", detail, "repair these rows, or remove them from the file")]
+
+
+def _check_lengths(name: str, reading: Reading, data: Any) -> list[Check]:
+    """Report the rows whose prompts are longer than `data.max_prompt_length`, and what verl does with them.
+
+    Args:
+        name: setting and file, for messages.
+        reading: what was read.
+        data: verl's `data` section.
+    """
+    if not reading.lengths:
+        return [Check("prompts", "ok", f"{name}: not measured: {reading.unmeasured}")] if reading.unmeasured else []
+    limit, longest = data.max_prompt_length, max(reading.lengths.values())
+    long = {row for row, tokens in reading.lengths.items() if tokens > limit}
+    part = f"{len(reading.lengths)} rows were measured" + (
+        f", others not: {reading.unmeasured}" if reading.unmeasured else ""
+    )
+    measured = f"up to {longest} tokens ({reading.extent}; {part})"
+    if not long:
+        return [Check("prompts", "ok", f"{name}: {measured}, data.max_prompt_length={limit}")]
+    rows = ", ".join(map(str, sorted(long)[:ROWS_SHOWN]))
+    detail = (
+        f"{name}: {len(long)} prompts have more than data.max_prompt_length={limit} tokens, {measured}: rows {rows}"
+    )
+    if data.get("filter_overlong_prompts"):
+        share = len(long) / len(reading.lengths)
+        status: Status = "error" if share == 1 else "warning"
+        detail = f"{detail}. verl will drop them, {share:.1%} of the rows"
+        return [Check("prompts", status, detail, f"data.max_prompt_length={longest}")]
+    if long & reading.with_media:
+        detail = f"{detail}. verl stops at such a row if it has images"
+        return [
+            Check("prompts", "error", detail, f"data.max_prompt_length={longest}, or data.filter_overlong_prompts=True")
+        ]
+    detail = f"{detail}. verl cuts off their beginning"
+    return [
+        Check("prompts", "warning", detail, f"data.max_prompt_length={longest}, or data.filter_overlong_prompts=True")
+    ]
 
 
 def check_rewards(inputs: Inputs) -> list[Check]:

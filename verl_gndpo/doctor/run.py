@@ -7,7 +7,7 @@ from typing import Any
 from verl_gndpo.config import uses_gndpo
 from verl_gndpo.doctor.architecture import check_architectures
 from verl_gndpo.doctor.check import Check, DoctorError
-from verl_gndpo.doctor.data import check_data, check_rewards, check_routing
+from verl_gndpo.doctor.data import check_data, check_rewards, check_routing, check_rows
 from verl_gndpo.doctor.environment import (
     check_accelerator,
     check_flash_attention,
@@ -45,7 +45,7 @@ def run_checks(config: Any = None) -> list[Check]:
         if uses_gndpo(config):
             checks += [*check_settings(inputs), *check_recipe(inputs), *check_models(inputs)]
             checks += [*check_architectures(inputs), *check_routing(inputs)]
-    return [*checks, *check_data(inputs), *check_rewards(inputs)]
+    return [*checks, *check_data(inputs), *check_rows(inputs), *check_rewards(inputs)]
 
 
 def raise_on_errors(config: Any) -> None:

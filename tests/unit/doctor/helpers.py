@@ -6,6 +6,8 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.data_files import picture
+
 CPU_RUN = (
     "algorithm.adv_estimator=gndpo",
     "+gndpo=default",
@@ -36,7 +38,7 @@ PROMPT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 def write(path, rows, *, image_type=IMAGES, drop=()):
     """Write a parquet file of (prompt text, number of images)."""
-    image = {"bytes": b"\x89PNG" * 50, "path": "a.png"}
+    image = {"bytes": picture(), "path": "a.png"}
     if image_type != IMAGES:
         image = "a.png"
     columns = {

@@ -59,6 +59,8 @@ NOT_HERE = {
     "teacher.sharing": "tests/unit/doctor/test_doctor_models.py",
     "teacher.from_distillation": "tests/unit/doctor/test_doctor_settings.py",
     "distillation.enabled": "tests/unit/doctor/test_doctor_settings.py",
+    "data.max_prompt_length": "tests/unit/doctor/test_doctor_rows.py",
+    "data.filter_overlong_prompts": "tests/unit/doctor/test_doctor_rows.py",
     "recipe": "a group of Hydra; tests/unit/doctor/test_doctor_settings.py",
 }
 """Settings in remedies that no case here applies, and why or where it is done."""
