@@ -103,6 +103,7 @@ class GNDPOTrainerMixin(_Trainer):
             # Its teachers are scored by our workers. verl starts no servers and adds no loss.
             config.distillation.enabled = False
         use_reward_manager(config)
+        apply_in_actor(config.actor_rollout_ref, "images_once")
         freeze_tower_in_actor(config.actor_rollout_ref)
         if signal.baseline == "kl":
             apply_in_actor(config.actor_rollout_ref, "student_top_k")

@@ -38,6 +38,18 @@ def test_estimator(tmp_path):
         assert row["with_metrics_over_released"] == pytest.approx(row["with_metrics_s"] / row["released_s"])
 
 
+def test_image_fetch(tmp_path):
+    arguments = ("--prompts", "2", "--responses", "4", "--patches", "400", "--rounds", "1")
+    figures = run("image_fetch", tmp_path / "images.json", *arguments)
+    verl, once = figures["rows"]
+    # 400 patches of 1,176 float32 numbers for each row.
+    assert verl["gigabytes"] == pytest.approx(8 * 400 * 1176 * 4 / 1e9, rel=0.1)
+    assert (
+        figures["bytes_vs_verl"] == pytest.approx(once["gigabytes"] / verl["gigabytes"])
+        and 0.2 < figures["bytes_vs_verl"] < 0.35
+    )
+
+
 def test_gpu_check(tmp_path):
     """The check for a GPU, at small sizes on the CPU: every part measures, and the numbers that must agree do."""
     out = tmp_path / "gpu_check.jsonl"

@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several teachers on two gloo ranks, asked through verl's TransferQueue, against plain Hugging Face forwards."""
 
+import inspect
 import time
+import types
 
 import hydra
 import numpy as np
+import psutil
 import pytest
 import ray
+import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
 from verl.single_controller.ray import RayResourcePool
+from verl.utils import tensordict_utils as tu
+from verl.utils import transferqueue_utils as bridge
 
 from examples.quickstart.tiny_vlm import build_tiny_vlm
 from tests import settings
 from tests.integration.helpers import as_batch, hugging_face_log_probs, make_rows
 from verl_gndpo.teacher.client import TeacherClient, prompt_of
+from verl_gndpo.teacher.packing import equal_inputs
+from verl_gndpo.verl_patches.images_once import fetch_images_once
 
 OPTIONS = {"override_config": {"attn_implementation": "sdpa"}}
 
@@ -160,6 +168,74 @@ def test_prompts_that_are_thrown_away_are_forgotten(client, rows):
     client.forget({prompt_of(batch.keys[0])})
     assert client._running is None
     assert client.score(batch)["gndpo/teacher_ahead_share"] == pytest.approx(3 / 12)
+
+
+def fetch(batch: KVBatchMeta, function) -> tuple[list[dict], int]:
+    """Return each row's images as a worker fetches them, and the bytes that passed through the loopback device."""
+    before = psutil.net_io_counters(pernic=True)["lo"].bytes_recv
+    data = bridge._run_async_in_temp_loop(function, batch)
+    received = psutil.net_io_counters(pernic=True)["lo"].bytes_recv - before
+    return tu.get(data, "multi_modal_inputs"), received
+
+
+@pytest.fixture
+def once(queue):
+    """Return verl's function that fetches a batch, and the same one with the patch."""
+    bridge.TQ_INITIALIZED = True
+    # Importing the patch has applied it in this process.
+    stock = inspect.unwrap(bridge._async_meta_to_realdata)
+    copy = types.ModuleType(bridge.__name__)
+    vars(copy).update(vars(bridge), _async_meta_to_realdata=stock)
+    assert fetch_images_once(copy)
+    return stock, copy._async_meta_to_realdata
+
+
+def with_large_images(rows: list[dict]) -> list[dict]:
+    """Give each prompt's rows the same random image of 1.6 MB, if they have images."""
+    images = {prompt_of(row["key"]): torch.randn(340, 1176) for row in rows}
+    return [
+        row | {"inputs": dict(row["inputs"]) and {"pixel_values": images[prompt_of(row["key"])].clone()}}
+        for row in rows
+    ]
+
+
+def test_the_images_of_a_prompt_are_fetched_once(once, rows):
+    stock, patched = once
+    batch = put(with_large_images(rows))
+    fetch(batch, patched)  # The first batch is fetched whole, and compared.
+    (expected, bytes_of_stock), (images, received) = fetch(batch, stock), fetch(batch, patched)
+    assert all(map(equal_inputs, images, expected)) and sum(map(len, images)) == 9
+    assert len({id(image) for image in images}) == 4, "the rows of a prompt share what was fetched"
+    assert bytes_of_stock > 9 * 1.5e6 and received < 0.4 * bytes_of_stock
+
+
+def test_a_row_with_tokens_of_a_tool_has_images_of_its_own(once, rows):
+    _, patched = once
+    rows = with_large_images(rows)
+    fetch(put(rows), patched)
+    position = next(i for i, row in enumerate(rows) if row["inputs"]) + 1
+    rows[position] = rows[position] | {"inputs": {"pixel_values": torch.randn(2, 1176)}}
+    batch = put(rows)
+    masks = as_batch(rows)["response_mask"]
+    masks.values()[masks.offsets()[position]] = 0
+    tq.kv_batch_put(
+        keys=batch.keys, partition_id="train", fields=TensorDict({"response_mask": masks}, batch_size=len(rows))
+    )
+    images, _ = fetch(batch, patched)
+    assert torch.equal(images[position]["pixel_values"], rows[position]["inputs"]["pixel_values"])
+    assert images[position + 1] is images[position - 1] is not images[position]
+
+
+def test_images_that_differ_within_a_prompt_are_each_fetched(once, rows, caplog):
+    _, patched = once
+    rows = with_large_images(rows)
+    position = next(i for i, row in enumerate(rows) if row["inputs"]) + 1
+    rows[position] = rows[position] | {"inputs": {"pixel_values": torch.randn(340, 1176)}}
+    batch = put(rows)
+    for _ in range(2):
+        images, _ = fetch(batch, patched)
+        assert all(equal_inputs(image, row["inputs"]) for image, row in zip(images, rows, strict=True))
+    assert caplog.text.count("have different images") == 1
 
 
 def test_what_one_rank_raises_is_not_waited_for(client, rows):

@@ -69,7 +69,7 @@ def group_by_prompt(
             key += (row,)
         # Two prompts of the same words may still ask about different pictures.
         candidates = by_prompt.setdefault(key, [])
-        group = next((group for group in candidates if _equal(images[members[group][0]], images[row])), None)
+        group = next((group for group in candidates if equal_inputs(images[members[group][0]], images[row])), None)
         if group is None:
             group = len(members)
             members.append([])
@@ -83,10 +83,14 @@ def group_by_prompt(
     ]
 
 
-def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
-        for name, value in one.items()
+def equal_inputs(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return True if two rows have the same further inputs of the model: the same object, or equal ones."""
+    return one is other or (
+        one.keys() == other.keys()
+        and all(
+            torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+            for name, value in one.items()
+        )
     )
 
 

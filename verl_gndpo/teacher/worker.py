@@ -21,6 +21,7 @@ from verl_gndpo.teacher.architecture import model_config
 from verl_gndpo.teacher.engine import TeacherEngineConfig
 from verl_gndpo.teacher.routing import Routing
 from verl_gndpo.teacher.rows import NAMES, check_rows
+from verl_gndpo.verl_patches import apply
 
 # Fields of a batch that the teacher reads. `response_mask` has the response lengths; NAMES are for errors. verl skips
 # fields that a batch lacks, such as the student's most likely tokens unless the baseline is `kl`.
@@ -66,6 +67,7 @@ class TeacherWorker(Worker):
             config: a resolved `teacher` section (`read_teacher_config`).
         """
         super().__init__()
+        apply("images_once")
         # Before verl's workers, which would take torch's default time-out.
         initialize_global_process_group_ray(timeout_second=config.nccl_timeout)
         self._routing = Routing(config)

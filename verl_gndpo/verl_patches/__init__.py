@@ -180,6 +180,17 @@ PATCHES = index(
         where="every process",
     ),
     Patch(
+        name="images_once",
+        module="verl.utils.transferqueue_utils",
+        changes="_async_meta_to_realdata",
+        applied_by="verl_gndpo.verl_patches.images_once:fetch_images_once",
+        breaks="Each worker fetches the images of a prompt once for each of its responses, some megabytes each time.",
+        since="verl 0.8.0, the first with TransferQueue",
+        upstream="none known",
+        remove_when="verl stores the images of a prompt once",
+        where="actor",
+    ),
+    Patch(
         name="student_top_k",
         module=_ENGINE,
         changes="FSDPEngineWithLMHead.prepare_model_outputs",
