@@ -8,11 +8,13 @@ import json
 from pathlib import Path
 
 from verl_gndpo.advantage import BOUNDS
-from verl_gndpo.config import TeacherSection, declared_settings, default_groups, gndpo_section
+from verl_gndpo.config import StudentSection, TeacherSection, declared_settings, default_groups, gndpo_section
 from verl_gndpo.presets import PRESETS, RECIPE
 from verl_gndpo.setting import Setting
 
 PAGE = Path(__file__).with_name("settings.md")
+GROUPS = {"algorithm.gndpo": ("gndpo", "default"), "teacher": ("teacher", "worker"), "student": ("student", "default")}
+"""The group of Hydra with the defaults of each section."""
 
 HEAD = """\
 # Settings
@@ -24,11 +26,11 @@ HEAD = """\
 
 {presets}.
 
-With any other estimator verl behaves as if this plugin were not installed.
+With any other estimator verl behaves as if this plugin were not installed, unless `student.share_prompts=True`.
 
 `+recipe=gndpo` brings the whole published method into a config, estimator included; its table is below.
-`+gndpo=default` and `+teacher=worker` (or `+teacher=server`) bring all settings of this project's two sections. Without
-these groups, put a `+` before a key that is new to the config: `+teacher.model.path=...`.
+`+gndpo=default`, `+teacher=worker` (or `+teacher=server`) and `+student=default` bring all settings of this project's
+sections. Without these groups, put a `+` before a key that is new to the config: `+teacher.model.path=...`.
 
 An unknown key is an error that names the nearest known one. A value out of range is an error before anything is
 started.
@@ -49,9 +51,9 @@ def table(section: str, schema: type, head: str) -> str:
 
 def default(key: str, declared: Setting) -> str:
     """Return the value in a config that does not give the setting, as YAML; behind it, the one that null stands for."""
-    group = default_groups()[("gndpo", "default") if key.startswith("algorithm") else ("teacher", "worker")]
-    value: object = group
-    for part in key.removeprefix("algorithm.gndpo.").removeprefix("teacher.").split("."):
+    section = next(section for section in GROUPS if key.startswith(f"{section}."))
+    value: object = default_groups()[GROUPS[section]]
+    for part in key.removeprefix(f"{section}.").split("."):
         value = value.get(part, declared.default) if isinstance(value, dict) else declared.default
     given = f"`{json.dumps(value)}`"
     return f"{given} (`{json.dumps(declared.default)}`)" if value is None and declared.default is not None else given
@@ -91,12 +93,14 @@ def page() -> str:
         "brackets is what null stands for unless the preset says otherwise."
     )
     teacher = "What scores the student's tokens, and where: [teacher.md](teacher.md)."
+    student = "How the actor's passes over a batch are laid out: [student.md](student.md)."
     return "\n".join(
         [
             HEAD.format(presets=presets),
             recipe(),
             table("algorithm.gndpo", gndpo_section(), signal),
             table("teacher", TeacherSection, teacher),
+            table("student", StudentSection, student),
         ]
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Declare and read the two config sections that this project adds to verl's: `algorithm.gndpo` and `teacher`.
+"""Declare and read the config sections that this project adds to verl's: `algorithm.gndpo`, `teacher` and `student`.
 
 A `...Section` is what a config gives: each key is declared once, by a `Setting` with its default, range and meaning.
 Hydra's groups (`default_groups`), the checks and docs/settings.md follow from these declarations. A `...Config` is what
@@ -351,6 +351,29 @@ WORKER_SETTINGS = (
 )
 
 
+@dataclass
+class StudentSection:
+    """`student`: how the actor's passes over a batch are laid out. It has no part in what they compute."""
+
+    share_prompts: bool = setting(
+        False,
+        "Run each prompt and each image once for all of its responses, in `old_log_prob` and in the update, and make "
+        "logits for response tokens only. It works with every estimator, and with the engines fsdp and fsdp2.",
+    )
+    logits_chunk_tokens: int = setting(
+        256,
+        "Number of response tokens whose logits exist at once, in the backward pass, too: the peak is at most this "
+        "times the vocabulary, in float32.",
+        at_least=1,
+    )
+    attention: str = setting(
+        "sdpa",
+        "sdpa: torch's own kernels, prompt by prompt. flex: FlexAttention, one kernel over all prompts of a "
+        "micro-batch without padding, compiled on an accelerator.",
+        choices=("sdpa", "flex"),
+    )
+
+
 @dataclass(frozen=True)
 class Teacher:
     """One teacher, resolved.
@@ -586,8 +609,9 @@ def _differs(one: Any, other: Any, key: str) -> bool:
 def default_groups() -> dict[tuple[str, str], dict[str, Any]]:
     """Return Hydra's config groups of this project by (group, name).
 
-    `+gndpo=default` belongs into `algorithm.gndpo`, `+teacher=worker` and `+teacher=server` into `teacher`. They hold
-    all settings with their defaults. `+recipe=gndpo` belongs into the whole config, and holds settings of verl.
+    `+gndpo=default` belongs into `algorithm.gndpo`, `+teacher=worker` and `+teacher=server` into `teacher`, and
+    `+student=default` into `student`. They hold all settings with their defaults. `+recipe=gndpo` belongs into the
+    whole config, and holds settings of verl.
     """
     teacher = _defaults(TeacherSection)
     recipe = OmegaConf.create()
@@ -598,6 +622,7 @@ def default_groups() -> dict[tuple[str, str], dict[str, Any]]:
         ("gndpo", "default"): _defaults(gndpo_section()),
         ("teacher", "worker"): teacher,
         ("teacher", "server"): teacher | {"backend": "server", "placement": "dedicated"},
+        ("student", "default"): _defaults(StudentSection),
     }
 
 
@@ -793,6 +818,19 @@ def read_teacher_config(config: Any) -> TeacherConfig:
         ),
         server=section.server,
     )
+
+
+def read_student_config(config: Any) -> StudentSection:
+    """Read `student`.
+
+    Args:
+        config: verl's whole config.
+
+    Raises:
+        ConfigError: unknown key, wrong type or value out of range.
+    """
+    section: StudentSection = _read("student", StudentSection, _get(config, "student"))
+    return section
 
 
 def uses_gndpo(config: Any) -> bool:

@@ -32,7 +32,7 @@ def store_groups() -> None:
 
     from verl_gndpo.config import default_groups
 
-    packages = {"gndpo": "algorithm.gndpo", "teacher": "teacher", "recipe": "_global_"}
+    packages = {"gndpo": "algorithm.gndpo", "teacher": "teacher", "student": "student", "recipe": "_global_"}
     for (group, name), node in default_groups().items():
         ConfigStore.instance().store(group=group, name=name, node=node, package=packages[group], provider="verl-gndpo")
 

@@ -37,6 +37,7 @@ from verl_gndpo.doctor.run import raise_on_errors
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.observe.monitor import SignalMonitor
 from verl_gndpo.rewards.manager import use_reward_manager
+from verl_gndpo.student.run import share_prompts
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating
 from verl_gndpo.teacher.server import ServerTeacher, use_servers
 from verl_gndpo.verl_patches.actor import apply_in_actor, freeze_tower_in_actor
@@ -87,6 +88,7 @@ class GNDPOTrainerMixin(_Trainer):
             raise_on_errors(config)
             self.teacher_config: TeacherConfig = read_teacher_config(config)
             self._prepare(config)
+        share_prompts(config)
         super().__init__(config)
         if self.uses_gndpo:
             poll_often(self.replay_buffer)

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from verl.workers.engine_workers import TrainingWorker
 from tests import settings
 from verl_gndpo.config import TeacherConfig
 from verl_gndpo.families import QWEN_VL
+from verl_gndpo.student.engine import StudentEngineConfig
+from verl_gndpo.student.run import MODEL_TYPE
 from verl_gndpo.teacher.architecture import stock_classes
 from verl_gndpo.teacher.worker import TeacherWorker
 
@@ -125,20 +128,25 @@ def hugging_face_distributions(
 
 
 def start_actor(
-    path, packed: bool, max_tokens: int = 4096, attention: str = "sdpa", strategy: str = "fsdp2", **model
+    path, packed: bool, max_tokens: int = 4096, attention: str = "sdpa", strategy: str = "fsdp2", sharing=None, **model
 ) -> TrainingWorker:
-    """Start verl's own FSDP engine, as the actor that computes `old_log_probs`; `model` are settings of the model."""
+    """Start verl's FSDP engine, as the actor that computes `old_log_probs`.
+
+    Args:
+        sharing: settings of `student`, for this project's engine; None for verl's own.
+        model: settings of the model.
+    """
+    engine_config = FSDPEngineConfig if sharing is None else partial(StudentEngineConfig, **sharing)
     worker = TrainingWorker(
         TrainingWorkerConfig(
-            model_type="language_model",
+            model_type="language_model" if sharing is None else MODEL_TYPE,
             model_config=HFModelConfig(
                 path=str(path),
                 use_remove_padding=packed,
-                enable_gradient_checkpointing=False,
                 override_config={"attn_implementation": attention},
-                **({"load_tokenizer": False} | model),
+                **({"load_tokenizer": False, "enable_gradient_checkpointing": False} | model),
             ),
-            engine_config=FSDPEngineConfig(
+            engine_config=engine_config(
                 strategy=strategy,
                 model_dtype="float32",
                 mixed_precision={"param_dtype": "float32", "reduce_dtype": "float32", "buffer_dtype": "float32"},

@@ -23,7 +23,11 @@ PACKAGE = Path(verl_gndpo.__file__).parent
 SOURCES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 # Functions that are set outside of a patch, on modules of the teacher's model, which this package has built itself.
-OWN_OBJECTS = {("teacher/scoring.py", "lm_head.forward"), ("teacher/distinct_images.py", "tower.forward")}
+OWN_OBJECTS = {
+    ("teacher/scoring.py", "lm_head.forward"),
+    ("teacher/distinct_images.py", "tower.forward"),
+    ("student/projection.py", "lm_head.forward"),
+}
 # Set and restored within one call of a patch, which benchmarks/gpu_check.py also makes without verl.
 OWN_OBJECTS |= {("verl_patches/offload.py", "FSDPParam.reset_sharded_param")}
 # The packages that a training run is made of.

@@ -18,6 +18,7 @@ from verl_gndpo.doctor.environment import (
 from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.models import check_models
 from verl_gndpo.doctor.settings import check_estimator, check_recipe, check_settings, check_verl_settings
+from verl_gndpo.doctor.student import check_student
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def run_checks(config: Any = None) -> list[Check]:
     # The other checks ask verl's registries and trainers, which are incomplete without the plugin.
     if plugin[0].status != "error":
         checks += [*check_estimator(config), *check_verl_settings(config)]
+        checks += check_student(config)
         if uses_gndpo(config):
             checks += [*check_settings(inputs), *check_recipe(inputs), *check_models(inputs)]
             checks += [*check_architectures(inputs), *check_routing(inputs)]

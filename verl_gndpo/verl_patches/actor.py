@@ -21,7 +21,7 @@ def apply_in_actor(student: DictConfig, name: str) -> None:
     libraries = student.model.get("external_lib") or []
     libraries = [libraries] if isinstance(libraries, str) else list(libraries)
     with open_dict(student.model):
-        student.model.external_lib = [*libraries, entry.applied_by.split(":")[0]]
+        student.model.external_lib = list(dict.fromkeys([*libraries, entry.applied_by.split(":")[0]]))
 
 
 def freeze_tower_in_actor(student: DictConfig) -> None:

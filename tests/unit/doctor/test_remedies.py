@@ -48,6 +48,9 @@ FOUND_BY = {
     f"{OURS[0]} reward.custom_reward_function.name=nope": "no function",
     "actor_rollout_ref.rollout.name=null": "actor_rollout_ref.rollout.name is not set",
     f"{ROLLOUT}.top_p=0.9": "top_p=0.9",
+    f"student.share_prompts=True {MODEL}.use_fused_kernels=True": "replaces the output projection",
+    f"student.share_prompts=True {ACTOR}.pad_to_length=True": "pads micro-batches",
+    f"student.share_prompts=True {ACTOR}.ulysses_sequence_parallel_size=2": "spreads a sequence over ranks",
 }
 """By the overrides that spoil a run, words of the finding."""
 
@@ -61,6 +64,7 @@ NOT_HERE = {
     "distillation.enabled": "tests/unit/doctor/test_doctor_settings.py",
     "data.max_prompt_length": "tests/unit/doctor/test_doctor_rows.py",
     "data.filter_overlong_prompts": "tests/unit/doctor/test_doctor_rows.py",
+    "student.share_prompts": "turns off what the finding is about",
     "recipe": "a group of Hydra; tests/unit/doctor/test_doctor_settings.py",
 }
 """Settings in remedies that no case here applies, and why or where it is done."""
