@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `examples/run_qwen2_5vl_gndpo.sh` with PROFILE=cpu and reads back what it left."""
+"""Runs a recipe of examples/ with PROFILE=cpu and reads back what it left."""
 
 import contextlib
 import json
@@ -18,11 +18,12 @@ START_UP_LIMIT_S = 1200
 
 @dataclass
 class Run:
-    """One run of the example script. `settings` are its environment variables, `overrides` its arguments."""
+    """One run of a recipe. `settings` are its environment variables, `overrides` its arguments."""
 
     out: Path
     settings: dict[str, str]
     overrides: list[str] = field(default_factory=list)
+    recipe: str = "run_qwen2_5vl_gndpo.sh"
 
     @property
     def steps(self) -> list[dict]:
@@ -57,7 +58,7 @@ class Run:
             "VERL_USE_EXTERNAL_MODULES": "tests.end_to_end.capture",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])),
         }
-        command = ["bash", "examples/run_qwen2_5vl_gndpo.sh", *self.overrides]
+        command = ["bash", f"examples/{self.recipe}", *self.overrides]
         with (self.out / "log").open("w") as sink:
             return subprocess.Popen(command, cwd=REPO, env=env, stdout=sink, stderr=subprocess.STDOUT)
 

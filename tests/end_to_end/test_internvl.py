@@ -71,7 +71,7 @@ def run(internvl, mixed, tmp_path_factory):
     arguments = overrides(2, out / "checkpoints", "trainer.save_freq=2", "trainer.resume_mode=disable")
     # All parts of a run must cut the stretched image in the same way: into two tiles and the thumbnail.
     arguments.append("+data.mm_processor_kwargs.max_patches=2")
-    return Run(out / "run", settings(internvl, mixed, **small), arguments).finish()
+    return Run(out / "run", settings(internvl, mixed, **small), arguments, "run_internvl3_5_gndpo.sh").finish()
 
 
 def tiles(row: dict) -> int:

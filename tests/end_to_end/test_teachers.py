@@ -48,23 +48,17 @@ def two_sources(dice, tmp_path_factory) -> Path:
 
 def test_several_teachers_on_gpus_of_their_own_score_while_others_are_generated(models, two_sources, tmp_path):
     build_tiny("qwen2_5_vl", tmp_path / "other", seed=2)
-    teachers = {
-        "even": {"path": models / "teacher", "keys": "[dice/even]"},
-        # The samples of the other source have two teachers, one of them with the weights of the first.
-        "odd": {"path": tmp_path / "other", "keys": "[dice/odd]"},
-        "also": {"path": models / "teacher", "keys": "[dice/odd]", "weight": 3},
-    }
     arguments = overrides(2, tmp_path / "checkpoints", "trainer.save_freq=-1", "trainer.resume_mode=disable")
+    # The samples of the other source have two teachers.
+    teachers = {"TEACHER_1": str(models / "teacher"), "TEACHER_2": str(tmp_path / "other")}
+    teachers |= {"KEYS_1": '["*"]', "KEYS_2": "[dice/odd]", "TEACHER_GPUS": "1"}
     arguments += [
-        "teacher.model.path=null",
-        *(f"+teacher.models.{name}.{key}={x}" for name, teacher in teachers.items() for key, x in teacher.items()),
-        *("teacher.placement=dedicated", "teacher.n_gpus_per_node=1", "ray_kwargs.ray_init.num_gpus=2"),
-        "algorithm.gndpo.baseline=teacher",
-        "algorithm.gndpo.scale=teacher",
+        "teacher.models.first.weight=3",
         # Most responses wait for others to end.
         "actor_rollout_ref.rollout.max_num_seqs=4",
     ]
-    run = Run(tmp_path / "run", settings(models, two_sources, BATCH="8"), arguments).finish()
+    environment = settings(models, two_sources, BATCH="8", VAL_FILE=str(two_sources / "test.parquet"), **teachers)
+    run = Run(tmp_path / "run", environment, arguments, "run_multi_teacher.sh").finish()
     assert_healthy(run, [1, 2], gain=False)
     assert_policy_loss(run, 1)
     # At least one prompt of the eight, unless all end within the 0.2 s between two polls; measured 0.75 and 0.5.
@@ -82,7 +76,7 @@ def test_several_teachers_on_gpus_of_their_own_score_while_others_are_generated(
             reference_log_probs(tmp_path / "other", row) / 4 + reference_log_probs(models / "teacher", row) * 3 / 4
         )
         np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-4, rtol=0)
-    for label, source in (("even", "dice/even"), ("odd+also", "dice/odd")):
+    for label, source in (("first", "dice/even"), ("first+second", "dice/odd")):
         for row, expected in zip(by_source[source], published(by_source[source]), strict=True):
             np.testing.assert_allclose(row["advantages"].numpy(), expected, rtol=1e-5, atol=1e-5)
         tokens = sum(int((row["response_mask"] != 0).sum()) for row in by_source[source])
@@ -90,23 +84,20 @@ def test_several_teachers_on_gpus_of_their_own_score_while_others_are_generated(
         assert run.steps[0][f"gndpo/teacher/{label}/gain"] > 0
 
 
-def test_verls_own_teacher_servers_feed_the_same_estimator(models, dice, tmp_path):
-    arguments = overrides(2, tmp_path / "checkpoints", "trainer.save_freq=-1", "trainer.resume_mode=disable")
-    server = {
-        **{"free_cache_engine": False, "enable_sleep_mode": False, "tensor_model_parallel_size": 1},
-        **{"max_model_len": 160, "max_num_batched_tokens": 4096, "max_num_seqs": 64},
+def test_verls_own_teacher_servers_feed_the_same_estimator(dice, tmp_path):
+    """As the recipe for Qwen3-VL starts its largest teacher."""
+    models = {
+        name: build_tiny("qwen3_vl", tmp_path / name, seed=seed) for seed, name in enumerate(("student", "teacher"))
     }
-    arguments += [
-        *("teacher.backend=server", "teacher.n_gpus_per_node=1", "ray_kwargs.ray_init.num_gpus=2"),
-        *(f"+teacher.server.{key}={value}" for key, value in server.items()),
-    ]
-    run = Run(tmp_path / "run", settings(models, dice), arguments).finish()
+    arguments = overrides(2, tmp_path / "checkpoints", "trainer.save_freq=-1", "trainer.resume_mode=disable")
+    environment = settings(tmp_path, dice, TEACHER_SIZE="30B-A3B", TEACHER_GPUS="1")
+    run = Run(tmp_path / "run", environment, arguments, "run_qwen3_vl_gndpo.sh").finish()
     assert_healthy(run, [1, 2])
     assert_policy_loss(run, 1)
     rows = run.captured(1)
     for row in rows[:4]:
         # A random model gives placeholders 1e-3 of the probability, a trained one none.
-        expected = reference_log_probs(models / "teacher", row, without_placeholders=True)
+        expected = reference_log_probs(models["teacher"], row, without_placeholders=True)
         np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-4, rtol=0)
     for row, expected in zip(rows, published(rows), strict=True):
         np.testing.assert_allclose(row["advantages"].numpy(), expected, rtol=1e-5, atol=1e-5)
