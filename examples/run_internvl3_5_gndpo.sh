@@ -8,6 +8,9 @@
 #
 # METHOD=gspo learns from the task's reward and needs no teacher; opd is distillation with the clamped log-ratio; gndpo
 # normalises it. All three have the same loss, batch and learning rate.
+#
+# Needs, by `verl-gndpo plan`: 8 GPUs, of which scoring takes 13 to 18 GB each and the update 17 to 29 GB, beside what vLLM
+# reserves while it generates (60 %). 65 steps: an estimated 2 to 4 hours on H100s, not measured; gspo scores nothing.
 SIZE=${SIZE:-2B}                              # 1B | 2B | 4B
 METHOD=${METHOD:-gndpo}                       # gspo | opd | gndpo
 case $METHOD in

@@ -7,6 +7,10 @@
 #   MEMORY=48 bash examples/run_lora_1gpu.sh
 #
 # `verl-gndpo export` writes the trained model, merged or as an adapter.
+#
+# Needs one GPU and 40 GB (MEMORY=24) or 80 GB (48) of host memory. By hand, because `verl-gndpo plan` knows no LoRA: of the
+# card, the teacher takes 9 or 18 GB while it scores, the student's update 11 or 16 GB, each with 5 GB of CUDA contexts and
+# libraries. An estimated 10 hours on an RTX 4090, not measured.
 MEMORY=${MEMORY:-24}                          # GB of the card: 24 | 48
 case $MEMORY in
     24) SIZE=2B TEACHER_SIZE=4B ;;

@@ -7,6 +7,9 @@
 #   python data_prep/mix.py --train ~/data/geo3k/train.parquet ~/data/mmk12/train.parquet --weights 1 1 \
 #       --val ~/data/geo3k/test.parquet --local_save_dir ~/data/geometry_and_science
 #   bash examples/run_multi_teacher.sh
+#
+# Needs, by `verl-gndpo plan`: 8 GPUs of 80 GB, and 150 GB of host memory for both teachers. An estimated 4 to 8 hours on
+# H100s, not measured.
 STUDENT=${STUDENT:-Qwen/Qwen2.5-VL-3B-Instruct}
 TEACHER_1=${TEACHER_1:-Qwen/Qwen2.5-VL-7B-Instruct}
 TEACHER_2=${TEACHER_2:-Qwen/Qwen2.5-VL-32B-Instruct}

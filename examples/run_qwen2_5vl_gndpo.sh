@@ -7,6 +7,9 @@
 #   TEACHER=/models/teacher LR=2e-6 bash examples/run_qwen2_5vl_gndpo.sh trainer.total_epochs=2
 #   PROFILE=cpu STUDENT=... TEACHER=... bash examples/run_qwen2_5vl_gndpo.sh   # the same overrides on tiny models
 #
+# Needs, by `verl-gndpo plan`: 8 GPUs, of which scoring takes 18 GB each and the update 26 GB, beside what vLLM reserves while
+# it generates (60 %). 65 steps: an estimated 2 to 4 hours on H100s, not measured.
+#
 # Set any capitalised setting of recipe.sh in the environment. Arguments are Hydra overrides, and win over the settings.
 STUDENT=${STUDENT:-Qwen/Qwen2.5-VL-3B-Instruct}
 TEACHER=${TEACHER:-Qwen/Qwen2.5-VL-7B-Instruct}

@@ -6,6 +6,9 @@
 #   bash examples/run_qwen3_vl_gndpo.sh                           # SIZE=2B TEACHER_SIZE=8B
 #   SIZE=4B TEACHER_SIZE=32B bash examples/run_qwen3_vl_gndpo.sh
 #   TEACHER_SIZE=30B-A3B bash examples/run_qwen3_vl_gndpo.sh      # the teacher as a vLLM server on two GPUs of its own
+#
+# Needs, by `verl-gndpo plan`: 8 GPUs, of which scoring takes 15 to 28 GB each and the update 22 to 29 GB, beside what vLLM
+# reserves while it generates (60 %). 65 steps: an estimated 2 to 5 hours on H100s, not measured.
 SIZE=${SIZE:-2B}                              # 2B | 4B
 TEACHER_SIZE=${TEACHER_SIZE:-8B}              # 8B | 32B | 30B-A3B
 STUDENT=${STUDENT:-Qwen/Qwen3-VL-$SIZE-Instruct}

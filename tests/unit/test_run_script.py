@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What examples/run_qwen2_5vl_gndpo.sh finds out about a GPU machine by itself."""
+"""What the recipes find out about a GPU machine by themselves, and what their settings stand for."""
 
 import subprocess
 import sys
@@ -15,7 +15,9 @@ SDPA = "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
 def run(tmp_path):
     """Return a function that runs the script with a torch that sees so many devices, and returns overrides and log."""
 
-    def run(devices: int, flash_attn: bool, **environment: str) -> tuple[list[str], str]:
+    def run(
+        devices: int, flash_attn: bool, recipe: str = "run_qwen2_5vl_gndpo", **environment: str
+    ) -> tuple[list[str], str]:
         packages = tmp_path / "packages"
         packages.mkdir()
         # As torch.accelerator does, it obeys the variables that hide devices.
@@ -35,7 +37,7 @@ def run(tmp_path):
             "PATH": "/usr/bin:/bin",
             "HOME": "/",
         }
-        script = ["bash", str(REPO / "examples/run_qwen2_5vl_gndpo.sh")]
+        script = ["bash", str(REPO / "examples" / f"{recipe}.sh")]
         done = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path, check=True)
         return (tmp_path / "arguments").read_text().splitlines(), done.stderr
 
@@ -73,3 +75,32 @@ def test_torch_counts_devices_as_the_script_asks():
     import torch
 
     assert torch.accelerator.device_count() >= 0
+
+
+@pytest.mark.parametrize(("method", "estimator"), [("gspo", "grpo"), ("opd", "opd"), ("gndpo", "gndpo")])
+def test_the_methods_of_the_published_experiment(run, method, estimator):
+    overrides, _ = run(8, True, "run_internvl3_5_gndpo", SIZE="1B", METHOD=method)
+    assert f"algorithm.adv_estimator={estimator}" in overrides and "+recipe=gndpo" in overrides
+    assert "actor_rollout_ref.model.path=OpenGVLab/InternVL3_5-1B-HF" in overrides
+    assert "teacher.model.path=OpenGVLab/InternVL3_5-8B-HF" in overrides
+
+
+@pytest.mark.parametrize(("teacher", "group", "gpus"), [("8B", "worker", 8), ("30B-A3B", "server", 6)])
+def test_a_server_takes_two_of_the_gpus(run, teacher, group, gpus):
+    overrides, _ = run(8, True, "run_qwen3_vl_gndpo", TEACHER_SIZE=teacher)
+    assert f"+teacher={group}" in overrides and f"trainer.n_gpus_per_node={gpus}" in overrides
+    assert ("teacher.n_gpus_per_node=2" in overrides) == (group == "server")
+
+
+@pytest.mark.parametrize(("recipe", "setting"), [("run_internvl3_5_gndpo", "METHOD"), ("run_lora_1gpu", "MEMORY")])
+def test_a_wrong_choice_ends_with_what_there_is_to_choose(run, recipe, setting):
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        run(1, True, recipe, **{setting: "other"})
+    assert raised.value.returncode == 2
+    assert f"{setting} must be" in raised.value.stderr and "'other'" in raised.value.stderr
+
+
+def test_without_slurm_the_launcher_says_what_to_do():
+    script = ["bash", str(REPO / "examples" / "multinode.sh"), "examples/run_qwen2_5vl_gndpo.sh"]
+    done = subprocess.run(script, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "sbatch" in done.stderr and "ray start" in done.stderr
