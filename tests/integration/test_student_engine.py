@@ -11,12 +11,15 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import HFModelConfig
 from verl.workers.utils.losses import ppo_loss
 
 from tests.helpers import verl_config
 from tests.integration.helpers import as_batch, make_rows, nested, one_rank, start_actor
 from tests.tiny_models import build_tiny
+from verl_gndpo.config import ConfigError
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
+from verl_gndpo.student import engine
 
 TEMPERATURE = 0.7
 # Of each prompt its images and its responses' lengths: one is many times longer, one alone, two prompts without images.
@@ -55,15 +58,14 @@ def run(worker, data: TensorDict, max_tokens: int = 4096, **settings):
     Returns:
         Log-probs and entropies of the response tokens of each row, the loss, and the gradients by name.
     """
-    engine = worker.engine
-    data = data.clone()
+    module, data = worker.engine.module, data.clone()
     limits = {"use_dynamic_bsz": True, "max_token_len_per_gpu": max_tokens, "use_remove_padding": False} | settings
     tu.assign_non_tensor(data, **limits)
-    with engine.train_mode(zero_grad_on_exit=True):
-        output = engine.forward_backward_batch(data, losses(), forward_only=False)
+    with worker.engine.train_mode():
+        output = worker.engine.forward_backward_batch(data, losses(), forward_only=False)
         gradients = {
             name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad.clone()
-            for name, parameter in engine.module.named_parameters()
+            for name, parameter in module.named_parameters()
             if parameter.grad is not None
         }
     return responses(output, data, "log_probs"), responses(output, data, "entropy"), sum(output["loss"]), gradients
@@ -93,8 +95,8 @@ def assert_same(ours, stock) -> None:
 class Engines:
     """verl's engine and ours with the same weights, and rows."""
 
-    def __init__(self, path, **model):
-        self.rows = make_rows(path, **PROMPTS)
+    def __init__(self, path, prompts=PROMPTS, **model):
+        self.rows = make_rows(path, **prompts)
         self.data = training_batch(self.rows)
         self.stock = start_actor(path, packed=False, **model)
         self.ours = start_actor(path, packed=False, sharing={}, **model)
@@ -141,3 +143,74 @@ def test_a_log_prob_pass_returns_what_verls_does(engines):
         # What the most likely tokens and the rest, taken as one token, leave open.
         known = row[:, :-1].exp().square().sum(-1)
         assert ((known <= squares + 1e-6) & (squares <= known + row[:, -1].exp().square() + 1e-6)).all()
+
+
+def test_a_frozen_tower_encodes_each_distinct_image_once_and_gets_no_gradient(engines):
+    tower = engines.ours.engine.module.model.visual
+    encoded = []
+    handle = tower.patch_embed.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    for worker in (engines.ours, engines.stock):
+        worker.engine.module.model.visual.requires_grad_(False)
+    try:
+        ours, stock = run(engines.ours, engines.data), run(engines.stock, engines.data)
+    finally:
+        handle.remove()
+        for worker in (engines.ours, engines.stock):
+            worker.engine.module.model.visual.requires_grad_(True)
+    assert_same(ours, stock)
+    assert not any("visual" in name for name in ours[3])
+    distinct = {row["inputs"]["pixel_values"].sum().item(): row["inputs"] for row in engines.rows if row["inputs"]}
+    assert encoded == [sum(len(inputs["pixel_values"]) for inputs in distinct.values())]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "qwen3"])
+def test_other_families(tmp_path, family):
+    prompts = PROMPTS if family != "qwen3" else PROMPTS | {"images_per_prompt": [0] * 4}
+    path = build_tiny(family, tmp_path, seed=3)
+    with one_rank():
+        engines = Engines(path, prompts, enable_gradient_checkpointing=True)
+        assert_same(run(engines.ours, engines.data, 100), run(engines.stock, engines.data))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_adapters_get_the_gradients_that_verl_gives_them(tmp_path, strategy):
+    path = build_tiny("qwen2_5_vl", tmp_path, seed=3)
+    lora = {"lora_rank": 4, "target_modules": "all-linear"}
+    with one_rank():
+        engines = Engines(path, strategy=strategy, **lora)
+        for worker in (engines.ours, engines.stock):
+            randomize_adapters(worker.engine.module)
+        ours, stock = run(engines.ours, engines.data), run(engines.stock, engines.data)
+        assert_same(ours, stock)
+        assert all("lora" in name or "flat" in name for name in ours[3])
+
+
+def randomize_adapters(module) -> None:
+    """Give every adapter an effect: peft begins with one that has none."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                local = getattr(parameter, "_local_tensor", parameter)
+                local.copy_(0.05 * torch.randn(local.shape, generator=generator))
+
+
+def test_an_adapter_of_the_output_projection_is_refused(tmp_path):
+    path = build_tiny("qwen2_5_vl", tmp_path, seed=3)
+    with one_rank(), pytest.raises(ConfigError, match="does not support LoRA adapters"):
+        start_actor(path, packed=False, sharing={}, lora_rank=4, target_modules=["q_proj", "lm_head"])
+
+
+def test_an_architecture_that_cannot_share_runs_as_in_verl(tmp_path, capfd, monkeypatch):
+    path = build_tiny("qwen3", tmp_path, seed=3)
+    monkeypatch.setattr(engine, "why_prompts_are_not_shared", lambda *_, **__: "it mixes tokens otherwise")
+    with one_rank():
+        engines = Engines(path, PROMPTS | {"images_per_prompt": [0] * 4})
+        assert "each response runs with its own prompt: it mixes tokens otherwise" in capfd.readouterr().out
+        assert_same(run(engines.ours, engines.data), run(engines.stock, engines.data))
+
+
+def test_ranks_that_share_a_sequence_are_refused(tmp_path):
+    config = engine.StudentEngineConfig(strategy="fsdp2", ulysses_sequence_parallel_size=2)
+    with pytest.raises(ConfigError, match="does not support Ulysses sequence parallelism"):
+        engine.StudentEngine(HFModelConfig(path=str(build_tiny("qwen3", tmp_path, seed=3))), config, None, None)
