@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.end_to_end.harness import REPO, Run
+from tests.end_to_end.replay import replay
 from tests.integration.helpers import hugging_face_log_probs
 
 REAL_SETS = REPO.parent / "shared" / "data"
@@ -90,6 +91,7 @@ def killed_and_resumed(models, dice, tmp_path_factory):
     """A run that is killed after step 3 with a checkpoint of step 2, and one that resumes it to step 4."""
     out = tmp_path_factory.mktemp("runs")
     arguments = overrides(4, out / "checkpoints", "trainer.save_freq=2", "trainer.resume_mode=auto")
+    arguments.append("+student.share_prompts=True")
     first = Run(out / "killed", settings(models, dice), arguments).kill_after(step=3)
     second = Run(out / "resumed", settings(models, dice), arguments).finish()
     return first, second
@@ -129,6 +131,25 @@ def test_the_advantages_of_a_step_are_the_published_formula(killed_and_resumed):
     for ki, row in zip(k, rows, strict=True):
         expected = (ki - mu) * gain * row["response_mask"].numpy()
         np.testing.assert_allclose(row["advantages"].numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_updates_with_shared_prompts_are_those_of_verls_own_engine(killed_and_resumed, models):
+    """The gradients' norms, the losses, and the weights after two steps."""
+    first, _ = killed_and_resumed
+    assert "responses share their prompt through attention" in first.log
+    steps = [first.captured(step) for step in (1, 2)]
+    optimizer = "actor_rollout_ref.actor.optim"
+    expected, weights = replay(models / "student", steps, f"{optimizer}.lr=1e-3", f"{optimizer}.total_training_steps=4")
+    for logged, metrics in zip(first.steps, expected, strict=False):
+        # Measured within 8e-8 and 2e-8.
+        assert logged["actor/grad_norm"] == pytest.approx(metrics["actor/grad_norm"], rel=1e-6)
+        assert logged["actor/pg_loss"] == pytest.approx(metrics["actor/pg_loss"], abs=1e-6)
+    checkpoint = first.out.parent / "checkpoints" / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt"
+    trained = torch.load(checkpoint, weights_only=False)
+    assert trained.keys() == weights.keys()
+    for name, value in trained.items():
+        # A weight moves by at most 1e-3 in a step. Measured within 2e-5: Adam divides by small gradients.
+        torch.testing.assert_close(getattr(value, "_local_tensor", value), weights[name], atol=2e-4, rtol=0)
 
 
 def test_training_changes_the_student_but_not_its_frozen_vision_tower(killed_and_resumed, models):

@@ -128,12 +128,20 @@ def hugging_face_distributions(
 
 
 def start_actor(
-    path, packed: bool, max_tokens: int = 4096, attention: str = "sdpa", strategy: str = "fsdp2", sharing=None, **model
+    path,
+    packed: bool,
+    max_tokens: int = 4096,
+    attention: str = "sdpa",
+    strategy: str = "fsdp2",
+    sharing=None,
+    optimizer=None,
+    **model,
 ) -> TrainingWorker:
     """Start verl's FSDP engine, as the actor that computes `old_log_probs`.
 
     Args:
         sharing: settings of `student`, for this project's engine; None for verl's own.
+        optimizer: its config; None for one that is not used.
         model: settings of the model.
     """
     engine_config = FSDPEngineConfig if sharing is None else partial(StudentEngineConfig, **sharing)
@@ -154,7 +162,7 @@ def start_actor(
                 use_dynamic_bsz=True,
                 infer_max_token_len_per_gpu=max_tokens,
             ),
-            optimizer_config=FSDPOptimizerConfig(lr=1e-6, total_training_steps=1),
+            optimizer_config=optimizer or FSDPOptimizerConfig(lr=1e-6, total_training_steps=1),
             checkpoint_config=CheckpointConfig(),
         )
     )
