@@ -37,6 +37,7 @@ from verl_gndpo.doctor.run import raise_on_errors
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.observe.monitor import SignalMonitor
 from verl_gndpo.rewards.manager import use_reward_manager
+from verl_gndpo.student.placement import keep_prompts_together
 from verl_gndpo.student.run import share_prompts
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating
 from verl_gndpo.teacher.server import ServerTeacher, use_servers
@@ -88,7 +89,7 @@ class GNDPOTrainerMixin(_Trainer):
             raise_on_errors(config)
             self.teacher_config: TeacherConfig = read_teacher_config(config)
             self._prepare(config)
-        share_prompts(config)
+        self._shares_prompts = share_prompts(config)
         super().__init__(config)
         if self.uses_gndpo:
             poll_often(self.replay_buffer)
@@ -170,6 +171,9 @@ class GNDPOTrainerMixin(_Trainer):
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
         batch = super()._balance_batch(batch, metrics, **kwargs)
+        if self._shares_prompts:
+            ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+            metrics["student/split_prompts"] = keep_prompts_together(batch, ranks)
         if self.uses_gndpo:
             # From here on the batch has its final rows and order. None of verl's timers runs.
             self._run_until("student", batch, metrics)

@@ -4,6 +4,7 @@
 Both run verl's loss on the same rows in the same process.
 """
 
+import multiprocessing
 from functools import partial
 
 import pytest
@@ -15,7 +16,7 @@ from verl.workers.config import HFModelConfig
 from verl.workers.utils.losses import ppo_loss
 
 from tests.helpers import verl_config
-from tests.integration.helpers import as_batch, make_rows, nested, one_rank, start_actor
+from tests.integration.helpers import as_batch, free_port, make_rows, nested, one_rank, set_rank, start_actor
 from tests.tiny_models import build_tiny
 from verl_gndpo.config import ConfigError
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
@@ -214,3 +215,30 @@ def test_ranks_that_share_a_sequence_are_refused(tmp_path):
     config = engine.StudentEngineConfig(strategy="fsdp2", ulysses_sequence_parallel_size=2)
     with pytest.raises(ConfigError, match="does not support Ulysses sequence parallelism"):
         engine.StudentEngine(HFModelConfig(path=str(build_tiny("qwen3", tmp_path, seed=3))), config, None, None)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_two_ranks(tmp_path, strategy):
+    """They have different rows, one of them none with images, and need different numbers of micro-batches."""
+    path = build_tiny("qwen2_5_vl", tmp_path, seed=3)
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    ranks = [context.Process(target=run_rank, args=(rank, port, path, strategy)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def run_rank(rank: int, port: int, path, strategy: str) -> None:
+    torch.set_num_threads(1)
+    set_rank(rank, 2, port)
+    prompts = (
+        {"images_per_prompt": [1, 2], "response_lengths": [[3, 30, 2], [5]]},
+        {"images_per_prompt": [0], "response_lengths": [[1, 2, 3, 4]]},
+    )[rank]
+    engines = Engines(path, prompts, strategy=strategy)
+    assert_same(run(engines.ours, engines.data, 80), run(engines.stock, engines.data, 200))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

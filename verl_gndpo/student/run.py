@@ -51,7 +51,7 @@ def why_prompts_cannot_be_shared(config: Any) -> list[ConfigError]:
     return found
 
 
-def share_prompts(config: DictConfig) -> None:
+def share_prompts(config: DictConfig) -> bool:
     """Change a run's config so that its actor shares prompts, if `student.share_prompts` says so.
 
     The reference policy's engine shares them, too, because verl runs it in the actor's process.
@@ -59,12 +59,15 @@ def share_prompts(config: DictConfig) -> None:
     Args:
         config: verl's whole config; changed.
 
+    Returns:
+        `student.share_prompts`.
+
     Raises:
         ConfigError: the section `student`, or something else in the config that does not go with it.
     """
     student = read_student_config(config)
     if not student.share_prompts:
-        return
+        return False
     for problem in why_prompts_cannot_be_shared(config):
         raise problem
     section = config.actor_rollout_ref
@@ -73,6 +76,7 @@ def share_prompts(config: DictConfig) -> None:
         section.model.model_type = MODEL_TYPE
         for role in ("actor", "ref"):
             _use_engine(section[role].fsdp_config, student)
+    return True
 
 
 def _use_engine(engine: DictConfig, student: StudentSection) -> None:

@@ -154,6 +154,8 @@ class TeacherClient:
             routes=[self.routing.route(value) for value in values],
             tokens=[tag["seq_len"] for tag in tags],
             ranks=self._ranks,
+            # Rows that verl's agent loop has not written may lack it.
+            shared=[tag.get("prompt_len", 0) for tag in tags],
         )
         request = KVBatchMeta(
             keys=[keys[row] for row in order],

@@ -63,7 +63,13 @@ class Routing:
         return self._routes[key]
 
 
-def place_rows(prompts: Sequence[Hashable], routes: Sequence[Hashable], tokens: Sequence[int], ranks: int) -> list[int]:
+def place_rows(
+    prompts: Sequence[Hashable],
+    routes: Sequence[Hashable],
+    tokens: Sequence[int],
+    ranks: int,
+    shared: Sequence[int] | None = None,
+) -> list[int]:
     """Order rows so that each rank gets whole prompts and about the same number of tokens.
 
     The rows are dispatched in consecutive parts, one per rank. All ranks run one route at a time, because each route's
@@ -74,6 +80,8 @@ def place_rows(prompts: Sequence[Hashable], routes: Sequence[Hashable], tokens: 
         routes: an identifier of each row's teachers, the same for all rows of a prompt.
         tokens: the number of tokens of each row.
         ranks: number of parts. If they can't have equal size, the first ones have one row more, as in verl's dispatch.
+        shared: the number of these tokens that a row shares with the others of its prompt, which run once; None for
+            none.
 
     Returns:
         Row numbers. Prompts are split between ranks only where whole prompts don't fill the parts.
@@ -81,18 +89,23 @@ def place_rows(prompts: Sequence[Hashable], routes: Sequence[Hashable], tokens: 
     groups: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(row)
+    shared = [0] * len(prompts) if shared is None else shared
+
+    def cost(rows: list[int]) -> int:
+        return shared[rows[0]] + sum(tokens[row] - shared[row] for row in rows)
+
     free = [len(prompts) // ranks + (rank < len(prompts) % ranks) for rank in range(ranks)]
     parts: list[list[int]] = [[] for _ in range(ranks)]
     for route in dict.fromkeys(routes):
         load = [0] * ranks
         members = [rows for rows in groups.values() if routes[rows[0]] == route]
-        for rows in sorted(members, key=lambda rows: -sum(tokens[row] for row in rows)):
+        for rows in sorted(members, key=lambda rows: -cost(rows)):
             for part in _cut(rows, free):
                 # `_cut` ensures that there is such a rank.
                 rank = min((r for r in range(ranks) if free[r] >= len(part)), key=lambda r: load[r])
                 parts[rank] += part
                 free[rank] -= len(part)
-                load[rank] += sum(tokens[row] for row in part)
+                load[rank] += cost(part)
     return [row for part in parts for row in part]
 
 
