@@ -67,6 +67,11 @@ INTERNVL_TEXT_ONLY = Patch(
     file="verl/models/transformers/monkey_patch.py",
     test="tests/models/test_internvl_text_only_on_cpu.py",
 )
+UNEVEN_SHARDS = Patch(
+    name="0007-wait-for-uneven-fsdp2-shards.patch",
+    file="verl/utils/fsdp_utils.py",
+    test="tests/utils/test_fsdp2_offload_on_cpu.py",
+)
 PATCHES = [
     POSITION_IDS,
     TEXT_ONLY,
@@ -74,6 +79,7 @@ PATCHES = [
     INTERNVL_PIXELS,
     INTERNVL_PLACEHOLDERS,
     INTERNVL_TEXT_ONLY,
+    UNEVEN_SHARDS,
 ]
 
 each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name[:4])
@@ -296,6 +302,7 @@ def is_about_text_only(name):
         (INTERNVL_PIXELS, lambda name: name.startswith("test_images")),
         (INTERNVL_PLACEHOLDERS, lambda name: name.startswith("test_images")),
         (INTERNVL_TEXT_ONLY, lambda name: name != "test_image"),
+        (UNEVEN_SHARDS, lambda name: name == "test_uneven_shards"),
     ],
 )
 def test_stock_verl_fails_where_the_bug_is_only(stock_results, patch, meets_the_bug):

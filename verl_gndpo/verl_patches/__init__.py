@@ -141,6 +141,7 @@ PATCHES = index(
         upstream="none known",
         remove_when="verl waits for the transfer, or torch pads on the device",
         where="every process",
+        diff="0007-wait-for-uneven-fsdp2-shards.patch",
     ),
     Patch(
         name="freeze_vision_tower",
