@@ -3,7 +3,7 @@
 teacher: how long they take to start, how long a step takes and where, and the memory of all their processes. Targets
 against verl's distillation: start-up at most 0.75x, memory at most 0.8x, a step at most 1.0x.
 
-    python benchmarks/step.py [--json OUT] [--steps 8] [--batch 16] [--n 4] [--arms gndpo verl_opd grpo]
+    python benchmarks/step.py [--json OUT] [--steps 8] [--batch 16] [--n 4] [--arms gndpo verl_opd grpo] [--model 115M]
 
 Runs examples/run_qwen2_5vl_gndpo.sh with PROFILE=cpu on tiny models, once an arm. `verl_opd` is ESTIMATOR=grpo with
 `distillation.enabled=True`, the k1 estimate of reverse KL as a reward under a policy loss and no task reward. Models,
@@ -12,6 +12,9 @@ own, by its design, ours shares the actor's. verl asks its teacher while it stil
 `gen`. `gen` also depends on how often the trainer looks for finished rollouts, every 2 s in verl and every 0.2 s with
 this project's trainer; hence `step_without_gen`.
 
+`gndpo_shared` and `grpo_shared` are the same runs with `student.share_prompts=True`. Without generation, their steps
+are to take at most 0.45x and 0.6x of those without, with `--model 115M`: models and images as in teacher_scoring.py.
+
 Start-up is the time from the start of the trainer's process to that of its first step: when the first line of metrics
 appeared, less that step's `timing_s/step`. Memory is the sum over all processes of the run (Ray's own included) of what
 each holds alone plus its share of what it has in common with others (PSS), the largest of samples taken every 2 s.
@@ -19,6 +22,7 @@ About 4 minutes and up to 12 GB an arm; on a machine that is busy otherwise the 
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -39,17 +43,27 @@ WARM_UP_STEPS = 2
 SAMPLE_S = 2.0
 WATCH_S = 0.05
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 24
-ESTIMATORS = {"gndpo": "gndpo", "verl_opd": "grpo", "grpo": "grpo"}
+LARGE_IMAGE = (560, 448)
+"""Width and height of the images of --model 115M, in pixels: 320 tokens."""
+ESTIMATORS = {
+    "gndpo": "gndpo",
+    "gndpo_shared": "gndpo",
+    "verl_opd": "grpo",
+    "grpo": "grpo",
+    "grpo_shared": "grpo",
+}
 # Metrics that show that an arm learns from its teacher. An untrained student earns no reward, so that GRPO has
 # nothing to learn.
 ALIVE = {
     "gndpo": ("gndpo/log_ratio/mean", "gndpo/sigma", "actor/grad_norm"),
+    "gndpo_shared": ("gndpo/log_ratio/mean", "gndpo/sigma", "actor/grad_norm"),
     "verl_opd": ("actor/distillation/loss", "actor/distillation/abs_loss", "actor/grad_norm"),
     "grpo": (),
+    "grpo_shared": (),
 }
 
 
-def verl_opd_settings(teacher: Path) -> list[str]:
+def verl_opd_settings(teacher: str, length: int) -> list[str]:
     """Return the settings of verl's own distillation. Its engine gets those of the rollout's in the CPU profile."""
     inference = "distillation.teacher_models.teacher_model.inference"
     return [
@@ -62,7 +76,7 @@ def verl_opd_settings(teacher: Path) -> list[str]:
         "distillation.distillation_loss.use_task_rewards=False",
         f"distillation.teacher_models.teacher_model.model_path={teacher}",
         f"{inference}.tensor_model_parallel_size=1",
-        f"{inference}.max_model_len={PROMPT_TOKENS + RESPONSE_TOKENS + 1}",
+        f"{inference}.max_model_len={length + 1}",
         f"{inference}.max_num_batched_tokens=4096",
         f"{inference}.max_num_seqs=64",
         f"{inference}.free_cache_engine=False",
@@ -92,7 +106,10 @@ def run(arm: str, folder: Path, steps: int, environment: dict[str, str]) -> dict
         f"hydra.run.dir={folder / 'hydra'}",
     ]
     if arm == "verl_opd":
-        command += verl_opd_settings(folder / "teacher")
+        length = int(environment["MAX_PROMPT"]) + int(environment["MAX_RESPONSE"])
+        command += verl_opd_settings(environment["TEACHER"], length)
+    if arm.endswith("_shared"):
+        command.append("+student.share_prompts=True")
     environment = environment | {"ESTIMATOR": ESTIMATORS[arm], "VERL_FILE_LOGGER_PATH": str(metrics)}
     with log.open("w") as sink:
         process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
@@ -163,30 +180,66 @@ def check_alive(arm: str, steps: list[dict]) -> None:
                 sys.exit(f"{arm}, step {number}: {name} is {value}")
 
 
+def build_large(folder: Path, seed: int) -> str:
+    """Write the 115M model of teacher_scoring.py, and return its folder."""
+    sys.path.append(str(ROOT))
+    import teacher_scoring
+
+    folder.mkdir()
+    teacher_scoring.build(teacher_scoring.SHAPES["n8"], folder, seed)
+    return str(folder / "model")
+
+
+def enlarge_images(file: Path) -> None:
+    """Scale the images of a parquet file of the quickstart to `LARGE_IMAGE`; keep few rows."""
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    table = pq.read_table(file).slice(0, 64)
+    rows = table.to_pylist()
+    for row in rows:
+        for image in row["images"]:
+            sink = io.BytesIO()
+            Image.open(io.BytesIO(image["bytes"])).resize(LARGE_IMAGE).save(sink, format="PNG")
+            image["bytes"] = sink.getvalue()
+    pq.write_table(table.from_pylist(rows, schema=table.schema), file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--steps", type=int, default=8, help=f"{WARM_UP_STEPS} of them are not counted")
     parser.add_argument("--batch", type=int, default=16, help="prompts a step")
     parser.add_argument("--n", type=int, default=4, help="responses a prompt")
-    parser.add_argument("--arms", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), help="gndpo always runs")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ESTIMATORS, default=["gndpo", "verl_opd", "grpo"], help="gndpo always runs"
+    )
+    parser.add_argument("--model", choices=("tiny", "115M"), default="tiny")
+    parser.add_argument("--response", type=int, default=RESPONSE_TOKENS, help="tokens of a response, at most")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     args = parser.parse_args()
     if args.steps <= WARM_UP_STEPS:
         parser.error(f"--steps must be more than {WARM_UP_STEPS}")
 
     environment = os.environ | {"PROFILE": "cpu", "PYTHON": sys.executable, "BATCH": str(args.batch), "N": str(args.n)}
-    environment |= {"MAX_PROMPT": str(PROMPT_TOKENS), "MAX_RESPONSE": str(RESPONSE_TOKENS)}
+    large = args.model == "115M"
+    environment |= {"MAX_PROMPT": str(512 if large else PROMPT_TOKENS), "MAX_RESPONSE": str(args.response)}
+    environment |= {"OMP_NUM_THREADS": str(args.threads)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         python = [sys.executable, "-m"]
-        models = {"STUDENT": ("student", 0), "TEACHER": ("teacher", 1)}
-        for name, seed in models.values():
+        for seed, name in enumerate(("student", "teacher")):
+            environment[name.upper()] = str(folder / name)
+            if large:
+                environment[name.upper()] = build_large(folder / name, seed)
+                continue
             build = ["examples.quickstart.tiny_vlm", "--out", str(folder / name), "--seed", str(seed)]
             subprocess.run(python + build, cwd=ROOT, env=environment, check=True)
         data = ["examples.quickstart.diagrams", "--out", str(folder / "data")]
         subprocess.run(python + data, cwd=ROOT, env=environment, check=True)
-        environment |= {variable: str(folder / name) for variable, (name, _) in models.items()}
+        if large:
+            enlarge_images(folder / "data" / "train.parquet")
         environment |= {"DATA_DIR": str(folder / "data"), "OUTPUT_DIR": str(folder / "out")}
         arms = {}
         for arm in (arm for arm in ESTIMATORS if arm in {"gndpo", *args.arms}):
@@ -203,6 +256,10 @@ def main() -> None:
             ratios[f"memory_vs_{rival}"] = ours["peak_gb"] / theirs["peak_gb"]
             for name in ("step", "step_without_gen"):
                 ratios[f"{name}_vs_{rival}"] = ours["seconds"][name] / theirs["seconds"][name]
+    for arm in ("gndpo", "grpo"):
+        if arm in arms and f"{arm}_shared" in arms:
+            for name in ("step", "step_without_gen", "old_log_prob", "update_actor"):
+                ratios[f"{arm}_shared_{name}"] = arms[f"{arm}_shared"]["seconds"][name] / arms[arm]["seconds"][name]
     sizes = {"batch": args.batch, "n": args.n, "steps": args.steps, "warm_up_steps": WARM_UP_STEPS}
     write_json(args.json, {"machine": machine(), "sizes": sizes, "arms": arms} | ratios)
     rows = [["start-up, s", *(arm["start_up_s"] for arm in arms.values())]]

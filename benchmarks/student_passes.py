@@ -11,7 +11,8 @@ Qwen's image processor. Each pass of each engine runs in a process of its own, w
 engines take turns. A process loads the model, runs another batch of the same sizes first, and then the one that is
 timed.
 
-`peak_gb` is the peak of the resident memory above the loaded model. The log-probs and the norm of the gradient of both
+`processor_s` is the processor time of the timed pass on all cores, which is more reliable than seconds when other
+programs compete for them. `peak_gb` is the peak of the resident memory above the loaded model. The log-probs and the norm of the gradient of both
 engines are compared in each run.
 
 `floor` is the share of verl's arithmetic that remains: matrix products of the language model, the projection and the
@@ -202,11 +203,11 @@ def measure(name: str, what: str, batch: Batch, folder: Path, threads: int) -> N
     # This resets the kernel's high-water mark, so that it excludes the loading of the model.
     Path("/proc/self/clear_refs").write_text("5")
     run(batches[0])
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     log_probs, norm = run(batches[1])
-    seconds = time.perf_counter() - began
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
     torch.save(log_probs, folder / f"{name}_{what}.pt")
-    figures = {"seconds": seconds, "peak_gb": resident("VmHWM") - loaded, "gradient_norm": norm}
+    figures = {"seconds": seconds, "processor_s": busy, "peak_gb": resident("VmHWM") - loaded, "gradient_norm": norm}
     write_json(folder / f"{name}_{what}.json", figures)
 
 
@@ -249,6 +250,9 @@ def compare(name: str, rounds: int, threads: int) -> list[dict]:
                     "verl_s": theirs["seconds"],
                     "shared_s": ours["seconds"],
                     "seconds_ratio": ours["seconds"] / theirs["seconds"],
+                    "verl_processor_s": theirs["processor_s"],
+                    "shared_processor_s": ours["processor_s"],
+                    "processor_ratio": ours["processor_s"] / theirs["processor_s"],
                     "floor": work[1] / work[0],
                     "verl_gb": theirs["peak_gb"],
                     "shared_gb": ours["peak_gb"],
@@ -278,7 +282,17 @@ def main() -> None:
         return
     rows = [row for shape in args.shapes for row in compare(shape, args.rounds, args.threads)]
     write_json(args.json, {"machine": machine(), "threads": args.threads, "rounds": args.rounds, "rows": rows})
-    columns = ("pass", "verl_s", "shared_s", "seconds_ratio", "floor", "verl_gb", "shared_gb", "memory_ratio")
+    columns = (
+        "pass",
+        "verl_s",
+        "shared_s",
+        "seconds_ratio",
+        "processor_ratio",
+        "floor",
+        "verl_gb",
+        "shared_gb",
+        "memory_ratio",
+    )
     checks = ("max_abs_diff", "gradient_norm_diff", "targets")
     for shape in dict.fromkeys(row["shape"] for row in rows):
         table = [[row[key] for key in (*columns, *checks)] for row in rows if row["shape"] == shape]

@@ -103,11 +103,11 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, folder: Path) -> None:
+def build(shape: Shape, folder: Path, seed: int = 0) -> None:
     """Write `model/` (a checkpoint with tokenizer and processor), and `batches.pt` and `images/` (two batches)."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     processor = build_processor(shape)
     token = processor.tokenizer.convert_tokens_to_ids
     start, image, end = (token(f"<|{name}|>") for name in ("vision_start", "image_pad", "vision_end"))
