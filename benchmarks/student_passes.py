@@ -12,8 +12,8 @@ engines take turns. A process loads the model, runs another batch of the same si
 timed.
 
 `processor_s` is the processor time of the timed pass on all cores, which is more reliable than seconds when other
-programs compete for them. `peak_gb` is the peak of the resident memory above the loaded model. The log-probs and the norm of the gradient of both
-engines are compared in each run.
+programs compete for them. `peak_gb` is the peak of the resident memory above the loaded model. The log-probs and the
+norm of the gradient of both engines are compared in each run.
 
 `floor` is the share of verl's arithmetic that remains: matrix products of the language model, the projection and the
 tower, counted from the shapes, where the update computes the logits twice, and without the padding of verl's
