@@ -214,6 +214,47 @@ def export(
             raise typer.Exit(1) from error
 
 
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folders or hub ids.")],
+    data_files: Annotated[
+        list[Path],
+        typer.Option("--data", metavar="FILE", help="Parquet file of a converter. Give the option once per file."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for answers, index.html and summary.json.")],
+    answers: Annotated[int, typer.Option("--n", min=1, help="Answers per problem.")] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 answers greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first problems of each file.")] = None,
+    max_prompt: Annotated[int, typer.Option("--max-prompt", min=1, help="As data.max_prompt_length.")] = 8192,
+    max_response: Annotated[int, typer.Option("--max-response", min=1, help="As data.max_response_length.")] = 16384,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights, as vLLM's option.")] = "auto",
+    memory: Annotated[float, typer.Option("--gpu-memory-utilization", min=0.05, max=1, help="As vLLM's option.")] = 0.9,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the models.")
+    ] = False,
+) -> None:
+    """Ask models the problems of benchmarks, grade the answers, and compare the models.
+
+    Started again with the same arguments, it asks only what has no answer yet. Exit code 0: the page is written. 1: a
+    model or a file can't be used, or answering failed.
+    """
+    from verl_gndpo.evaluation.command import EvaluationError
+    from verl_gndpo.evaluation.command import evaluate as run
+    from verl_gndpo.evaluation.generate import Job
+
+    files = [str(path.expanduser().absolute()) for path in data_files]
+    jobs = [
+        Job(model, files, answers, temperature, seed, limit, max_prompt, max_response, dtype, memory, trust_remote_code)
+        for model in models
+    ]
+    try:
+        run(jobs, out, typer.echo)
+    except EvaluationError as error:
+        typer.echo(f"error   {error}", err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},

@@ -3,4 +3,5 @@
 
 breakdowns.py   the figures of each benchmark, each with its source
 certainty.py    intervals, paired differences, pass@k
+    page.py         the page and its tables
 """

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verl-gndpo evaluate` on answers that are there already, and on what it can't use: no model is loaded."""
+
+import base64
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from verl_gndpo.cli import app
+from verl_gndpo.evaluation.generate import read_answers
+
+PNG = b"\x89PNG\r\n\x1a\nnot a real one"
+
+
+def rows(count):
+    for index in range(count):
+        meta = json.dumps({"subject": "math" if index % 2 else "physics"})
+        info = {"id": f"mmk12-test-{index}", "split": "test", "index": index, "question": "<b>Which?</b>"}
+        yield {
+            "data_source": "FanqingM/MMK12",
+            "prompt": [{"role": "user", "content": "Which?"}],
+            "images": [{"bytes": PNG, "path": None}],
+            "reward_model": {"style": "rule", "ground_truth": "B"},
+            "extra_info": info | {"answer_type": "choice", "choices": ["1", "2", "3"], "meta": meta},
+        }
+
+
+@pytest.fixture
+def data(tmp_path):
+    pq.write_table(pa.Table.from_pylist(list(rows(40))), tmp_path / "test.parquet", row_group_size=7)
+    return tmp_path / "test.parquet"
+
+
+def model(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text("{}")
+    return tmp_path / name
+
+
+def answer(out, path, data, texts, **more):
+    """Write what a model answered, with a last line that a killed process left incomplete."""
+    from dataclasses import asdict
+
+    from verl_gndpo.evaluation.generate import Job
+
+    settings = {"answers": 1, "temperature": 0.0, "seed": 0, "limit": None, "max_prompt": 8192, "max_response": 16384}
+    settings |= {"dtype": "auto", "memory": 0.9, "trust_remote_code": False}
+    folder = out / "models" / path.name
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps(asdict(Job(str(path), [str(data)], **(settings | more)))))
+    lines = [
+        json.dumps(
+            {"row": row, "prefix": "", "prompt_tokens": 9, "answers": [{"text": t, "tokens": 5, "truncated": False}]}
+        )
+        for row, t in enumerate(texts)
+    ]
+    (folder / "answers.jsonl").write_text("\n".join(lines) + '\n{"row": 0, "pre')
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def test_answers_are_graded_compared_and_shown(tmp_path, data):
+    good, bad, out = model(tmp_path, "good"), model(tmp_path, "bad"), tmp_path / "out"
+    answer(out, good, data, [r"So \boxed{B}"] * 40)
+    answer(out, bad, data, [r"So \boxed{C}"] * 30 + [r"So \boxed{2}"] * 8 + ["<think> B, or C"] * 2)
+    result = run(good, bad, "--data", data, "--out", out)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((out / "summary.json").read_text())
+    found = {label: sources["FanqingM/MMK12"] for label, sources in summary["models"].items()}
+    assert (found["good"]["accuracy"][0], found["bad"]["accuracy"][0]) == (1.0, 0.2)
+    assert found["bad"]["no_answer_found"] == pytest.approx(0.05)
+    assert [one[:3] for one in found["bad"]["figures"]] == [["subject", "math", 0.2], ["subject", "physics", 0.2]]
+    (compared,) = summary["comparisons"]
+    assert compared["different"] and (compared["only_first"], compared["only_second"]) == (32, 0)
+    assert compared["p"] == pytest.approx(2 / 2**32)
+    page = (out / "index.html").read_text()
+    assert base64.b64encode(PNG).decode() in page and "&lt;b&gt;Which?" in page and "32, 30 shown" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path, data):
+    answer(tmp_path / "out", model(tmp_path, "m"), data, ["a", "b"])
+    path = tmp_path / "out" / "models" / "m" / "answers.jsonl"
+    assert sorted(read_answers(path)) == [0, 1]
+    assert path.read_text().endswith("}\n") and sorted(read_answers(path)) == [0, 1]
+
+
+def refused(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    (line,) = result.output.splitlines()
+    return line
+
+
+def test_what_cannot_be_used_is_said_in_one_line(tmp_path, data):
+    one, out = model(tmp_path, "one"), tmp_path / "out"
+    assert "has no config.json" in refused(tmp_path / "none", "--data", data, "--out", out)
+    assert "does not exist" in refused(one, "--data", tmp_path / "none.parquet", "--out", out)
+    assert "no parquet file" in refused(one, "--data", one / "config.json", "--out", out)
+    pq.write_table(pa.table({"question": ["a"]}), tmp_path / "other.parquet")
+    assert "lacks prompt, data_source" in refused(one, "--data", tmp_path / "other.parquet", "--out", out)
+    unknown = [row | {"data_source": "mine", "extra_info": {"id": "x"}} for row in rows(1)]
+    pq.write_table(pa.Table.from_pylist(unknown), tmp_path / "unknown.parquet")
+    assert "extra_info.answer_type" in refused(one, "--data", tmp_path / "unknown.parquet", "--out", out)
+    actor = tmp_path / "global_step_3" / "actor"
+    actor.mkdir(parents=True)
+    (actor / "model_world_size_1_rank_0.pt").touch()
+    assert "verl-gndpo export" in refused(tmp_path / "global_step_3", "--data", data, "--out", out)
+    assert "given twice" in refused(one, one, "--data", data, "--out", out)
+    assert not out.exists()
+    answer(out, one, data, [])
+    assert "another --out" in refused(one, "--data", data, "--out", out, "--n", "2")

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of `verl-gndpo evaluate`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from verl_gndpo.evaluation import certainty
+from verl_gndpo.evaluation.breakdowns import figures_of, group_of
+from verl_gndpo.evaluation.generate import Job, read_answers, write_job
+from verl_gndpo.evaluation.grading import COLUMNS, Graded, Row, grade, read_rows
+from verl_gndpo.export.folders import find_actor
+from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, NO_ANSWER
+
+FORMAT = "verl-gndpo evaluation"
+
+
+class EvaluationError(ValueError):
+    """Models can't be evaluated. The message is one line: what is wrong, where, and what to do."""
+
+
+def evaluate(jobs: list[Job], out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Let models answer, grade the answers, and write `summary.json` and `index.html`.
+
+    Args:
+        jobs: one per model, which differ in nothing else.
+        out: the folder. Each model has a folder in it, whose answers a second call goes on with.
+        say: takes lines for the user.
+
+    Returns:
+        what summary.json holds.
+
+    Raises:
+        EvaluationError: a model or file can't be used, `out` has answers to another job, or answering failed.
+    """
+    from verl_gndpo.evaluation.page import render
+
+    for job in jobs:
+        _check_model(job.model)
+    for file in jobs[0].files:
+        _check_file(Path(file))
+    if len({job.model for job in jobs}) < len(jobs):
+        raise EvaluationError("a model is given twice -> give each model once")
+    rows = read_rows(jobs[0].files, jobs[0].limit)
+    labels = _labels([job.model for job in jobs])
+    folders = [out / "models" / re.sub(r"[^\w.-]+", "_", label) for label in labels]
+    for job, folder in zip(jobs, folders, strict=True):
+        if not write_job(folder / "job.json", job):
+            raise EvaluationError(f"{folder} has answers to other questions or settings -> give another --out")
+    by_source: dict[str, list[tuple[int, Row]]] = {}
+    for number, row in enumerate(rows):
+        if row.truth.strip() and row.info.get("answer_type") != NO_ANSWER:
+            by_source.setdefault(row.problem.source, []).append((number, row))
+    if not by_source:
+        raise EvaluationError("no row of --data has an answer (reward_model.ground_truth)")
+    graded: dict[str, dict[str, Graded]] = {}
+    for label, job, folder in zip(labels, jobs, folders, strict=True):
+        answers = read_answers(folder / "answers.jsonl")
+        if len(answers) < len(rows):
+            say(f"answering  {label}: {len(rows) - len(answers)} of {len(rows)} problems")
+            _generate(folder / "job.json")
+            answers = read_answers(folder / "answers.jsonl")
+        graded[label] = {source: grade(found, answers, job.answers) for source, found in by_source.items()}
+    summary = _summarise(jobs[0], by_source, graded)
+    for name, text in (
+        ("summary.json", json.dumps(summary, indent=1) + "\n"),
+        ("index.html", render(summary, by_source, graded)),
+    ):
+        temporary = out / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(out / name)
+    for label, sources in summary["models"].items():
+        for source, found in sources.items():
+            value, low, high = found["accuracy"]
+            say(f"accuracy   {label} on {source}: {value:.3f} ({low:.3f} to {high:.3f}), {found['problems']} problems")
+    say(f"evaluation of {len(jobs)} model(s): {out / 'index.html'}")
+    return summary
+
+
+def _summarise(job: Job, by_source: dict[str, list[tuple[int, Row]]], graded: dict[str, dict[str, Graded]]) -> dict:
+    groups = {source: [group_of(row.problem) for _, row in rows] for source, rows in by_source.items()}
+    models = {
+        label: {source: _describe(by_source[source], groups[source], one) for source, one in sources.items()}
+        for label, sources in graded.items()
+    }
+    comparisons: list[dict[str, Any]] = []
+    for first, second in combinations(graded, 2):
+        for source in by_source:
+            found = certainty.compare(graded[first][source].acc, graded[second][source].acc, groups[source])
+            interval = found.interval
+            comparisons.append(
+                {"first": first, "second": second, "source": source, "only_first": found.only_a}
+                | {"only_second": found.only_b, "p": found.p}
+                | {"difference": [interval.value, interval.low, interval.high]}
+            )
+    for entry, p in zip(comparisons, certainty.holm([entry["p"] for entry in comparisons]), strict=True):
+        entry |= {"p_adjusted": p, "different": p < 1 - certainty.LEVEL}
+    settings = {"n": job.answers, "temperature": job.temperature, "seed": job.seed, "data": job.files}
+    return {"format": FORMAT, "settings": settings, "models": models, "comparisons": comparisons}
+
+
+def _describe(rows: Sequence[tuple[int, Row]], groups: list[str], graded: Graded) -> dict[str, Any]:
+    interval = certainty.accuracy(graded.acc, groups)
+    answers = graded.acc.shape[1]
+    powers = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= answers]
+    return {
+        "problems": len(rows),
+        "accuracy": [interval.value, interval.low, interval.high],
+        "pass_at": {str(k): certainty.pass_at_k(graded.acc, k) for k in powers},
+        "format": float(graded.format.mean()),
+        "tokens_mean": float(graded.tokens.mean()),
+        "truncated": float(graded.truncated.mean()),
+        "no_answer_found": float(1 - graded.found.mean()),
+        "prompts_too_long": graded.too_long,
+        "figures": [
+            [one.breakdown, one.name, one.value, one.count]
+            for one in figures_of([row.problem for _, row in rows], graded.acc)
+        ],
+    }
+
+
+def _labels(models: list[str]) -> list[str]:
+    short = [Path(model).name or model for model in models]
+    return [model if short.count(name) > 1 else name for model, name in zip(models, short, strict=True)]
+
+
+def _generate(job: Path) -> None:
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    log = job.with_name("log.txt")
+    # A process of its own, so that a model leaves nothing in the memory of a device.
+    with log.open("a") as sink:
+        command = [sys.executable, "-m", "verl_gndpo.evaluation.generate", str(job)]
+        code = subprocess.run(command, env=environment | os.environ, stdout=sink).returncode
+    if code:
+        raise EvaluationError(f"answering ended with exit code {code}, see above and {log} -> start again to go on")
+
+
+def _check_model(model: str) -> None:
+    path = Path(model).expanduser()
+    if path.exists() and find_actor(path):
+        raise EvaluationError(f"{model} is a checkpoint of verl -> verl-gndpo export {model} --out DIR, then give DIR")
+    local = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if not (path / "config.json").is_file() and (local or path.exists()):
+        raise EvaluationError(f"{model} is no model folder: it has no config.json -> correct the path")
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise EvaluationError(f"--data {path} does not exist -> write it with verl-gndpo data NAME")
+    try:
+        schema = pq.read_schema(path)
+        missing = [name for name in ("prompt", *COLUMNS) if name not in schema.names]
+        if missing:
+            raise EvaluationError(f"--data {path} lacks {', '.join(missing)} -> convert it with verl-gndpo data NAME")
+        table = pq.read_table(path, columns=["data_source", "extra_info"])
+    except (pa.ArrowException, OSError) as error:
+        raise EvaluationError(f"--data {path} is no parquet file: {' '.join(str(error).split())[:120]}") from error
+    for place, row in enumerate(table.to_pylist()):
+        if not (row["extra_info"] or {}).get("answer_type") and row["data_source"] not in ANSWER_TYPE_OF_SOURCE:
+            raise EvaluationError(
+                f"--data {path}: row {place} of {row['data_source']!r} has no extra_info.answer_type, so "
+                "that its answer can't be graded -> convert the file with verl-gndpo data NAME"
+            )
