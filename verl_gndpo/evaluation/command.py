@@ -46,6 +46,7 @@ def evaluate(jobs: list[Job], out: Path, say: Callable[[str], None] = print) -> 
 
     for job in jobs:
         _check_model(job.model)
+        _check_length(job)
     for file in jobs[0].files:
         _check_file(Path(file))
     if len({job.model for job in jobs}) < len(jobs):
@@ -151,6 +152,26 @@ def _check_model(model: str) -> None:
     local = model.startswith((".", "/", "~")) or model.count("/") != 1
     if not (path / "config.json").is_file() and (local or path.exists()):
         raise EvaluationError(f"{model} is no model folder: it has no config.json -> correct the path")
+
+
+def _check_length(job: Job) -> None:
+    """Refuse prompts and responses that are longer than the model's context, if its folder states that."""
+    path = Path(job.model).expanduser() / "config.json"
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise EvaluationError(f"{path} is damaged: {error} -> restore it") from error
+    text = {**config, **(config.get("text_config") or config.get("llm_config") or {})}
+    limit = text.get("max_position_embeddings")
+    # A factor stretches the context, in a way of the model's own.
+    stretched = "factor" in json.dumps([text.get("rope_scaling"), text.get("rope_parameters")])
+    if isinstance(limit, int) and not stretched and job.max_prompt + job.max_response > limit:
+        raise EvaluationError(
+            f"--max-prompt {job.max_prompt} and --max-response {job.max_response} exceed the {limit} tokens of "
+            f"{job.model} -> lower them"
+        )
 
 
 def _check_file(path: Path) -> None:
