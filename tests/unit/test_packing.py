@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.packed import SHAPES, RanksOfRow, groups_of, sequences
-from verl_gndpo.teacher.packing import LEAST_PART, Layout, PromptGroup, alike, concatenate, group_by_prompt, pack
+from verl_gndpo.teacher.packing import Layout, PromptGroup, alike, concatenate, group_by_prompt, pack
 
 CPU = torch.device("cpu")
 
@@ -106,11 +106,36 @@ def test_the_same_ids_split_elsewhere_are_another_prompt():
     assert [(group.prompt, group.responses) for group in groups] == [(4, (2,)), (3, (3,))]
 
 
-@given(st.lists(st.integers(1, 20000), min_size=1, max_size=40))
-def test_responses_attend_with_others_of_similar_length(lengths):
-    groups = alike(lengths)
+def pairs(tokens: int, before: int) -> int:
+    """Count what each token attends to, one by one."""
+    return sum(range(before + 1, before + tokens + 1))
+
+
+@given(st.lists(st.integers(0, 20000), min_size=1, max_size=40), st.sampled_from([0, 1, 600, 8192]))
+@settings(deadline=None)
+def test_responses_attend_with_others_of_similar_length(lengths, prompt):
+    """At most 1.15 times the attention that is needed, for every mixture of lengths, and of the tokens."""
+    groups = alike(lengths, prompt)
     assert sorted(member for group in groups for member in group) == list(range(len(lengths)))
-    padded = sum(len(group) * max(lengths[member] for member in group) for group in groups)
-    assert padded <= 1.25 * sum(lengths)
-    for group in groups:
-        assert min(lengths[m] for m in group) >= LEAST_PART * max(lengths[m] for m in group)
+    longest = [max(lengths[member] for member in group) for group in groups]
+    padded = sum(len(group) * pairs(most, prompt) for group, most in zip(groups, longest, strict=True))
+    assert padded <= 1.15 * sum(pairs(length, prompt) for length in lengths)
+    assert sum(len(group) * most for group, most in zip(groups, longest, strict=True)) <= 1.15 * sum(lengths)
+
+
+def test_one_long_response_attends_alone_and_equal_ones_together():
+    assert alike([500] * 15 + [16368], 600) == [[15], list(range(15))]
+    assert alike([700] * 16, 600) == [list(range(16))]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 40), st.integers(50, 100))
+@settings(deadline=None)
+def test_a_prompt_runs_as_seldom_as_first_fit_allows(responses, prompt, limit):
+    """Two parts of a group would not fit into one, so that no more than half of each is wasted."""
+    parts = [
+        part
+        for batch in pack([PromptGroup(tuple(range(len(responses))), prompt, tuple(responses))], limit)
+        for part in batch
+    ]
+    sizes = sorted(sum(part.responses) for part in parts)
+    assert len(sizes) < 2 or prompt + sizes[0] + sizes[1] > limit

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-LEAST_PART = 0.8
-"""Length of the shortest response relative to the longest in a batch of attention: at most a quarter is padding."""
+MOST_PADDING = 1.15
+"""Pairs of query and key that a batch of attention computes, relative to those that it needs."""
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,21 @@ def pack(groups: Iterable[PromptGroup], max_tokens: int) -> list[list[PromptGrou
 
 
 def _split(group: PromptGroup, max_tokens: int) -> list[PromptGroup]:
+    """Split a group into few parts, because each part runs the prompt: the longest response first, where it fits."""
     parts: list[list[int]] = []
-    room = 0
-    for member, response in enumerate(group.responses):
-        if not parts or response > room:
+    free: list[int] = []
+    for member in sorted(range(len(group.responses)), key=lambda member: -group.responses[member]):
+        response = group.responses[member]
+        place = next((i for i, room in enumerate(free) if room >= response), None)
+        if place is None:
+            place = len(parts)
             parts.append([])
-            room = max_tokens - group.prompt
-        parts[-1].append(member)
-        room -= response
+            free.append(max_tokens - group.prompt)
+        parts[place].append(member)
+        free[place] -= response
     return [
         PromptGroup(tuple(group.rows[m] for m in part), group.prompt, tuple(group.responses[m] for m in part))
-        for part in parts
+        for part in (sorted(part) for part in parts)
     ]
 
 
@@ -227,7 +231,7 @@ def _side_by_side(lengths: Sequence[int], max_tokens: int, prompt: int) -> list[
         Indices of the sequences, longest first.
     """
     batches = []
-    for members in alike(lengths):
+    for members in alike(lengths, prompt):
         size = max(max_tokens // (prompt + lengths[members[0]]), 1)
         batches += [members[start : start + size] for start in range(0, len(members), size)]
     return batches
@@ -287,21 +291,37 @@ class GroupPlaces:
     """Batches of responses; none for a single response."""
 
 
-def alike(lengths: Sequence[int]) -> list[list[int]]:
+def alike(lengths: Sequence[int], prompt: int = 0) -> list[list[int]]:
     """Group responses so that padding each to the longest of its group adds little.
 
     One long response among short ones would otherwise multiply the attention of all of them (docs/benchmarks.md).
 
+    Args:
+        lengths: of the responses.
+        prompt: the number of tokens before each response that it attends to.
+
     Returns:
-        Indices of the responses in each group, longest group first. No response is shorter than `LEAST_PART` of the
-        longest in its group.
+        Indices of the responses in each group, longest group first. A group, padded to its longest response, computes
+        at most `MOST_PADDING` times the pairs of query and key that it needs. The same holds for its tokens, of which
+        padding adds a smaller part.
     """
     groups: list[list[int]] = []
+    needed = 0
     for response in sorted(range(len(lengths)), key=lambda response: -lengths[response]):
-        if not groups or lengths[response] < LEAST_PART * lengths[groups[-1][0]]:
+        own = causal_pairs(lengths[response], prompt)
+        if groups:
+            padded = (len(groups[-1]) + 1) * causal_pairs(lengths[groups[-1][0]], prompt)
+        if not groups or padded > MOST_PADDING * (needed + own):
             groups.append([])
+            needed = 0
         groups[-1].append(response)
+        needed += own
     return groups
+
+
+def causal_pairs(length: int, prompt: int) -> int:
+    """Return the number of pairs of query and key of a response: each token attends to the prompt and to its past."""
+    return length * prompt + length * (length + 1) // 2
 
 
 class Layout:
@@ -343,7 +363,7 @@ class Layout:
             stop = start + group.tokens
             batches = []
             # Looked up once, not in every layer, because the host has to wait for an accelerator to answer.
-            for members in alike(group.responses):
+            for members in alike(group.responses, group.prompt):
                 longest = max(group.responses[member] for member in members)
                 inside = valid[members, :longest].flatten().nonzero().squeeze(1)
                 batches.append(ResponsePlaces(places[members, :longest], inside))
