@@ -5,10 +5,11 @@
 
 - `full_logits`: a plain Hugging Face forward with all logits, as in the released code;
 - `verl_server`: verl's own teacher, a vLLM server that is asked for the log-probs of its prompt;
-- `ours`: this project's worker.
+- `ours`: this project's worker;
+- `padded`: the same, with the attention of all responses padded to the longest, for the shape `skewed` only.
 
 Targets for n8: 5x faster than `full_logits` with a quarter of its memory, and 7x faster than `verl_server`. Target for
-n1: not slower than `full_logits`.
+n1: not slower than `full_logits`. Target for skewed: 2.5x faster than `padded`.
 
 The model is a 115M Qwen2.5-VL with random weights. The image is a drawing that went through Qwen's image processor.
 Each call runs in its own process, with the same number of threads; the methods take turns. The process loads the model,
@@ -57,12 +58,13 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 KV_CACHE_BYTES = 2**28
-RIVALS = ("full_logits", "verl_server")
+RIVALS = ("full_logits", "verl_server", "padded")
 # Modules that a process which scores for verl has loaded with any method.
 WORKER_IMPORTS = ("transformers", "verl_gndpo.teacher.worker")
 IMPORTS = {
     "full_logits": WORKER_IMPORTS,
     "verl_server": ("transformers", "ray", "verl.workers.rollout.vllm_rollout.vllm_async_server"),
+    "padded": WORKER_IMPORTS,
     "ours": WORKER_IMPORTS,
 }
 ENGINE_IMPORTS = (
@@ -88,6 +90,14 @@ class Shape:
     grid: tuple[int, int]
     """Image patches; four of them make a token."""
 
+    longest: int = 0
+    """Tokens of the first response, if it is longer than the others."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each response."""
+        return [self.longest or self.response_tokens, *[self.response_tokens] * (self.responses - 1)]
+
     @property
     def length(self) -> int:
         """Return the number of tokens of a sequence: prompt, image, the two marks around it, response."""
@@ -99,6 +109,7 @@ SHAPES = {
     "n1": Shape("115M, n=1, 320 image + 128 response tokens", 151936, 512, 8, 1, 128, 30, (32, 40)),
     # All its logits at once take 18 GB.
     "n16": Shape("115M, n=16, 320 image + 512 response tokens", 151936, 512, 8, 16, 512, 30, (32, 40)),
+    "skewed": Shape("115M, 15 x 384 and 1 x 6144 response tokens", 151936, 512, 8, 16, 384, 30, (32, 40), 6144),
     "small": Shape("small, n=4, 16 image + 16 response tokens", 4096, 256, 2, 4, 16, 6, (8, 8)),
 }
 
@@ -164,14 +175,14 @@ def build(shape: Shape, folder: Path, seed: int = 0) -> None:
         text = torch.randint(0, 256, (2, shape.prompt_tokens))
         marked = torch.tensor([start, *[image] * (height * width // 4), end])
         prompt = torch.cat([text[0], marked, text[1]])
-        responses = torch.randint(0, 256, (shape.responses, shape.response_tokens))
+        responses = torch.randint(0, 256, (shape.responses, max(shape.lengths)))
         ids = torch.cat([prompt.repeat(shape.responses, 1), responses], 1)
         positions, _ = model.model.get_rope_index(
             ids,
             mm_token_type_ids=(ids == image).int(),
             image_grid_thw=pixels["image_grid_thw"].repeat(shape.responses, 1),
         )
-        batch = {"ids": ids, "positions": positions, "response_tokens": shape.response_tokens}
+        batch = {"ids": ids, "positions": positions, "response_tokens": max(shape.lengths), "lengths": shape.lengths}
         batches.append(batch | {"patches": pixels["pixel_values"], "grid": pixels["image_grid_thw"]})
     torch.save(batches, folder / "batches.pt")
 
@@ -358,14 +369,21 @@ def ours(folder: Path, batches: list[dict], threads: int) -> tuple[Callable[[int
         return nested_tensor_from_tensor_list(list(rows), ragged_idx=ragged_idx)
 
     def as_verl_has_it(batch: dict) -> TensorDict:
-        ids = batch["ids"]
+        ids, lengths = batch["ids"], batch["lengths"]
+        ends = [ids.shape[1] - batch["response_tokens"] + length for length in lengths]
         text_positions = torch.arange(ids.shape[1])[None]
         images = ({"pixel_values": batch["patches"], "image_grid_thw": batch["grid"]} for _ in ids)
         return TensorDict(
             {
-                "input_ids": nested(ids),
-                "position_ids": nested((torch.cat([text_positions, p]) for p in batch["positions"].unbind(1)), 2),
-                "response_mask": nested([torch.ones(batch["response_tokens"], dtype=torch.int64)] * len(ids)),
+                "input_ids": nested(row[:end] for row, end in zip(ids, ends, strict=True)),
+                "position_ids": nested(
+                    (
+                        torch.cat([text_positions, p])[:, :end]
+                        for p, end in zip(batch["positions"].unbind(1), ends, strict=True)
+                    ),
+                    2,
+                ),
+                "response_mask": nested(torch.ones(length, dtype=torch.int64) for length in lengths),
                 "multi_modal_inputs": NonTensorStack(*images),
             },
             batch_size=len(ids),
@@ -379,7 +397,22 @@ def ours(folder: Path, batches: list[dict], threads: int) -> tuple[Callable[[int
     return score, {}
 
 
-METHODS = {"full_logits": full_logits, "verl_server": verl_server, "ours": ours}
+def padded(folder: Path, batches: list[dict], threads: int) -> tuple[Callable[[int], torch.Tensor], dict]:
+    """Start the worker with the attention of all responses to a prompt in one group, padded to the longest."""
+    from verl_gndpo.teacher import packing
+
+    packing.alike = lambda lengths, prompt=0: [list(range(len(lengths)))]
+    return ours(folder, batches, threads)
+
+
+METHODS = {"full_logits": full_logits, "verl_server": verl_server, "padded": padded, "ours": ours}
+
+
+def methods_of(shape: Shape, chosen: Iterable[str]) -> list[str]:
+    """Return the methods of a shape, the first of which is what the others are compared with."""
+    if shape.longest:
+        return ["padded", "ours"]
+    return [method for method in METHODS if method != "padded" and method in {"full_logits", *chosen}]
 
 
 def measure(method: str, folder: Path, threads: int) -> None:
@@ -439,10 +472,10 @@ def compare(shape: Shape, methods: list[str], rounds: int, threads: int) -> list
     for method in methods:
         figures = {key: statistics.median(s[key] for s in samples[method]) for key in samples[method][0]}
         figures["seconds_min"] = min(s["seconds"] for s in samples[method])
-        difference = (log_probs[method] - log_probs["full_logits"]).abs().max().item()
+        difference = (log_probs[method] - log_probs[methods[0]]).abs().max().item()
         rows[method] = {"shape": shape.name, "method": method} | figures | {"max_abs_diff": difference}
     for row in rows.values():
-        row["tokens_per_s"] = shape.responses * shape.response_tokens / row["seconds"]
+        row["tokens_per_s"] = sum(shape.lengths) / row["seconds"]
         for rival in RIVALS:
             if rival in rows:
                 row[f"speedup_vs_{rival}"] = rows[rival]["seconds"] / row["seconds"]
@@ -466,8 +499,9 @@ def main() -> None:
         return
 
     shapes = [SHAPES[name] for name in args.shapes]
-    methods = [method for method in METHODS if method in {"full_logits", *args.methods}]
-    rows = [row for shape in shapes for row in compare(shape, methods, args.rounds, args.threads)]
+    rows = [
+        row for shape in shapes for row in compare(shape, methods_of(shape, args.methods), args.rounds, args.threads)
+    ]
     sizes = [asdict(shape) for shape in shapes]
     write_json(
         args.json,
@@ -485,6 +519,7 @@ def main() -> None:
         "speedup_vs_full_logits": "speedup",
         "memory_vs_full_logits": "memory",
         "speedup_vs_verl_server": "vs server",
+        "speedup_vs_padded": "vs padded",
     }
     title = f"teacher scoring: medians of {args.rounds}, tokens/s of responses"
     print_table(title, list(columns.values()), [[row.get(key, "") for key in columns] for row in rows])
