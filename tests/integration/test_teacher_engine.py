@@ -345,6 +345,8 @@ def test_however_the_weights_are_sharded(family, ranks, settings):
     ranks("watch")
     assert_equal(ranks.score(rows), expected)
     assert [moves for _, moves in ranks("watched")] == [0] * RANKS
+    if settings.get("reshard_after_forward", True):
+        assert ranks("gathered") == [0] * RANKS
 
     # Offloaded, the weights come and go once a call, whatever the number of micro-batches, and none stay behind.
     ranks("offload")

@@ -230,7 +230,7 @@ class TeacherEngine(FSDPEngineWithLMHead):
         if self._unchecked:
             self._check_itself(data, rows, alone, scores)
             self._unchecked = False
-        if self._is_offload_param:
+        if self._is_offload_param or self.engine_config.reshard_after_forward:
             self._free_gathered_weights()
         output = {"teacher_log_probs": torch.nested.as_nested_tensor(scores, layout=torch.jagged)}
         if rows.student is not None:
@@ -241,7 +241,8 @@ class TeacherEngine(FSDPEngineWithLMHead):
     def _free_gathered_weights(self) -> None:
         """Free the weights that FSDP1 keeps for the next forward pass: the root's, or all without resharding.
 
-        Otherwise they stay on the accelerator when the shards leave it. FSDP2's modules free theirs when they move.
+        Otherwise they stay on the accelerator when the shards leave it, or until the next call. FSDP2's modules free
+        theirs when they move.
         """
         if isinstance(self.module, FullyShardedDataParallel):
             for handle in self.module._all_handles:
