@@ -55,6 +55,19 @@ def test_a_recipe_runs_on_the_nodes_of_an_allocation(models, dice, slurm, tmp_pa
             np.testing.assert_allclose(row[key].numpy(), reference_log_probs(models / name, row), atol=1e-4, rtol=0)
 
 
+def test_a_dedicated_teacher_works_on_a_node_of_its_own(models, dice, slurm, tmp_path):
+    """Each node has one GPU, so the actor has that of one node and the teacher that of the other."""
+    arguments = overrides(2, tmp_path / "checkpoints", "trainer.save_freq=-1", "trainer.resume_mode=disable")
+    arguments.insert(0, "examples/run_qwen2_5vl_gndpo.sh")
+    arguments.append("trainer.nnodes=1")
+    run = Run(tmp_path / "run", settings(models, dice, TEACHER_GPUS="1", **slurm), arguments, "multinode.sh").finish()
+    assert_healthy(run, [1, 2])
+    assert all("gndpo/teacher_ahead_share" in step for step in run.steps)
+    for row in run.captured(2)[:4]:
+        expected = reference_log_probs(models / "teacher", row)
+        np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-4, rtol=0)
+
+
 def test_signals_are_compared_over_their_runs(models, dice, tmp_path):
     """A run that has finished is not repeated, and one that was interrupted keeps its log."""
     compared = tmp_path / "run"
