@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test the forms in which data sets write their ground truths and models their answers: (truth, answer, accuracy)."""
 
+import time
+
 import pytest
 
 from verl_gndpo.rewards import compute_score, graders
@@ -103,6 +105,37 @@ MATH = [
     ("\\frac{1}{\\sqrt{x}}", "\\frac{1}{\\sqrt x}", 1),
     ("\\frac{1}{\\sqrt x}", "x^{-1/2}", 1),
     ("\\frac{1}{\\sqrt 3}", "\\frac{\\sqrt 3}{3}", 1),
+    # Decimal commas, where nothing else is meant.
+    ("1,22", "1.22", 1),
+    ("0,111", "0.111", 1),
+    ("0,5", "0.5", 1),
+    ("2.74", "2,74 $", 1),
+    ("3.5", "3,50 €", 1),
+    ("3.5 cm", "3,5 cm", 1),
+    ("0.125", "0,125", 1),
+    ("125", "0,125", 0),
+    ("0.111", "111", 0),
+    ("1,22", "1.23", 0),
+    ("1,22", "22, 1", 1),
+    ("1, 22", "1.22", 0),
+    ("1,2", "1.2", 0),
+    ("1,234", "1.234", 0),
+    # The equals sign of a sum's limit doesn't name anything.
+    ("F_n = \\sum_{k=0}^{n-1} F_k F_{n-k-1}", "F_n = \\sum_{k=0}^{n-1} F_{n-k-1} F_k", 1),
+    ("S=\\sum_{i=1}^{n} a_i b_i", "\\sum_{i=1}^{n} b_i a_i", 1),
+    ("F_n = \\sum_{k=0}^{n-1} F_k", "F_n = \\sum_{k=0}^{n-2} F_k", 0),
+    ("\\sum_{i=1}^{10} i", "55", 1),
+    ("\\sum_{i=1}^{n} i", "\\sum_{i=2}^{n} i", 0),
+    # The rows of a matrix, also with a space after their backslashes.
+    ("\\begin{pmatrix}1&2\\\\ 0&1\\end{pmatrix}", "\\begin{bmatrix} 1 & 2 \\\\ 0 & 1 \\end{bmatrix}", 1),
+    ("\\begin{pmatrix}1&2\\\\ 0&1\\end{pmatrix}", "\\begin{pmatrix}1&3\\\\ 0&1\\end{pmatrix}", 0),
+    ("\\begin{pmatrix}1&2\\\\ 0&1\\end{pmatrix}", "\\begin{pmatrix}1&0\\\\ 2&1\\end{pmatrix}", 0),
+    ("\\begin{pmatrix}5 \\\\ 6\\end{pmatrix}", "\\begin{pmatrix}6 \\\\ 5\\end{pmatrix}", 0),
+    (
+        "\\begin{pmatrix}5 \\\\ 6\\end{pmatrix}",
+        "\\begin{pmatrix}1 & 2 \\\\ 0 & 3\\end{pmatrix}\\begin{pmatrix}1 \\\\ 2\\end{pmatrix}",
+        1,
+    ),
     ("3, 5", "$x=\\boxed{3}$ or $x=\\boxed{5}$", 1),
     ("3", "$x=\\boxed{3}$ or $x=\\boxed{5}$", 0),
     ("5", "$x=\\boxed{3}$ or $x=\\boxed{5}$", 0),
@@ -396,6 +429,64 @@ def cases():
 def test_form(kind, truth, answer, accuracy, choices):
     response = f"<think>x</think>{answer}" if "boxed" in answer else f"<think>x</think>\\boxed{{{answer}}}"
     assert compute_score("any", response, truth, {"answer_type": kind, "choices": choices})["acc"] == accuracy
+
+
+RESPONSES = [
+    ("math", "5; 9", "Part 1: \\boxed{5}\n\nPart 2: \\boxed{9}", 1),
+    ("math", "5; 9", "First part: $\\boxed{5}$\nSecond part: $\\boxed{9}$", 1),
+    ("math", "5; 9", "Part 1: \\boxed{9}\n\nPart 2: \\boxed{5}", 0),
+    ("math", "12", "We get \\boxed{4}. Final Answer: The final answer is $12$.", 1),
+    ("math", "4", "We get \\boxed{4}. Final Answer: The final answer is $12$.", 0),
+    ("math", "9", "First \\boxed{7}, and then the total. The final answer is 9.", 1),
+    ("math", "12", "Thus \\boxed{12}. The final answer is in the box.", 1),
+    ("math", "3; 5", "Thus \\boxed{3;5}. The final answer is $3$ and $5$.", 1),
+    ("math", "24", "The answer isn't 20; it's 24.", 1),
+    ("math", "20", "The answer isn't 20; it's 24.", 0),
+    ("math", "1000.99", "It's not 10 but 1,000.99 m².", 1),
+    ("math", "24", "If the answer is not 20, it is unknown.", 0),
+    ("math", "100%", "The error in the position increases by 100%.", 1),
+    ("math", "15", "The price rises by 15%.", 1),
+    ("math", "15", "The number is divided by 15.", 0),
+    ("math", "5", "The temperature rises from 3 to 5.", 0),
+    ("math", "12", "3 multiplied by 4 is 12.", 1),
+    ("math", "3", "Final Answer: Jane began to grow Sphere 3 hours ago.", 1),
+    ("math", "4 hours", "The bus left 4 hours ago.", 1),
+    ("math", "4 hours", "The 2 buses left 4 hours ago.", 0),
+    ("math", "3.5", "Each pen costs 3,50 €.", 1),
+    ("math", "5", "A pen costs 3 € and weighs 5 g.", 0),
+    (
+        "math",
+        "\\begin{pmatrix}2 \\\\ 3\\end{pmatrix}",
+        "The product is $\\begin{pmatrix}1 & 0 \\\\ 0 & 1\\end{pmatrix} \\begin{pmatrix}2 \\\\ 3\\end{pmatrix}$",
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "truth", "response", "accuracy"), RESPONSES)
+def test_response(kind, truth, response, accuracy):
+    assert compute_score("any", response, truth, {"answer_type": kind})["acc"] == accuracy
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        start + filler * (4_000 // len(filler)) + end
+        for start, filler, end in (
+            ("\\boxed{1} final answer is", " ", "x"),
+            ("\\boxed{1} final answer is", ":*", ""),
+            ("", "not ", "x"),
+            ("it is not", " ", "10 but"),
+            ("3", " ago", "."),
+            ("", "increases by ", "."),
+            ("x", "=", "{5}"),
+        )
+    ],
+)
+def test_long_repetitions_take_no_time(response):
+    start = time.process_time()
+    compute_score("any", response, "5", {"answer_type": "number"})
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("response", ["<think>so \\boxed{5}", "<think>a</think><think>so \\boxed{5}", "<think>\n5"])

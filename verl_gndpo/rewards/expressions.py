@@ -4,7 +4,7 @@
 import re
 from collections.abc import Callable
 
-from .quantity import agree, quantity, split_name
+from .quantity import EQUALS, agree, quantity, split_name
 from .spelling import canonical, clean, same_words
 from .structure import read_group, split_blanks, split_solutions
 
@@ -46,8 +46,10 @@ _WORD = re.compile(
     r"(?!(?:sinh|cosh|tanh|arcsin|arccos|arctan|sqrt)(?![a-z]))[a-zA-Z]{4}"
 )
 _TWO_NUMBERS = re.compile(r"(?<![_\d])\d+\)?\s+\d")
-# Three digits after the comma would be thousands.
-_DECIMAL_COMMA = re.compile(r"-?\d+,(?:\d{1,2}|\d{4,})")
+# Three digits after the comma would be thousands, except after a zero.
+_DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))(?:\s*[€£¥%°]|\s+[a-zA-Z]{1,12})?")
+# 1,22 may be a list, but an answer with a decimal point says that it isn't. Truths such as 1,2 stay lists.
+_SURE_DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|[1-9]\d*,(?:\d{2}|\d{4,}))")
 _MEMBER = re.compile(r"([a-zA-Z])\s*\\in\s*(?=[(\[])")
 _COMPLEX = re.compile(r"(-?\d+(?:\.\d+)?\s*[-+]\s*(?:\d+(?:\.\d+)?)?\s*)j")
 _LETTERS_ONLY = re.compile(r"[^\W\d_]{2,}")
@@ -81,6 +83,8 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
 
     if given is None and wanted is not None and wanted.decimals and _DECIMAL_COMMA.fullmatch(answer):
         return same(answer.replace(",", "."), truth, tolerance, leaf)
+    if given is not None and given.decimals and wanted is None and _SURE_DECIMAL_COMMA.fullmatch(truth):
+        return same(answer, truth.replace(",", "."), tolerance, leaf)
 
     blanks = split_blanks(truth)
     truths = blanks if len(blanks) > 1 else split_solutions(truth)
@@ -123,9 +127,9 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
     (name, value), (name_truth, value_truth) = split_name(answer), split_name(truth)
     if name and name_truth:
         return not _other_name(answer, truth) and same(value, value_truth, tolerance, leaf)
-    if name and "=" not in truth:
+    if name and not EQUALS.search(truth):
         return same(value, truth, tolerance, leaf)
-    if name_truth and "=" not in answer:
+    if name_truth and not EQUALS.search(answer):
         return same(answer, value_truth, tolerance, leaf)
     if _other_letters(answer, truth):
         return False

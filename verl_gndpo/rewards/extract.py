@@ -4,7 +4,7 @@
 import json
 import re
 
-from .prose import join_formulas, readings, stated
+from .prose import final_value, join_formulas, readings, stated
 
 # Only this much of the end is searched: answers come last.
 TAIL_CHARS = 100_000
@@ -41,7 +41,8 @@ def answers_of(text: str) -> list[str]:
     no such tags, in this order:
 
     1. the `\\boxed{...}` or `\\fbox{...}` that ends last, with balanced braces; a truncated box doesn't count. Several
-       boxes of one statement, such as `x=\\boxed{3}` or `x=\\boxed{5}`, are joined by semicolons;
+       boxes of one statement, such as `x=\\boxed{3}` or `x=\\boxed{5}`, are joined by semicolons. A value after "the
+       final answer is" that comes later counts instead;
     2. the word after the last `\\boxed` without braces;
     3. the last "answer" of a JSON object;
     4. the last `<answer>...</answer>`;
@@ -55,7 +56,8 @@ def answers_of(text: str) -> list[str]:
     text = _NEXT_TURN.split(text[-TAIL_CHARS:], maxsplit=1)[0]
     boxes = _boxes(text)
     if boxes:
-        return readings(join_formulas(text, boxes))
+        corrected = final_value(text[boxes[-1][3] :])
+        return readings(corrected or join_formulas(text, boxes))
     bare = _BARE_BOX.findall(text)
     if bare:
         return [bare[-1]]

@@ -45,6 +45,7 @@ _CHOOSES = [
         rf"({_LABEL})\s*(?:选项)?(?:是)?正确",
     )
 ]
+_LABEL_ALONE = re.compile(_LABEL)
 _ANY_LABEL = re.compile(rf"\b(?i:{_OPTION})\s+({_LABEL})|(?<![\w)}}\\])(\((?:[A-J])\))")
 _ONLY_LABEL = re.compile(rf"(?:{_OPTION}\s+)?({_LABEL})[.:)]?(?:\s+\S.{{0,60}})?")
 _DOUBT = re.compile(
@@ -73,20 +74,38 @@ _MATH = re.compile(
 )
 _VERDICT = re.compile(r"(yes|no|true|false)\s*[,，;]", re.I)
 _QUOTED = re.compile(r"[\"'“‘]([^\"'“”‘’]+)[\"'”’]")
+# "increases by 100%", but not "is divided by 3".
+_CHANGES = (
+    r"\b(?:(?:increas|decreas|ris|chang|reduc)[a-z]{0,3}|grows?|shrinks?|falls?|drops?|goes\s+(?:up|down))"
+    r"\s+(?:by|to)\b"
+)
 _VERB = re.compile(
-    r".*(?:\b(?:is|are|was|be|equals|equal\s+to|it's|that's|get|have|obtain|gives|yields)\b|=|[:：]|[为是]|等于)\s*",
+    r".*(?:\b(?:is|are|was|be|equals|equal\s+to|it's|that's|get|have|obtain|gives|yields"
+    rf"|costs|weighs|measures|amounts\s+to)\b|=|[:：]|[为是]|等于|{_CHANGES})\s*",
     re.I | re.S,
 )
 # A verb with a value after it. An equals sign after a number goes on with the same value.
 _GIVES = re.compile(
-    r"(?:\b(?:is|are|was|equals|equal\s+to|it's|get|have|obtain|gives|yields)\b|(?<!\d)(?<!\d\s)=|[:：])\s*(?=[-(√]*\d)",
+    rf"(?:{_CHANGES}|\b(?:is|are|was|equals|equal\s+to|it's|get|have|obtain|gives|yields|costs|weighs|measures)\b|(?<!\d)(?<!\d\s)=|[:：])\s*(?=[-(√]*\d)",
     re.I,
+)
+# "started 3 hours ago", without another number.
+_TIME = re.compile(r"\D*?(?P<time>\d[\d.]*\s+[a-z]+)\s+(?:ago|later|earlier)\s*\.?")
+# "not 10 but 12", "isn't 10; it is 12".
+_CORRECTED = re.compile(
+    r"(?:\bnot|n't)\s(?:\S{1,20}\s){0,2}?\S{1,20}?[,;]?\s(?:but(?:\s+rather)?|(?:rather\s+)?(?:it's|it\s+is))\s+"
+    r"(?=[-$\\(]*\d|\$|\\[(\[]|\(?[A-J]\b)"
 )
 _THEREFORE = re.compile(r"\b(?:so|thus|therefore|hence)\b,?\s*", re.I)
 _PREMISE = re.compile(r"(?:since|because|as|when|with|given|for|using|from|by)\b", re.I)
 _RELATIVE = re.compile(r"(?<=\w)\s+(?:that|in\s+total|altogether)\b.*")
 _STARTS_WITH_LABEL = re.compile(rf"\s*{_LABEL}(?!\s+[a-z])")
 _COMPLETE = re.compile(r"[.。!$)\]}°%\d*]\s*$")
+_FINAL = re.compile(
+    r"\bfinal\s+answer\s?(?:is|=|:)[\s:*]{0,8}(?:\$\$?([^$\n]{1,100})\$\$?|\\[(\[]([^\n]{1,100}?)\\[)\]]"
+    r"|([-+]?\d[\d.,/]{0,30}?(?:\s?(?:%|°|[a-z]{1,12}))?))(?=[ .*]{0,4}(?:$|\n)|\.\*{0,2}\s)",
+    re.I,
+)
 _CLOSING = re.compile(
     r"\s+(?:I\s+hope|Hope\s+(?:this|it|that)|Let\s+me\s+know|Feel\s+free|If\s+you\s+have)\b[^\n]{0,200}\s*$"
 )
@@ -95,16 +114,18 @@ _FENCE = re.compile(r"```\w*\n?|`|\*\*|__")
 # Between two boxes or formulas of one statement.
 _NAME = r"(?:[a-zA-Z]|\\[a-z]+|\\?angle\s*)[\w\\{}'^ ]{0,20}?\s*=\s*"
 _PART = r"\(\s*(?:\d{1,2}|[a-h]|i{1,3}|iv|v)\s*\)|[①-⑨]|\b(?:[2-9]|[b-h])\)"
+_NEXT_PART = r"(?:part\s+(?:[2-9]|[b-h])\b|(?:the\s+)?(?:second|third|fourth)\s+part\b)"
 _UNWRAP = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 _DRESS = re.compile(r"\$|\\[()\[\],;! ]|\\q?quad(?![a-z])|\\\\|\*\*|~|&")
 _JOINT = re.compile(
     rf"\s*(?:°|%|\^\{{?\\circ\}}?|[cmk]?m(?:\^?[23²³])?|units?|degrees)?\s*"
     rf"(?:for\s+part\s+\(?\w\)?)?\s*[,;，；、]?\s*(?P<word>and|or|和|或|以及)?\s*"
-    rf"(?:part\s*)?(?P<part>{_PART})?\s*[:.]?\s*(?P<name>{_NAME})?",
+    rf"(?P<part>(?:part\s*)?(?:{_PART})|{_NEXT_PART})?\s*[:.]?\s*(?P<name>{_NAME})?",
     re.I,
 )
 _PART_IN_PROSE = re.compile(
-    rf"[^\n]{{0,40}}?[.;,]?\s*\n\s*[-*#]*\s*(?:part\s*)?(?P<part>{_PART}|[2-9]\.)(?=\s)[^\n]{{0,120}}", re.I
+    rf"[^\n]{{0,40}}?[.;,]?\s*\n\s*[-*#]*\s*(?P<part>(?:part\s*)?(?:{_PART}|[2-9]\.)|{_NEXT_PART}:?)(?=\s)[^\n]{{0,120}}",
+    re.I,
 )
 _NAME_BEFORE = re.compile(rf"(?<![\w\\])(?P<name>{_NAME})$")
 
@@ -120,14 +141,15 @@ def stated(text: str) -> list[str]:
     3. the whole text, if it is short, and the last sentence: its label, its last formulas, or what follows its last
        verb, unless it expresses a doubt.
     """
-    tail = _CLOSING.sub("", _FENCE.sub("", text[-PHRASE_CHARS:]))
+    tail = _CORRECTED.sub(" is ", _CLOSING.sub("", _FENCE.sub("", text[-PHRASE_CHARS:])))
     for phrase in reversed(list(_PHRASE.finditer(tail))):
         statement = _statement(tail[phrase.end() :])
         if statement and len(statement) <= STATEMENT_CHARS:
             return readings(statement)
     sentences = [sentence for sentence in re.split(r"(?<=[.!?。])\s+|\n", tail.strip()) if sentence.strip()]
     for sentence in reversed(sentences):
-        if not _DOUBT.search(sentence):
+        # Most sentences hold no label, and searching for one is cheaper than for the rest.
+        if _LABEL_ALONE.search(sentence) and not _DOUBT.search(sentence):
             labels = [label for pattern in _CHOOSES for label in pattern.findall(sentence)]
             if labels:
                 return labels[:1] if len(set(map(_bare, labels))) == 1 else []
@@ -188,6 +210,14 @@ def join_formulas(text: str, spans: Sequence[tuple[int, int, int, int]]) -> str:
     return "; ".join(dict.fromkeys(pieces))
 
 
+def final_value(text: str) -> str | None:
+    """Return the formula or number after the last "the final answer is" of a text, None if there is none."""
+    found = None
+    for found in _FINAL.finditer(text[-PHRASE_CHARS:]):  # noqa: B007
+        pass
+    return next(filter(None, found.groups()), None) if found else None
+
+
 def _statement(rest: str) -> str:
     """Return the sentence at the start of `rest`. A formula at its start may span lines."""
     rest = re.sub(r"^[–—-]\s+", "", rest.lstrip())
@@ -230,6 +260,8 @@ def _gives_several(clause: str) -> bool:
 def _after_verb(sentence: str) -> str:
     """Return what follows the verb of a sentence, or the sentence if it starts with a label or gives several values."""
     clause = _clause(sentence)
+    if time := _TIME.fullmatch(clause):
+        return time["time"]
     verb = _VERB.match(clause)
     if verb is None and not _STARTS_WITH_LABEL.match(sentence):
         return clause

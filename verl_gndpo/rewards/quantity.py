@@ -95,7 +95,7 @@ _CURRENCY = dict.fromkeys(map(ord, "£€¥"))
 _AFTER_DEGREES = re.compile(r"[CFTNSEW]")
 
 _NUMBER = re.compile(
-    r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?! ?\d)|\d+)?(?:\.\d+|\.(?!\d))?(?:[eE][+-]?\d{1,3}(?![\d.]))?"
+    r"(?:[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?! ?\d)|\d+)?(?:\.\d+|\.(?!\d))?(?:[eE][+-]?\d{1,3}(?![\d.]))?"
 )
 _MIXED = re.compile(
     r"(\d{1,20})(?:\s+(\d{1,20})\s*/\s*(\d{1,20})|\s*\\frac\s*\{?\s*(\d{1,20})\s*\}?\s*\{?\s*(\d{1,20})\s*\}?)"
@@ -105,6 +105,8 @@ _NAME = re.compile(r"(?:[^\W\d]|[\\ '{}|():]|(?<=[\w}{ ])\d|(?<=[a-zA-Z])\.|(?<=
 _NUMERIC_NAME = re.compile(r"(?:\\(?:frac|sqrt|pi)(?![a-zA-Z])|[\W\d_])+")
 _OPERATION = re.compile(r"\\(?:cup|cap|times|cdot|div|pm|perp|parallel)(?![a-zA-Z])")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
+# Not inside the braces of a sum's limits.
+EQUALS = re.compile(r"=(?![^{}]*\})")
 _SEPARATOR = re.compile(r"[,;\n]|\b(?:and|or)\b")
 
 
@@ -129,6 +131,9 @@ def split_name(cleaned: str) -> tuple[str, str]:
     """Split `x = 5` into `("x", "5")`. Return `("", cleaned)` if no name and equals sign come first."""
     name, equals, value = cleaned.partition("=")
     name = name.strip()
+    if name.count("{") != name.count("}"):
+        # The lower limit of a sum.
+        return "", cleaned
     if (
         not equals
         or len(name) > 40
@@ -142,7 +147,7 @@ def split_name(cleaned: str) -> tuple[str, str]:
         # x = 3 or x = 5
         return "", cleaned
     # x = 3 + 4 = 7
-    return name, value.rpartition("=")[2].strip()
+    return name, EQUALS.split(value)[-1].strip()
 
 
 def quantity(cleaned: str, glued_units: bool = False) -> Quantity | None:

@@ -101,11 +101,12 @@ _REWRITES: list[_Rewrite] = [
         (r"\\textcolor\s*\{\w*\}", r"\\text"),
         (r"\{\s*\\(?:rm|bf|it|sf)(?![a-zA-Z])", r"\\text{"),
         (r"\^\s*(?P<group>\{\s*)?((?:\\prime(?![a-zA-Z])\s*)+)(?(group)\})", lambda m: "'" * m[2].count("p")),
-        (r"\\[()\[\]]", ""),
+        # Two backslashes end a row of a matrix.
+        (r"(?<!\\)\\[()\[\]]", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\s*\.?", ""),
         # Thin spaces and {,} group the digits of a number.
         (r"(?<=\d)(?:,?\\[,!]|\{,\})\s*(?=\d{3})", ""),
-        (r"\\[,;:! ]|~|\\q?quad(?![a-zA-Z])", " "),
+        (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s+([a-zA-Z])\s*([a-zA-Z\d])", r"\\frac{\1}{\2}"),
