@@ -16,6 +16,10 @@ if [ -z "${SLURM_JOB_NODELIST:-}" ]; then
 fi
 PYTHON=${PYTHON:-python}
 PORT=${RAY_PORT:-6379}
+# Ray notes there which cluster runs on the node, and does not take it back when it is stopped. Other jobs, and whoever works
+# there afterwards, have the usual folder. Short, because sockets lie in it.
+export RAY_TMPDIR=${RAY_TMPDIR:-/tmp/ray-${SLURM_JOB_ID:-$$}}
+mkdir -p "$RAY_TMPDIR"
 # Only this job can use its Ray. Older releases ignore the token.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 START_UP_LIMIT_S=${START_UP_LIMIT_S:-300}
