@@ -412,7 +412,14 @@ def _places(
 
 def _repeat_cache(cache: "Cache", times: int, device: torch.device | int | str) -> "Cache":
     """Return a copy of a cache of one row with this many rows. The tensors of the original stay as they are."""
+    rows = torch.zeros(times, dtype=torch.long, device=device)
     repeated = copy.copy(cache)
     repeated.layers = [copy.copy(layer) for layer in cache.layers]
-    repeated.reorder_cache(torch.zeros(times, dtype=torch.long, device=device))
+    repeated.reorder_cache(rows)
+    for layer in repeated.layers:
+        # transformers reorders keys, values and recurrent states only. DeepSeek-V4's layers keep more, in dicts.
+        for name, state in vars(layer).items():
+            if isinstance(state, dict):
+                kept = {k: x.index_select(0, rows) if isinstance(x, torch.Tensor) else x for k, x in state.items()}
+                setattr(layer, name, kept)
     return repeated

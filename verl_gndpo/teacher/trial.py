@@ -26,8 +26,8 @@ TOLERANCE = 1e-4
 PROMPTS = (71, 6)
 """Lengths of the prompts. Linear attention works in chunks of 64 tokens."""
 
-RESPONSES = ((3, 9, 1), (4,))
-"""Lengths of the responses to each prompt."""
+RESPONSES = ((9, 3, 9, 1), (4,))
+"""Lengths of the responses to each prompt. Two are alike, so that they run side by side."""
 
 WIDEST = 30_000_000
 """Parameters of a model that runs as it is. A larger one is made smaller first."""
@@ -297,6 +297,9 @@ def shrink(config: Any, attempt: str) -> Any:
             value = getattr(part, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > size:
                 setattr(part, name, size)
+        rates = getattr(part, "compress_rates", None)
+        if isinstance(rates, dict):
+            part.compress_rates = {kind: min(rate, 8) for kind, rate in rates.items()}
         if narrow:
             _shrink_width(part, divides="divide" in attempt)
     if narrow:
@@ -439,7 +442,7 @@ def _rows(config: Any, image_prompt: ImagePrompt | None) -> tuple[Rows, list[Pro
     if image_prompt is not None:
         # The last token of a prompt continues from the cache, so it must not be an image.
         prompts.append((torch.cat([image_prompt.ids, draw(3)]), image_prompt.inputs))
-        lengths.append((5, 2))
+        lengths.append((5, 5, 2))
     axes = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
     ids: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []
