@@ -135,3 +135,33 @@ def test_vllm_keeps_weights_where_a_weight_sync_finds_them():
     with torch.no_grad():
         layer.weight.zero_()
     assert (layer.cpu_linear(x, layer.weight, None) == 0).all()
+
+
+@needs_cpu_torch
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM packs these weights for AMX only")
+def test_vllm_convolves_with_the_weights_that_a_weight_sync_has_written():
+    """The projections of Qwen3.5's linear attention: a sequence of 9 tokens, then one token more."""
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    from verl_gndpo.platforms.vllm_cpu import register
+
+    current_platform.import_kernels()
+    register()
+    torch.manual_seed(0)
+    channels, width, tokens = 64, 4, 10
+    weight = torch.randn(channels, 1, width, dtype=torch.bfloat16)
+    x = torch.randn(tokens, channels, dtype=torch.bfloat16)
+    state = torch.zeros(1, width - 1, channels, dtype=torch.bfloat16).transpose(1, 2)
+    common = {"weight": weight, "bias": None, "conv_states": state, "silu_activation": True, "is_vnni": True}
+    first = ops.causal_conv1d_fwd_cpu(
+        x=x[:-1].T,
+        query_start_loc=torch.tensor([0, tokens - 1], dtype=torch.int32),
+        cache_indices=torch.tensor([0], dtype=torch.int32),
+        has_initial_state=torch.tensor([False]),
+        **common,
+    ).T
+    last = ops.causal_conv1d_update_cpu(x=x[-1:], conv_state_indices=torch.tensor([0], dtype=torch.int32), **common)
+    padded = torch.nn.functional.pad(x.float().T, (width - 1, 0)).unsqueeze(0)
+    expected = torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight.float(), groups=channels))[0].T
+    torch.testing.assert_close(torch.cat([first, last]).float(), expected, rtol=0.02, atol=0.02)

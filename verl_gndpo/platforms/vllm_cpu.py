@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's side of a run without an accelerator: entry point `vllm.general_plugins`, a no-op where there is one."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,22 @@ def keep_weights(layers: ModuleType) -> bool:
         layer.cpu_linear = layers.torch.nn.functional.linear
 
     replace(layers, "dispatch_cpu_unquantized_gemm", dispatch_cpu_unquantized_gemm)
+    return True
+
+
+@patches("vllm_cpu_convolutions")
+def use_plain_convolution_weights(ops: ModuleType) -> bool:
+    """Make the convolutions for AMX read weights as `load_weights` writes them; they pack them at each call."""
+
+    def plain(convolve: Callable[..., Any]) -> Callable[..., Any]:
+        def convolve_plainly(*args: Any, weight: Any, is_vnni: bool, **kwargs: Any) -> Any:
+            """Run vLLM's function with a weight of shape (channels, width), which it has as (channels, 1, width)."""
+            return convolve(*args, weight=weight.flatten(1), is_vnni=False, **kwargs)
+
+        return convolve_plainly
+
+    replace(ops, "causal_conv1d_fwd_cpu", plain(ops.causal_conv1d_fwd_cpu))
+    replace(ops, "causal_conv1d_update_cpu", plain(ops.causal_conv1d_update_cpu))
     return True
 
 

