@@ -76,19 +76,20 @@ def test_signals_are_compared_over_their_runs(models, dice, tmp_path):
     compared = tmp_path / "run"
     logged = {"training/global_step": 1, "actor/grad_norm": 1.0, "timing_s/step": 2.0}
     line = json.dumps({"step": 1, "data": logged}) + "\n"
-    for name, text in (("gndpo-seed3", line), ("opd-seed3", line + '{"step": 2, "da')):
+    for name, text in (("gndpo-seed3", line), ("log_odds_opd-seed3", line + '{"step": 2, "da')):
         (compared / name).mkdir(parents=True)
         (compared / name / "metrics.jsonl").write_text(text)
     (compared / "gndpo-seed3" / "finished").touch()
     arguments = ["trainer.total_training_steps=2", "trainer.val_before_train=False", "trainer.test_freq=-1", *REWARD]
-    environment = settings(models, dice, SIGNALS="gndpo opd log_odds_opd", SEEDS="3")
+    environment = settings(models, dice, SIGNALS="gndpo log_odds_opd", SEEDS="3")
     Run(compared, environment, arguments, "compare_signals.sh").finish()
 
     assert (compared / "gndpo-seed3" / "metrics.jsonl").read_text() == line
-    lines = (compared / "opd-seed3" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines = (compared / "log_odds_opd-seed3" / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert lines[:2] == [line, '{"step": 2, "da\n']
-    assert [json.loads(x)["data"]["training/global_step"] for x in lines[2:]] == [1, 2]
-    assert_healthy(Run(compared / "log_odds_opd-seed3", {}), [1, 2], gain=False)
+    log = compared / "log_odds_opd-seed3" / "metrics.jsonl"
+    log.write_text("".join(lines[2:]))
+    assert_healthy(Run(log.parent, {}), [1, 2], gain=False)
     summary = json.loads((compared / "report" / "summary.json").read_text())
     steps = {arm["label"]: arm["runs"][0]["steps"] for arm in summary["arms"]}
-    assert steps == {"gndpo": [1, 1], "opd": [1, 2], "log_odds_opd": [1, 2]}
+    assert steps == {"gndpo": [1, 1], "log_odds_opd": [1, 2]}
