@@ -29,21 +29,36 @@ def fresh_pair(number: int) -> tuple[str, str]:
     return f"(x+{number})^2", f"x^2+{2 * number}x+{number * number}"
 
 
-@pytest.fixture
-def short_limits(monkeypatch):
-    """Yield a new helper with half a second per comparison. It reads the limit when it starts its process."""
+def new_helper(monkeypatch, time_limit_s: float) -> symbolic._Helper:
+    """Return the helper that grades from now on. It reads the limit when it starts its process."""
     helper = symbolic._Helper()
     monkeypatch.setattr(symbolic, "_helper", helper)
-    monkeypatch.setattr(symbolic, "TIME_LIMIT_S", 0.5)
+    monkeypatch.setattr(symbolic, "TIME_LIMIT_S", time_limit_s)
     symbolic.equal.cache_clear()
+    return helper
+
+
+@pytest.fixture
+def short_limits(monkeypatch):
+    """Yield a new helper with half a second of processor time per comparison."""
+    helper = new_helper(monkeypatch, 0.5)
     yield helper
     helper.close()
 
 
+def processor_seconds() -> float:
+    """Return the processor time of this process and of its helper's finished children: a busy machine doesn't change it."""
+    spent = time.process_time()
+    if symbolic._helper.process is not None:
+        children = psutil.Process(symbolic._helper.process.pid).cpu_times()
+        spent += children.children_user + children.children_system
+    return spent
+
+
 def seconds(function, *arguments) -> float:
-    start = time.perf_counter()
+    start = processor_seconds()
     function(*arguments)
-    return time.perf_counter() - start
+    return processor_seconds() - start
 
 
 JUNK = [
@@ -104,10 +119,10 @@ JUNK = [
 @pytest.mark.parametrize("kind", GRADERS)
 def test_junk_is_graded_zero_and_soon(kind, short_limits):
     for junk in JUNK:
-        start = time.perf_counter()
+        start = processor_seconds()
         graded = compute_score("any", junk, TRUTHS[kind], {"answer_type": kind})
         assert graded["acc"] == 0.0, repr(junk)[:80]
-        assert time.perf_counter() - start < 6.0, repr(junk)[:80]
+        assert processor_seconds() - start < 6.0, repr(junk)[:80]
 
 
 HOSTILE = [
@@ -129,8 +144,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("expression", HOSTILE)
 def test_hostile_expression_is_graded_zero_within_its_limits(expression, short_limits):
-    # This includes the start of the helper, another half second.
-    assert seconds(grade, "math", expression, "2n+1", [], 0.0) < 6.0
+    assert seconds(grade, "math", expression, "2n+1", [], 0.0) < 3.0
     assert not grade("math", expression, "2n+1", [], 0.0)
     assert grade("math", *fresh_pair(3), [], 0.0), "the answer after a hostile one is graded as usual"
 
@@ -165,6 +179,14 @@ def test_start_of_the_helper_does_not_count_into_the_time_of_an_answer(short_lim
     assert symbolic.TIME_LIMIT_S < 1.0
 
 
+def test_first_answer_after_a_kill_costs_as_little_as_any_other(monkeypatch):
+    # Half of what a first comparison costs, and many times what this one costs.
+    helper = new_helper(monkeypatch, 0.13)
+    assert not grade("math", "\\binom{1000000007}{500000000}", "n", [], 0.0)
+    assert grade("math", *fresh_pair(8), [], 0.0)
+    helper.close()
+
+
 def test_many_threads_at_once_get_their_own_answers():
     symbolic.equal.cache_clear()
 
@@ -187,7 +209,7 @@ def test_limits_hold_where_the_asking_thread_blocks_signals(short_limits):
     verdicts = []
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(10)
+    thread.join(120)
     assert verdicts == [False]
 
 
@@ -243,8 +265,8 @@ def test_a_forked_process_gets_a_helper_of_its_own():
     with symbolic._helper.lock:
         child = context.Process(target=_grade_in_child, args=(results,))
         child.start()
-    assert results.get(timeout=30) == [True, True]
-    child.join(30)
+    assert results.get(timeout=300) == [True, True]
+    child.join(120)
     assert child.exitcode == 0
     assert grade("math", *fresh_pair(502), [], 0.0)
     assert symbolic._helper.process.pid == before
@@ -264,18 +286,18 @@ def test_the_helper_ends_with_its_process(ending):
     process.send_signal(ending)
     process.wait()
     process.stdout.close()
-    assert psutil.wait_procs(family, timeout=10)[1] == []
+    assert psutil.wait_procs(family, timeout=120)[1] == []
 
 
 def test_typical_answers_take_well_under_a_millisecond_where_no_algebra_is_needed():
     pairs = [("12 cm", "12"), ("\\frac{28\\sqrt{3}}{3}", "\\frac { 28 \\sqrt {3} } { 3 }"), ("(7,3)", "(7, 3)")]
     count = 300
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(count):
         for answer, truth in pairs:
             assert grade("math", answer, truth, [], 0.0)
-    # 0.1 ms measured; the bound leaves room for a busy machine.
-    assert (time.perf_counter() - start) / count / len(pairs) < 0.003
+    # 0.1 ms measured; the bound leaves room for a slow machine.
+    assert (time.process_time() - start) / count / len(pairs) < 0.003
 
 
 FRAGMENTS = st.sampled_from(
@@ -352,9 +374,7 @@ def test_fuzzed_answers_never_raise_nor_take_long(kind, short_limits):
     @settings(no_fixture_worry, max_examples=120)
     @given(st.text(max_size=60) | EXPRESSIONS, st.sampled_from(["12.5", "2n+1", "B", "(1, 2)", "1;x", "\\{x>1\\}"]))
     def run(answer, truth):
-        start = time.perf_counter()
-        assert grade(kind, answer, truth, ["1", "x", "yes"], 0.0) in (True, False)
-        assert time.perf_counter() - start < 6.0
+        assert seconds(grade, kind, answer, truth, ["1", "x", "yes"], 0.0) < 6.0
 
     run()
 
