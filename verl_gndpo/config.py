@@ -148,6 +148,13 @@ class GNDPOSection:
     gain_limit: float | None = setting(
         None, "Largest factor that the scale may be.", above=0, null="only `std_floor` limits it"
     )
+    max_lost_share: float = setting(
+        0.5,
+        "End the run before it trains on a step that has lost more than this share of its responses, because the "
+        "rollout engine, a server, a reward or an image failed. 0: before any loss. 1: train on whatever is left.",
+        at_least=0,
+        at_most=1,
+    )
     task_reward: TaskReward = field(default_factory=TaskReward)
     worst_tokens: WorstTokens = field(default_factory=WorstTokens)
     warn: Warn = field(default_factory=Warn)
@@ -169,6 +176,7 @@ class GNDPOConfig:
 
     preset: str
     signal: Signal
+    max_lost_share: float
     task_reward: TaskReward
     worst_tokens: WorstTokens
     warn: Warn
@@ -192,7 +200,7 @@ def _resolve_signal(section: GNDPOSection, name: str, preset: Mapping[str, Any])
         gain_limit=math.inf if section.gain_limit is None else section.gain_limit,
         ema_decay=value("ema_decay", EMA_DECAY.default),
     )
-    return GNDPOConfig(name, signal, section.task_reward, section.worst_tokens, section.warn)
+    return GNDPOConfig(name, signal, section.max_lost_share, section.task_reward, section.worst_tokens, section.warn)
 
 
 def check_preset(name: str, preset: Mapping[str, Any]) -> None:

@@ -35,13 +35,14 @@ from verl_gndpo.config import (
 )
 from verl_gndpo.doctor.run import raise_on_errors
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
+from verl_gndpo.observe.lost_prompts import LostPrompts
 from verl_gndpo.observe.monitor import SignalMonitor
 from verl_gndpo.rewards.manager import use_reward_manager
 from verl_gndpo.student.placement import keep_prompts_together
 from verl_gndpo.student.run import share_prompts
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating
 from verl_gndpo.teacher.server import ServerTeacher, use_servers
-from verl_gndpo.verl_patches.actor import apply_in_actor, freeze_tower_in_actor
+from verl_gndpo.verl_patches.actor import apply_in_actor, divide_by_real_rows, freeze_tower_in_actor
 from verl_gndpo.verl_patches.policy_loss import keep_policy_loss
 from verl_gndpo.verl_patches.replay_buffer import poll_often
 from verl_gndpo.verl_patches.resource_pools import place_when_created
@@ -93,6 +94,12 @@ class GNDPOTrainerMixin(_Trainer):
         super().__init__(config)
         if self.uses_gndpo:
             poll_often(self.replay_buffer)
+            self._lost_prompts = LostPrompts(
+                self.replay_buffer,
+                prompts=config.data.train_batch_size // self.parameter_sync_step,
+                responses=config.actor_rollout_ref.rollout.n,
+                limit=self._gndpo.max_lost_share,
+            )
 
     def _prepare(self, config: DictConfig) -> None:
         """Change verl's config where our settings ask for more than an advantage estimator."""
@@ -150,6 +157,7 @@ class GNDPOTrainerMixin(_Trainer):
         super()._setup()
         if not self.uses_gndpo:
             return
+        divide_by_real_rows(self.actor_rollout_wg)
         self.monitor = SignalMonitor(self.config, self._gndpo, self.tokenizer, self.processor)
         if isinstance(self.teacher, ServerTeacher):
             return
@@ -175,6 +183,7 @@ class GNDPOTrainerMixin(_Trainer):
             ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
             metrics["student/split_prompts"] = keep_prompts_together(batch, ranks)
         if self.uses_gndpo:
+            metrics.update(self._lost_prompts.take())
             # From here on the batch has its final rows and order. None of verl's timers runs.
             self._run_until("student", batch, metrics)
         return batch
@@ -194,20 +203,8 @@ class GNDPOTrainerMixin(_Trainer):
             overlap = self.teacher.score(batch)
         if self.teacher_config.placement == "dedicated":
             metrics.update(overlap)
-        if isinstance(self.teacher, ServerTeacher):
-            self._warn_of_failed_prompts()
         if self._score_finished is not None:
             self._score_finished()
-
-    def _warn_of_failed_prompts(self) -> None:
-        # A custom sampler may not count failures.
-        failed = getattr(self.replay_buffer, "failure_keys", {}).get("train")
-        if failed:
-            logger.warning(
-                "%d prompts of this step have failed, and verl continues without them. If the teacher's servers are "
-                "the reason, the log shows it under 'Error in _run_prompt'.",
-                len(failed),
-            )
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if not self.uses_gndpo:

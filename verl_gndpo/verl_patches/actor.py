@@ -5,9 +5,12 @@ verl imports the modules that it names in the process that builds the model. The
 themselves when they are imported.
 """
 
+from typing import Any
+
 from omegaconf import DictConfig, open_dict
 
 from verl_gndpo.verl_patches import PATCHES
+from verl_gndpo.verl_patches.patch import patches
 
 
 def apply_in_actor(student: DictConfig, name: str) -> None:
@@ -32,3 +35,26 @@ def freeze_tower_in_actor(student: DictConfig) -> None:
     """
     if student.actor.get("freeze_vision_tower") and student.actor.strategy in ("fsdp", "fsdp2"):
         apply_in_actor(student, "freeze_vision_tower")
+
+
+@patches("real_rows")
+def divide_by_real_rows(actor: Any) -> bool:
+    """Make the actor's update divide the loss by the rows that verl has not added to fill the batch.
+
+    verl divides a mini-batch's loss by its number of rows, those of padding included. Where a batch has several
+    mini-batches, each is taken to have its share of the padding.
+
+    Args:
+        actor: the trainer's group of workers.
+    """
+    update = actor.update_actor
+
+    def update_actor(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run stock verl's method."""
+        real = sum(not tag.get("is_padding", False) for tag in batch.tags)
+        if real < len(batch):
+            batch.extra_info["global_batch_size"] *= real / len(batch)
+        return update(batch, *args, **kwargs)
+
+    actor.update_actor = update_actor
+    return True

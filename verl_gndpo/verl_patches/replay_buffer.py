@@ -4,7 +4,9 @@
 A custom sampler (`trainer.v1.sampler.custom_sampler`) may wait in a way of its own. It is then left as it is.
 """
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from verl_gndpo.verl_patches.patch import patches
@@ -52,3 +54,99 @@ def call_back(replay_buffer: Any, waiting: Callable[[], None], discarding: Calla
     replay_buffer._wait_for_next_poll = _wait_for_next_poll
     replay_buffer._clear_groups = _clear_groups
     return True
+
+
+@patches("failed_prompts")
+def report_failures(
+    replay_buffer: Any,
+    selected: Callable[[set[str], set[str], dict[str, dict]], None],
+    replaced: Callable[[set[str]], None],
+) -> bool:
+    """Make a replay buffer report the training prompts that have failed, while TransferQueue still has their tags.
+
+    Args:
+        replay_buffer: the trainer's.
+        selected: called with the prompts that a step is made of, those of them that have failed, and the tags of all
+            responses by key.
+        replaced: called with failed prompts that are thrown away and generated anew.
+
+    Returns:
+        False if it is a custom sampler that chooses prompts in another way; it is then left as it is.
+    """
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    for name in ("_select_prompt_uids", "_evict_terminal_groups"):
+        if getattr(type(replay_buffer), name, None) is not getattr(ReplayBuffer, name):
+            return False
+    select, evict = replay_buffer._select_prompt_uids, replay_buffer._evict_terminal_groups
+
+    def _select_prompt_uids(partition_id: str, *args: Any, **kwargs: Any) -> Any:
+        chosen = select(partition_id, *args, **kwargs)
+        if partition_id == "train":
+            prompts, responses, _ = chosen
+            selected(set(prompts), set(prompts) & replay_buffer.failure_keys[partition_id], responses)
+        return chosen
+
+    def _evict_terminal_groups(global_steps: int, partition_id: str, eviction_reasons: Any) -> Any:
+        failed = eviction_reasons[2]
+        if partition_id == "train" and failed:
+            replaced(set(failed))
+        return evict(global_steps, partition_id, eviction_reasons)
+
+    replay_buffer._select_prompt_uids = _select_prompt_uids
+    replay_buffer._evict_terminal_groups = _evict_terminal_groups
+    return True
+
+
+REASON = "gndpo_failure"
+"""Tag of a prompt with the reason why one of its responses failed."""
+
+
+@patches("failure_reasons")
+def keep_reasons(agent_loop: ModuleType) -> bool:
+    """Make the agent loop's worker store why a response failed, in the tag that says that its prompt has failed."""
+    worker_class = agent_loop.AgentLoopWorker
+    original = worker_class._run_agent_loop
+
+    @functools.wraps(original)
+    async def _run_agent_loop(self: Any, sampling_params: Any, trajectory: Any, **kwargs: Any) -> Any:
+        """Run stock verl's method."""
+        try:
+            return await original(self, sampling_params, trajectory, **kwargs)
+        except Exception as error:
+            # Only verl's newer trainers, which give each session a number, have TransferQueue.
+            if "session_id" in kwargs:
+                import transfer_queue as tq
+
+                partition = "val" if trajectory["validate"] else "train"
+                await tq.async_kv_put(key=kwargs["uid"], partition_id=partition, tag={REASON: describe_failure(error)})
+            raise
+
+    worker_class._run_agent_loop = _run_agent_loop
+    return True
+
+
+STAGES = {
+    "_compute_teacher_logprobs": "teacher",
+    "_compute_score": "reward",
+    "process_vision_info": "images",
+    "_compute_multi_modal_inputs": "images",
+    "apply_chat_template": "prompt",
+    "generate": "rollout engine",
+}
+"""By function of verl's agent loop, what has failed if an exception passed through it."""
+
+
+def describe_failure(error: BaseException) -> str:
+    """Return what has failed and why, in one line, such as "reward: ValueError: no number"."""
+    stage, frame = "agent loop", error.__traceback__
+    while frame is not None:
+        name = frame.tb_frame.f_code.co_name
+        if name in STAGES:
+            stage = STAGES[name]
+            break
+        frame = frame.tb_next
+    # Ray wraps the exception of another process, with that process's traceback as its text.
+    error = getattr(error, "cause", None) or error
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{stage}: {type(error).__name__}: {lines[-1].strip()[:300] if lines else 'no message'}"
