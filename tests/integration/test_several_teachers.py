@@ -5,7 +5,6 @@ import inspect
 import time
 import types
 
-import hydra
 import numpy as np
 import psutil
 import pytest
@@ -58,20 +57,6 @@ def expected(paths, rows):
         row["key"]: sum(share * x for share, x in zip(shares[row["source"]], pair, strict=True))
         for row, *pair in zip(rows, one, other, strict=True)
     }
-
-
-@pytest.fixture(scope="module")
-def queue():
-    """Start verl's TransferQueue, as in its config, with one storage unit."""
-    ray.init(num_cpus=32, num_gpus=2, include_dashboard=False, object_store_memory=200_000_000)
-    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
-        config = hydra.compose("ppo_trainer").transfer_queue
-    config.enable = True
-    config.backend.SimpleStorage.num_data_storage_units = 1
-    tq.init(config)
-    yield
-    tq.close()
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -56,14 +56,14 @@ class LostPrompts:
         # A key is "{prompt}_{session}_{turn}".
         sessions = Counter(prompt for prompt, _ in {tuple(key.split("_")[:2]) for key in responses})
         lost = sum(max(self._responses - sessions[prompt], 0) for prompt in failed)
-        self._count(failed, lost, len(prompts) * self._responses)
+        self._count(failed, lost, len(prompts) * self._responses, to_come=0)
 
     def _count_replaced(self, failed: set[str]) -> None:
         # All of their responses are thrown away.
         lost = len(failed) * self._responses
-        self._count(failed, lost, lost)
+        self._count(failed, lost, lost, to_come=self._prompts * self._responses)
 
-    def _count(self, failed: set[str], lost: int, expected: int) -> None:
+    def _count(self, failed: set[str], lost: int, expected: int, to_come: int) -> None:
         self._lost += lost
         self._expected += expected
         if not failed:
@@ -73,8 +73,7 @@ class LostPrompts:
             reason = str(tags.get(prompt, {}).get(REASON, "the log has the reason, at 'Error in _run_prompt'"))
             self._reasons[prompt] = reason
             logger.warning("prompt %s has failed: %s", prompt, reason)
-        # While failed prompts are replaced, the batch is still to come.
-        share = self._lost / max(self._expected, self._lost + self._prompts * self._responses * (lost == expected))
+        share = self._lost / (self._expected + to_come)
         if share > self._limit:
             reasons = Counter(self._reasons.values())
             first = next(iter(self._reasons.values()))

@@ -105,6 +105,18 @@ PATCHES = index(
         diff="0004-internvl-pixel-values.patch",
     ),
     Patch(
+        name="root_logger",
+        module="model_hosting_container_standards.logging_config",
+        changes="configure_root_logger",
+        applied_by="verl_gndpo.verl_patches.root_logger:show_warnings",
+        breaks="With vLLM, no warning of this plugin is ever shown: a package for SageMaker, which vLLM imports, turns "
+        "the process's root logger down to errors.",
+        since="model-hosting-container-standards 0.1.16 (earlier ones not tried)",
+        upstream="none known",
+        remove_when="vLLM imports the package only where it serves, or the package leaves the root logger alone",
+        where="every process",
+    ),
+    Patch(
         name="failure_reasons",
         module="verl.experimental.agent_loop.agent_loop",
         changes="AgentLoopWorker._run_agent_loop",
