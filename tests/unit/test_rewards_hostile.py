@@ -47,7 +47,7 @@ def short_limits(monkeypatch):
 
 
 def processor_seconds() -> float:
-    """Return the processor time of this process and of its helper's finished children: a busy machine doesn't change it."""
+    """Return the processor time of this process and its helper's ended children: a busy machine doesn't change it."""
     spent = time.process_time()
     if symbolic._helper.process is not None:
         children = psutil.Process(symbolic._helper.process.pid).cpu_times()
