@@ -108,9 +108,8 @@ def run(arm: str, folder: Path, steps: int, environment: dict[str, str]) -> dict
     if arm == "verl_opd":
         length = int(environment["MAX_PROMPT"]) + int(environment["MAX_RESPONSE"])
         command += verl_opd_settings(environment["TEACHER"], length)
-    if arm.endswith("_shared"):
-        command.append("+student.share_prompts=True")
     environment = environment | {"ESTIMATOR": ESTIMATORS[arm], "VERL_FILE_LOGGER_PATH": str(metrics)}
+    environment["SHARE_PROMPTS"] = str(arm.endswith("_shared"))
     with log.open("w") as sink:
         process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
         try:

@@ -20,6 +20,7 @@ N=${N:-16}                                    # responses per prompt
 LR=${LR:-1e-6}
 EPOCHS=${EPOCHS:-1}
 TEMPERATURE=${TEMPERATURE:-1.0}
+SHARE_PROMPTS=${SHARE_PROMPTS:-True}          # the student, too, runs a prompt and its images once for all its responses
 FREEZE_VISION=${FREEZE_VISION:-True}
 NNODES=${NNODES:-1}
 
@@ -66,6 +67,7 @@ OVERRIDES=(
     algorithm.adv_estimator="$ESTIMATOR"
     +gndpo=default
     +teacher="$TEACHER_BACKEND"
+    +student.share_prompts="$SHARE_PROMPTS"
 
     data.train_files="$TRAIN_FILE"
     data.val_files="$VAL_FILE"

@@ -91,7 +91,6 @@ def killed_and_resumed(models, dice, tmp_path_factory):
     """A run that is killed after step 3 with a checkpoint of step 2, and one that resumes it to step 4."""
     out = tmp_path_factory.mktemp("runs")
     arguments = overrides(4, out / "checkpoints", "trainer.save_freq=2", "trainer.resume_mode=auto")
-    arguments.append("+student.share_prompts=True")
     first = Run(out / "killed", settings(models, dice), arguments).kill_after(step=3)
     second = Run(out / "resumed", settings(models, dice), arguments).finish()
     return first, second
