@@ -101,9 +101,13 @@ _MIXED = re.compile(
     r"(\d{1,20})(?:\s+(\d{1,20})\s*/\s*(\d{1,20})|\s*\\frac\s*\{?\s*(\d{1,20})\s*\}?\s*\{?\s*(\d{1,20})\s*\}?)"
 )
 _PLAIN = re.compile(r"[+-]?\d[\d, ]*(?:\.(\d+))?")
-_NAME = re.compile(r"(?:[^\W\d]|[\\ '{}|():]|(?<=[\w}{ ])\d|(?<=[a-zA-Z])\.|(?<=[\w}\)]),(?=[^()]*\)))*")
+_NAME = re.compile(r"(?:[^\W\d]|[\\ '{}|():]|(?<=[\w}{ ])\d|(?<=[a-zA-Z])\.|(?<=[\w}\)]),(?=[^()]*\))|(?<=[a-zA-Z]\()\d)*")
 _NUMERIC_NAME = re.compile(r"(?:\\(?:frac|sqrt|pi)(?![a-zA-Z])|[\W\d_])+")
 _OPERATION = re.compile(r"\\(?:cup|cap|times|cdot|div|pm|perp|parallel)(?![a-zA-Z])")
+# xy = 12, |x| = 3 and \\sqrt{x} = 3 are equations, while AB, |AB| and |z| are names of what is asked for.
+_EQUATED = re.compile(
+    r"\s*(?:(?:[a-z](?:_\{?\w\}?)?\s*){2}|(?:[xyz]\s*){2,}|\\sqrt\s*\{?\s*[a-z]\s*\}?|\|\s*[t-y]\s*\|)\s*"
+)
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
 # Not inside the braces of a sum's limits.
 EQUALS = re.compile(r"=(?![^{}]*\})")
@@ -140,6 +144,7 @@ def split_name(cleaned: str) -> tuple[str, str]:
         or not _NAME.fullmatch(name)
         or _NUMERIC_NAME.fullmatch(name)
         or _OPERATION.search(name)
+        or _EQUATED.fullmatch(name)
         or _RELATION.search(value)
     ):
         return "", cleaned
