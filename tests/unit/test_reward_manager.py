@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from verl import DataProto
-from verl.trainer.ppo.reward import resolve_reward_manager_cls
+from verl.trainer.ppo.reward import get_custom_reward_fn, resolve_reward_manager_cls
 
 from examples.quickstart.tiny_vlm import build_tokenizer
 from tests.helpers import verl_config
@@ -15,14 +15,15 @@ from verl_gndpo.rewards import compute_score
 from verl_gndpo.rewards.manager import RewardManager, use_reward_manager
 
 
-def reward_of(response="\\boxed{5}", prompt=None, **columns):
+def reward_of(response="\\boxed{5}", prompt=None, overrides=(), **columns):
     """Return the reward of a response in a row with these columns."""
-    config = verl_config()
+    config = verl_config(*overrides)
     use_reward_manager(config)
     tokenizer = build_tokenizer()
     ids = torch.tensor([tokenizer(response, add_special_tokens=False)["input_ids"]])
     manager_class = resolve_reward_manager_cls(config)
-    manager = manager_class(config, tokenizer, compute_score)
+    reward = get_custom_reward_fn(config) if overrides else compute_score
+    manager = manager_class(config, tokenizer, reward)
     tensors = {"responses": ids, "attention_mask": torch.ones_like(ids)}
     if prompt is not None:
         tensors["prompts"] = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
@@ -81,6 +82,20 @@ def test_the_format_is_that_of_prompt_and_response(prompt, response, form, accur
     row = {"data_source": "hiyouga/geometry3k", "reward_model": {"ground_truth": "5"}}
     found = reward_of(response, prompt, **row, **extra_info)["reward_extra_info"]
     assert (found["format"], found["acc"]) == (form, accuracy)
+
+
+@pytest.mark.parametrize("prefix", ["", "<think>"])
+def test_a_setting_names_the_prompts_tag_under_another_manager_of_verls(prefix):
+    function = "reward.custom_reward_function"
+    overrides = [
+        "reward.reward_manager.name=dapo",
+        f"{function}.path=pkg://verl_gndpo.rewards",
+        f"{function}.name=compute_score",
+        *([f"+{function}.reward_kwargs.response_prefix='{prefix}'"] if prefix else []),
+    ]
+    row = {"data_source": "hiyouga/geometry3k", "reward_model": {"ground_truth": "5"}, "extra_info": {}}
+    found = reward_of("a</think>\\boxed{5}", overrides=overrides, **row)["reward_extra_info"]
+    assert (found["format"], found["acc"]) == (float(bool(prefix)), 1.0)
 
 
 def test_only_verls_default_manager_is_replaced():

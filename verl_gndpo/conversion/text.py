@@ -215,7 +215,8 @@ def typed_answer(answer: str, choices: tuple[str, ...], kind: str | None) -> tup
         answer: bare answer, from `plain_answer`.
         choices: texts of the choices A, B, C, ...; empty when there are none, or when only the picture shows them.
         kind: answer type from the converter. None infers it: a letter such as "B" or "(B)" and the text of a choice
-            are "choice", several letters are "multi_choice" when there are choices, anything else is "math".
+            are "choice", several letters are "multi_choice" when there are choices. Anything else is "math" without
+            choices; with choices it stays "choice", which no answer can match if it equals none of them.
 
     Raises:
         DroppedRow: the answer is a letter beyond the choices.
@@ -239,7 +240,7 @@ def typed_answer(answer: str, choices: tuple[str, ...], kind: str | None) -> tup
     ):
         return ", ".join(letters), "multi_choice"
     else:
-        return answer, kind or "math"
+        return answer, "choice" if choices else kind or "math"
     if choices and ord(letter) - ord("A") >= len(choices):
         raise DroppedRow("answer names no choice", f"{letter} of {len(choices)}")
     return letter, "choice"

@@ -28,7 +28,11 @@ READING_S = 30
 
 
 def check_data(inputs: Inputs) -> list[Check]:
-    """Check that every training and validation file can be read, and that each row has one image per placeholder."""
+    """Check that every training and validation file can be read, and that each row has one image per placeholder.
+
+    Training rows with videos are refused: verl 0.9.1 drops `second_per_grid_ts`, and counts one placeholder per video
+    where Qwen3-VL has one per frame.
+    """
     data = inputs.config.data
     if select(data, "custom_cls.path"):
         return [Check("data", "ok", f"not checked: data.custom_cls.path={data.custom_cls.path} reads it")]
@@ -80,6 +84,14 @@ def _check_file(key: str, file: str, inputs: Inputs) -> tuple[Check, int | None]
     except CANNOT_READ as error:
         reason = str(error).strip().splitlines()[0]
         return Check("data", "error", f"{name} can't be read as parquet: {reason}", again), None
+    if summary.with_videos and key == "data.train_files":
+        shown = ", ".join(map(str, summary.with_videos[:ROWS_SHOWN]))
+        detail = (
+            f"{name}: {len(summary.with_videos)} of {summary.rows} rows have videos, rows {shown}. verl's actor gives "
+            "their frames other positions than its rollout does, so that it would train on wrong probabilities"
+        )
+        remedy = "remove these rows, or give each video's frames as images, with one <image> per frame for its <video>"
+        return Check("data", "error", detail, remedy), summary.rows
     return Check("data", "ok", f"{name}: {summary.rows} rows, {summary.images} images"), summary.rows
 
 

@@ -37,6 +37,9 @@ class Summary(NamedTuple):
     rows_with_images: Counter[str]
     """Numbers of rows with images or other media, by their value of the routing column as text."""
 
+    with_videos: list[int]
+    """Numbers of the rows with videos."""
+
 
 class Label(NamedTuple):
     """What decides how a row is graded, and which teacher scores it."""
@@ -138,12 +141,14 @@ class DataFile:
 
             with_images: Counter[str] = Counter()
             start, images, bad = 0, 0, []
+            with_videos: list[int] = []
             for batch in file.iter_batches(columns=[content, *leaves, *routing], batch_size=ROWS_PER_BATCH):
                 counts = {
                     placeholder: pc.list_value_length(batch[column]).fill_null(0).to_numpy(zero_copy_only=False)
                     for placeholder, column in media.items()
                 }
                 images += int(counts.get("<image>", np.zeros(1)).sum())
+                with_videos += (start + np.flatnonzero(counts.get("<video>", np.zeros(1)))).tolist()
                 seeing = np.flatnonzero(sum(counts.values(), np.zeros(len(batch))))
                 keys = batch[self._routing_column].take(pa.array(seeing)).to_pylist() if routing else [""] * len(seeing)
                 with_images.update(str(key) for key in keys)
@@ -152,7 +157,7 @@ class DataFile:
         if bad:
             shown = "; ".join(f"row {row}: {what}" for row, what in sorted(bad)[:ROWS_SHOWN])
             raise DataError(f"{len({row for row, _ in bad})} of {rows} rows have mismatched media: {shown}")
-        return Summary(rows, images, with_images)
+        return Summary(rows, images, with_images, with_videos)
 
     def _media_columns(self) -> dict[str, str]:
         """Return the column of each medium that the file has, by the medium's placeholder."""

@@ -34,6 +34,7 @@ def compute_score(
     extra_info: Mapping[str, Any] | None = None,
     *,
     format_score: float = 0.1,
+    response_prefix: str = "",
     **kwargs: Any,
 ) -> dict[str, float]:
     """Grade one response, weighing answer and format as verl's own geo3k reward does.
@@ -46,6 +47,8 @@ def compute_score(
             the choices A, B, C, ... in order), `tolerance` (largest absolute error of a number; 0 for the default) and
             `response_prefix` (what the prompt ends with and belongs to the response, such as `<think>`).
         format_score: weight of the format; `reward.custom_reward_function.reward_kwargs.format_score` sets it.
+        response_prefix: as in `extra_info`, which wins. This project's reward manager finds it out; under a manager of
+            verl's, such as dapo, `reward.custom_reward_function.reward_kwargs.response_prefix` sets it.
         kwargs: other arguments of verl's (the reward model's address and tokenizer), unused.
 
     Returns:
@@ -72,7 +75,8 @@ def compute_score(
         )
     choices = [str(choice) for choice in _given(extra_info, "choices", [])]
     answer_type = _answer_type(data_source, ground_truth, choices, extra_info)
-    text = str(_given(extra_info, "response_prefix", "")) + solution_str if isinstance(solution_str, str) else ""
+    prefix = str(_given(extra_info, "response_prefix", response_prefix))
+    text = prefix + solution_str if isinstance(solution_str, str) else ""
     tolerance = float(_given(extra_info, "tolerance", 0.0))
     acc = float(any(grade(answer_type, answer, ground_truth, choices, tolerance) for answer in answers_of(text)))
     form = float(well_formed(text))

@@ -101,7 +101,9 @@ _MIXED = re.compile(
     r"(\d{1,20})(?:\s+(\d{1,20})\s*/\s*(\d{1,20})|\s*\\frac\s*\{?\s*(\d{1,20})\s*\}?\s*\{?\s*(\d{1,20})\s*\}?)"
 )
 _PLAIN = re.compile(r"[+-]?\d[\d, ]*(?:\.(\d+))?")
-_NAME = re.compile(r"(?:[^\W\d]|[\\ '{}|():]|(?<=[\w}{ ])\d|(?<=[a-zA-Z])\.|(?<=[\w}\)]),(?=[^()]*\))|(?<=[a-zA-Z]\()\d)*")
+_NAME = re.compile(
+    r"(?:[^\W\d]|[\\ '{}|():]|(?<=[\w}{ ])\d|(?<=[a-zA-Z])\.|(?<=[\w}\)]),(?=[^()]*\))|(?<=[a-zA-Z]\()\d)*"
+)
 _NUMERIC_NAME = re.compile(r"(?:\\(?:frac|sqrt|pi)(?![a-zA-Z])|[\W\d_])+")
 _OPERATION = re.compile(r"\\(?:cup|cap|times|cdot|div|pm|perp|parallel)(?![a-zA-Z])")
 # xy = 12, |x| = 3 and \\sqrt{x} = 3 are equations, while AB, |AB| and |z| are names of what is asked for.

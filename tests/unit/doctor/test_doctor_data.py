@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data_files import picture
 from tests.unit.doctor.helpers import IMAGES, OURS, PROMPT, SERVER, errors, expect, write, write_sources
 from verl_gndpo.doctor.data import check_data, check_rewards, check_routing
 from verl_gndpo.doctor.inputs import Inputs
@@ -109,6 +110,29 @@ def test_text_only_rows_may_speak_of_videos(make_config, tmp_path):
     # Beside an image verl takes it for a placeholder.
     write(tmp_path / "train.parquet", [("<image> and <video>", 1)] * 4)
     expect(check_data(Inputs(make_config())), "error", "row 0: 1 <video> in its prompt, 0 in column videos")
+
+
+def test_rows_with_videos_are_refused_for_training_and_accepted_for_validation(make_config, tmp_path):
+    prompts = [[{"role": "user", "content": text}] for text in ("<image>", "<video>What moves?", "<video>?", "text")]
+    images, video = [[{"bytes": picture(), "path": None}], [], [], []], {"video": "file:///clip.mp4"}
+    videos = pa.array([[], [video], [video], []], pa.list_(pa.struct([("video", pa.string())])))
+    table = pa.table({"prompt": pa.array(prompts, PROMPT), "images": pa.array(images, IMAGES), "videos": videos})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=2)
+    found = expect(check_data(Inputs(make_config())), "error", "train.parquet: 2 of 4 rows have videos, rows 1, 2.")
+    assert "as images, with one <image> per frame" in found.remedy
+    pq.write_table(table, tmp_path / "val.parquet")
+    pq.write_table(table.slice(0, 1).drop_columns("videos"), tmp_path / "train.parquet")
+    checks = check_data(Inputs(make_config(f"data.val_files={tmp_path / 'val.parquet'}", "data.train_batch_size=1")))
+    assert not errors(checks)
+    # The remedy as it stands: frames as images.
+    frames = pa.table(
+        {
+            "prompt": pa.array([[{"role": "user", "content": "<image><image>What moves?"}]] * 4, PROMPT),
+            "images": pa.array([images[0] * 2] * 4, IMAGES),
+        }
+    )
+    pq.write_table(frames, tmp_path / "train.parquet")
+    assert not errors(check_data(Inputs(make_config())))
 
 
 def test_prompts_of_several_messages(make_config, tmp_path):
