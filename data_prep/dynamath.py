@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from verl_gndpo.conversion import DroppedRow, Problem, Recipe, main
+from verl_gndpo.conversion.text import is_formula
 
 KINDS = {"float": "number", "int": "number", "integer": "number", "multiple choice": "choice", "text": "text"}
 
@@ -14,12 +15,15 @@ KINDS = {"float": "number", "int": "number", "integer": "number", "multiple choi
 def problem(row: dict[str, Any]) -> Problem:
     if row["answer_type"] not in KINDS:
         raise DroppedRow("answer type is unknown", repr(row["answer_type"]))
+    kind = KINDS[row["answer_type"]]
+    if kind == "text" and is_formula(row["ground_truth"]):
+        kind = "math"
     return Problem(
         question=row["question"],
         answer=row["ground_truth"],
         images=row["decoded_image"] or row["image"],
-        answer_type=KINDS[row["answer_type"]],
-        tolerance=1e-3 if KINDS[row["answer_type"]] == "number" else 0.0,
+        answer_type=kind,
+        tolerance=1e-3 if kind == "number" else 0.0,
         meta={"subject": row["subject"], "level": row["knowledge_level"]},
     )
 
@@ -31,7 +35,7 @@ RECIPE = Recipe(
     columns=("id", "question", "ground_truth", "answer_type"),
     optional=("decoded_image", "image", "subject", "knowledge_level"),
     problem=problem,
-    answer_types=tuple(dict.fromkeys(KINDS.values())),
+    answer_types=(*dict.fromkeys(KINDS.values()), "math"),
     rows={f"sample_variant{number}": 501 for number in range(1, 11)},
     download="183 MB",
     placeholders=False,

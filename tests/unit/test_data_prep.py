@@ -680,11 +680,13 @@ def test_a_row_that_is_not_as_the_set_has_it_is_dropped_not_fatal(tmp_path):
     assert ids_of(tmp_path / "out" / "train.parquet") == ["mmk12-train-r3", "mmk12-train-?"]
 
 
-def test_answers_that_no_grader_can_match_are_kept_and_named(tmp_path, capsys):
-    source = write_rows(tmp_path / "train.parquet", [record(1), record(2, answer="Because of this, " * 20)])
+def test_answers_that_no_grader_can_match_are_kept_and_each_is_named(tmp_path, capsys):
+    unmatchable = [record(number, answer="Because of this, " * 20) for number in range(2, 14)]
+    source = write_rows(tmp_path / "train.parquet", [record(1), *unmatchable])
     (report,) = convert(source, tmp_path / "out")
-    assert report.noted_by.rows == {UNMATCHABLE: 1} and report.written == 2
-    assert f"kept 1 x {UNMATCHABLE}: mmk12-train-r2" in capsys.readouterr().out
+    assert report.noted_by.rows == {UNMATCHABLE: 12} and report.written == 13
+    names = ", ".join(f"mmk12-train-r{number}" for number in range(2, 14))
+    assert f"kept 12 x {UNMATCHABLE}: {names}\n" in capsys.readouterr().out
 
 
 def test_an_answer_type_that_the_recipe_does_not_state_is_an_error_of_the_converter(tmp_path):

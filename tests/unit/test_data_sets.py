@@ -558,7 +558,12 @@ def test_logicvista_answers(answer, kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "answer", "graded", "tolerance"),
-    [("float", "24.9356", "number", 1e-3), ("multiple choice", "B", "choice", 0.0), ("text", "5:0", "text", 0.0)],
+    [
+        ("float", "24.9356", "number", 1e-3),
+        ("multiple choice", "B", "choice", 0.0),
+        *[("text", truth, "text", 0.0) for truth in ("5:0", "DE", "Fig 2", "even", "A, C")],
+        *[("text", truth, "math", 0.0) for truth in ("y = 4", "(3.000, -1.000)", "x^2 + sin 2x", "-\\frac{1}{2}")],
+    ],
 )
 def test_dynamath_answer_type_decides_the_grader(kind, answer, graded, tolerance, tmp_path):
     row = one("dynamath", tmp_path, answer_type=kind, ground_truth=answer)

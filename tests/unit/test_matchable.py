@@ -20,6 +20,15 @@ MATCHABLE = [
     ("B", "choice"),
     ("y=2x+1", "math"),
     ("12 cm", "number"),
+    ("rectangle\nsquare\ncircle\ntriangle\nrectangle\ncircle\ntriangle", "list"),
+    ("\\begin{cases}x=1\\\\y=2\\end{cases}", "math"),
+    ("\\therefore 5", "math"),
+    ("45^{o}", "math"),
+    ("50&deg;", "math"),
+    ("x&lt;3", "math"),
+    ("\\left( 3,4 \\right)", "math"),
+    ("-\\dfrac{\\sqrt{3}}{2}", "math"),
+    ("12\\%", "number"),
 ]
 UNMATCHABLE = [
     ("Because AB is parallel to CD, the alternate angles are equal, so that the triangles are congruent.", "math"),
@@ -28,6 +37,17 @@ UNMATCHABLE = [
         "math",
     ),
     ("x" * 101, "math"),
+    # A grader accepts these to the letter, but no model writes them.
+    ("5\\unknowncmd", "math"),
+    ("$$\\unknown{3}$$", "math"),
+    ("{8", "math"),
+    ("\\frac{1}{2", "math"),
+    ("\\begin{cases}x=1", "math"),
+    ("see the solution", "math"),
+    ("Omitted.", "math"),
+    ("略", "text"),
+    ("<p>5</p>", "text"),
+    ("\n".join("abcdefghijklm"), "list"),
     ("$$\\unknown$$ see the figure of the solution below for this", "number"),
 ]
 

@@ -12,6 +12,8 @@ from .errors import ConversionError
 from .row import ConvertedRow
 
 TABLE_IDS = 5
+NOTED_IDS = 200
+"""Rows that were kept with a fault are all named, up to this many: 1 % of the larger sets."""
 UNLICENSED = "not licensed for reuse"
 OVERLONG = "prompt is over-long"
 # The user or the licence excludes these rows, so they do not indicate a broken source.
@@ -21,8 +23,9 @@ LENGTH_MARKS = (1024, 2048, 4096, 8192)
 
 @dataclass
 class Counts:
-    """Count events by kind, with the ids of the first rows for each."""
+    """Count events by kind, with the ids of the first rows for each, at most `shown`."""
 
+    shown: int = TABLE_IDS
     rows: dict[str, int] = field(default_factory=dict)
     first_ids: dict[str, list[str]] = field(default_factory=dict)
 
@@ -30,13 +33,13 @@ class Counts:
         """Count one event for a row."""
         self.rows[kind] = self.rows.get(kind, 0) + 1
         ids = self.first_ids.setdefault(kind, [])
-        if len(ids) < TABLE_IDS:
+        if len(ids) < self.shown:
             ids.append(row_id)
 
     def lines(self, verb: str) -> list[str]:
         """Return one line per kind: how often it happened, and to which rows first."""
         return [
-            f"  {verb} {count} x {kind}: {', '.join(self.first_ids[kind])}{', ...' if count > TABLE_IDS else ''}"
+            f"  {verb} {count} x {kind}: {', '.join(self.first_ids[kind])}{', ...' if count > self.shown else ''}"
             for kind, count in sorted(self.rows.items())
         ]
 
@@ -50,7 +53,7 @@ class Report:
     written: int = 0
     dropped_by: Counts = field(default_factory=Counts)
     repaired_by: Counts = field(default_factory=Counts)
-    noted_by: Counts = field(default_factory=Counts)
+    noted_by: Counts = field(default_factory=lambda: Counts(NOTED_IDS))
     repaired: int = 0
     prompt_tokens: array[int] = field(default_factory=lambda: array("I"))
     image_tokens: array[int] = field(default_factory=lambda: array("I"))

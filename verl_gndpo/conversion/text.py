@@ -42,6 +42,8 @@ STATED_PRECISION = re.compile(
     r"|\bnearest (?:integer|whole|tenth|hundredth|thousandth|0?\.\d|1\b)",
     re.IGNORECASE,
 )
+# A word, or a time of day, which DynaMath writes as 5:0.
+NO_FORMULA = re.compile(r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b)[a-zA-Z]{2,}|\d\s*:\s*\d")
 LATEX_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # "(A) x (B) y", "A. x; B. y", "A) x B) y", or "A:40°" at the start of a line. White space or punctuation goes before.
 CHOICE_MARK = re.compile(
@@ -206,6 +208,11 @@ def tagged_answer(solution: object) -> object:
     if start < 0 or end < 0:
         raise DroppedRow("solution has no <answer>", solution[:40])
     return solution[start + len("<answer>") : end]
+
+
+def is_formula(answer: object) -> bool:
+    """Return True if an answer is text with a number in it and no words, such as `y = 4` or `(3.000, -1.000)`."""
+    return isinstance(answer, str) and bool(re.search(r"\d", answer)) and not NO_FORMULA.search(answer)
 
 
 def typed_answer(answer: str, choices: tuple[str, ...], kind: str | None) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 """Bring LaTeX, Unicode and plain text to one spelling. Nothing here looks at the meaning."""
 
 import functools
+import html
 import itertools
 import re
 import unicodedata
@@ -91,7 +92,9 @@ _REPEATING = re.compile(
 _REWRITES: list[_Rewrite] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"&(?:[a-zA-Z]{2,8}|#\d{1,7});", lambda m: html.unescape(m[0])),
         (r"\\\$|\$", ""),
+        (r"^\s*(?:\\therefore(?![a-zA-Z])|∴)\s*", ""),
         (r"\s*\((?:the\s+)?answers?\b[^()]*\b(?:unique|vary|varies)\)|\(?答案不唯一\)?", ""),
         # LaTeX that was escaped for JSON, or that lost its backslash.
         (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|[lg]eq?|times|cdot|pi|text|mathrm|circ|left|right|pm)(?![a-z]))", r"\\"),
