@@ -30,6 +30,8 @@ class Problem:
         answer_type: one of the recipe's `answer_types`. None infers it: a letter is a choice, anything else is math.
         tolerance: largest absolute error of a correct number; 0.0 leaves it to the grader.
         meta: further columns worth keeping, such as the subject; they become JSON in `extra_info.meta`.
+        videos: None, one or a list, each as an image is given. Each `<video>` becomes an `<image>` for each of the
+            recipe's `video_frames`.
     """
 
     question: object
@@ -40,6 +42,7 @@ class Problem:
     answer_type: str | None = None
     tolerance: float = 0.0
     meta: dict[str, Any] = field(default_factory=dict)
+    videos: object = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ class Recipe:
         hub_config: configuration of the hub data set, where it has several.
         hub_files: patterns of the files to fetch from the hub, for sets that `datasets.load_dataset` cannot read.
         keep: returns whether a row's licence allows its use; `--include_unlicensed` keeps all rows.
+        video_frames: number of images that a video becomes: its first and last frame, and others at equal distances.
         open_folder: reads the data set's own layout; returns None for a folder in another layout.
 
     Raises:
-        ValueError: an answer type that no grader has.
+        ValueError: an answer type that no grader has, or `video_frames` below 1.
     """
 
     name: str
@@ -95,9 +99,12 @@ class Recipe:
     hub_config: str | None = None
     hub_files: tuple[str, ...] = ()
     keep: Callable[[dict[str, Any]], bool] | None = None
+    video_frames: int = 8
     open_folder: Callable[[Path], list[Split] | None] | None = None
 
     def __post_init__(self) -> None:
+        if self.video_frames < 1:
+            raise ValueError(f"{self.name}: video_frames is {self.video_frames}, not at least 1")
         if unknown := [kind for kind in self.answer_types if kind not in ANSWER_TYPES]:
             raise ValueError(f"{self.name}: answer_types {', '.join(unknown)} not among {', '.join(ANSWER_TYPES)}")
 

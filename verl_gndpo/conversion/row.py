@@ -25,6 +25,7 @@ from .text import (
     typed_answer,
     with_decimals,
 )
+from .videos import place_frames
 
 # The Image feature makes `datasets` return decoded pictures to verl, as for files of verl's own recipe. "Sequence" is
 # the only spelling of a list that both old and new versions of `datasets` read.
@@ -114,7 +115,11 @@ def convert_row(row: SourceRow, split: str, recipe: Recipe, prompt: Prompt, imag
         question = listed_choices(question, choices)
     if problem.tolerance:
         question = with_decimals(question, problem.tolerance)
-    question, entries = place_images(question, image_entries(problem.images), repairs, recipe.placeholders)
+    entries = image_entries(problem.images)
+    if videos := image_entries(problem.videos):
+        question, entries = place_frames(question, entries, videos, recipe.video_frames, images)
+        repairs.append("video as images of its frames")
+    question, entries = place_images(question, entries, repairs, recipe.placeholders)
     pictures = [rgb_picture(*image_bytes(entry, images, repairs), repairs) for entry in entries]
     values = {
         "data_source": recipe.hub_id,
