@@ -16,6 +16,7 @@ from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.media import Reading, read_rows
 from verl_gndpo.doctor.parquet import CANNOT_READ, ROWS_SHOWN, DataError, Label
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES, NO_ANSWER
+from verl_gndpo.rewards.extract import response_prefix
 
 REWARDS = "pkg://verl_gndpo.rewards"
 USE_REWARDS = (
@@ -217,7 +218,8 @@ def check_rewards(inputs: Inputs) -> list[Check]:
         if without and manager != "naive":
             detail = f"no answers in {', '.join(without)}, which reward.reward_manager.name={manager} reads"
             checks.append(Check("reward", "error", detail, "reward.reward_manager.name=naive"))
-        return checks
+        prefix = (function.get("reward_kwargs") or {}).get("response_prefix")
+        return [*checks, *(_check_prefix(inputs, manager) if ours and manager != "naive" and not prefix else [])]
     if without:
         detail = f"no answers in {', '.join(without)}: their reward is 0, and they have no accuracy"
         checks.append(Check("reward", "ok", detail))
@@ -238,6 +240,28 @@ def check_rewards(inputs: Inputs) -> list[Check]:
         detail = f"verl has no reward function for data_source {', '.join(unrewarded)}"
         remedy = " ".join(USE_REWARDS)
     return [*checks, Check("reward", "error", detail, remedy)]
+
+
+def _check_prefix(inputs: Inputs, manager: str) -> list[Check]:
+    """Warn if the student's chat template begins the response, which only this project's reward manager finds out."""
+    measure, _ = _measure(inputs)
+    # `check_models` reports a student that can't be read.
+    if measure is None:
+        return []
+    writer, messages = measure.processor or measure.tokenizer, [{"role": "user", "content": "?"}]
+    try:
+        prompt = writer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **measure.template)
+    except Exception:  # whatever a chat template raises on messages that it refuses
+        return []
+    prefix = response_prefix(prompt)
+    if not prefix:
+        return []
+    detail = (
+        f"the chat template ends the prompt with {prefix}, which reward.reward_manager.name={manager} doesn't tell the "
+        "reward function: no response gets the score for its format"
+    )
+    setting = f"'+reward.custom_reward_function.reward_kwargs.response_prefix=\"{prefix}\"'"
+    return [Check("reward", "warning", detail, f"{setting}, or reward.reward_manager.name=naive")]
 
 
 def _check_training_allowed(inputs: Inputs, sources: set[str]) -> list[Check]:

@@ -18,7 +18,13 @@ _JSON = re.compile(
 )
 # A model that doesn't stop writes the next turn, too.
 _NEXT_TURN = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end)\|>")
+_OPEN_THINK = re.compile(r"<think>\s*$")
 _BACKSLASH = re.compile(r'\\(?!["\\])')
+
+
+def response_prefix(prompt: str) -> str:
+    """Return `<think>` if a prompt ends with it, so that it belongs to the response, else ""."""
+    return "<think>" if _OPEN_THINK.search(prompt) else ""
 
 
 def well_formed(text: str) -> bool:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's reward manager, for rows without an answer and for chat templates that begin the response."""
 
-import re
 from typing import Any
 
 import numpy as np
@@ -9,14 +8,13 @@ from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 
 from verl_gndpo.rewards import is_missing
+from verl_gndpo.rewards.extract import response_prefix
 
 NO_SOURCE = "unknown"
 """The data source of rows without one, as verl's validation calls it."""
 
-
 # Enough of a prompt's end for a tag and the line breaks after it.
 TAIL_TOKENS = 16
-_OPEN_THINK = re.compile(r"<think>\s*$")
 
 
 class RewardManager(NaiveRewardManager):
@@ -46,7 +44,7 @@ class RewardManager(NaiveRewardManager):
         if "prompts" not in data.batch.keys():
             return ""
         tail = self.tokenizer.decode(data.batch["prompts"][-1][-TAIL_TOKENS:], skip_special_tokens=False)
-        return "<think>" if _OPEN_THINK.search(tail) else ""
+        return response_prefix(tail)
 
 
 def use_reward_manager(config: Any) -> None:

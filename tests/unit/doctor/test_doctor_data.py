@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files, placeholders, rewards and routing: each problem names what, where and what to do."""
 
+import shlex
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -228,6 +230,20 @@ def test_an_answer_type_has_to_be_one_that_is_known(kind, known, make_config, tm
 def test_a_function_that_the_rewards_do_not_have(make_config, tmp_path):
     config = make_config(OURS[0], "reward.custom_reward_function.name=nope")
     expect(check_rewards(Inputs(config)), "error", "no function nope", OURS[1])
+
+
+def test_a_template_that_begins_the_response_needs_a_setting_under_another_manager(make_config, teacher, tmp_path):
+    """The folder of the teacher is a copy of the student's."""
+    for split in ("train", "test"):
+        write_sources(tmp_path / f"{split}.parquet", ["hiyouga/geometry3k"])
+    dapo = [*OURS, "reward.reward_manager.name=dapo", f"actor_rollout_ref.model.path={teacher}"]
+    assert check_rewards(Inputs(make_config(*dapo))) == []
+    template = teacher / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    found = expect(check_rewards(Inputs(make_config(*dapo))), "warning", "ends the prompt with <think>", "name=dapo")
+    override, naive = found.remedy.split(", or ")
+    for remedy in (shlex.split(override)[0].lstrip("+").replace('"', ""), naive):
+        assert check_rewards(Inputs(make_config(*dapo, remedy))) == []
 
 
 def test_what_must_not_be_trained_on(make_config, tmp_path):
