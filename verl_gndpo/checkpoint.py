@@ -80,6 +80,7 @@ def describe_run(config: Any, signal: Signal) -> dict[str, Any]:
     stages = asdict(signal) | {"parameters": dict(signal.parameters)}
     return {
         "base": config.actor_rollout_ref.model.path,
+        "lora_adapter": _lora_adapter_of(config.actor_rollout_ref.model),
         "teachers": list(dict.fromkeys(model.path for model in teacher_paths(config).values())),
         "train_files": _as_list(config.data.train_files),
         "val_files": _as_list(config.data.val_files),
@@ -91,6 +92,12 @@ def describe_run(config: Any, signal: Signal) -> dict[str, Any]:
             name: importlib.metadata.version(name) for name in ("verl", "verl-gndpo", "transformers", "torch")
         },
     }
+
+
+def _lora_adapter_of(model: Any) -> str | None:
+    """Return the adapter that a run continues, which alone says how it is scaled."""
+    path = model.get("lora_adapter_path")
+    return os.path.abspath(path) if path and os.path.exists(path) else path
 
 
 def _log_of(trainer: Any) -> str | None:

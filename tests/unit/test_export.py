@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from tests.tiny_models import build_tiny
+from verl_gndpo.checkpoint import save_run
 from verl_gndpo.cli import app
 
 
@@ -174,3 +176,28 @@ def test_the_disk_is_full(step, tmp_path, limit):
 def test_the_folder_cannot_be_made(step, tmp_path):
     (tmp_path / "file").touch()
     assert "can't be written" in refused(tmp_path / "file" / "out", step)
+
+
+@pytest.mark.parametrize("place", ["meta", "adapter"])
+def test_the_scale_of_rank_stabilised_adapters_is_that_of_peft(step, model, tmp_path, place):
+    """verl notes rank and alpha alone, so the rest is from our note on the run, or from the user."""
+    torch.manual_seed(0)
+    settings = {"r": 16, "lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"0.self_attn.q_proj": 3}}
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **settings),
+    )
+    for rank in range(2):
+        torch.save(adapted.state_dict(), step / "actor" / f"model_world_size_2_rank_{rank}.pt")
+    meta = step / "actor" / "lora_train_meta.json"
+    meta.write_text(json.dumps(settings if place == "meta" else {"r": 16, "lora_alpha": 8}))
+    if place == "adapter":
+        save_run(step, {"lora_adapter": str(tmp_path / "adapter"), "teachers": []})
+        line = refused(tmp_path / "out", step)
+        assert str(tmp_path / "adapter" / "adapter_config.json") in line and f"into {meta}" in line
+        adapted.save_pretrained(tmp_path / "adapter")
+    result = run(step, "--out", tmp_path / "out", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    expected = adapted.merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())

@@ -194,12 +194,15 @@ def test_a_checkpoint_says_of_which_run_it_is(make_checkpointing, tmp_path, monk
     (log,) = tmp_path.rglob("*.jsonl")
     several = ("teacher.model.path=null", "+teacher.models.a.path=A", "+teacher.models.b.path=B")
     files = ("data.train_files=[x.parquet,y.parquet]", "data.val_files=z.parquet", "actor_rollout_ref.model.path=S")
+    (tmp_path / "lora").mkdir()
+    files += ("actor_rollout_ref.model.lora_adapter_path=lora",)
     files += ("trainer.logger=[console,file]", "trainer.project_name=project", "trainer.experiment_name=one")
     trainer = make_checkpointing("algorithm.adv_estimator=log_odds_opd", *several, *files)
     trainer.global_steps = 7
     trainer._save_checkpoint()
     run = load_run(tmp_path / "global_step_7")
     assert (run["base"], run["teachers"], run["estimator"]) == ("S", ["A", "B"], "log_odds_opd")
+    assert run["lora_adapter"] == str(tmp_path / "lora")
     assert (run["train_files"], run["val_files"]) == (["x.parquet", "y.parquet"], ["z.parquet"])
     assert run["log"] == str(log) and run["signal"]["bound"] and run["versions"]["verl"]
 

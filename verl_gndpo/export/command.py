@@ -57,7 +57,7 @@ def export(
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     merger = make_merger(checkpoint, temporary, trust_remote_code)
     say(f"reading    {checkpoint.world_size} rank(s) of {checkpoint.actor}")
-    model = build(merger, checkpoint, read_weights(checkpoint), facts.base)
+    model = build(merger, checkpoint, read_weights(checkpoint), facts.base, facts.run.get("lora_adapter"))
     with_adapters = isinstance(model, PeftModel)
     if adapter and not with_adapters:
         raise ExportError(f"{checkpoint.actor} holds no LoRA adapters -> leave out --adapter")

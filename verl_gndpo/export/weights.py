@@ -23,6 +23,8 @@ PREFIX = "base_model.model."
 ADAPTER = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_[AB]\.default\.weight")
 META = "lora_train_meta.json"
 """verl writes rank and alpha of the adapters into it."""
+SCALING = ("use_rslora", "rank_pattern", "alpha_pattern")
+"""Settings of peft that change the scale of an adapter. verl notes none of them; one may add them to META."""
 
 
 def make_merger(checkpoint: Checkpoint, out: Path, trust_remote_code: bool) -> FSDPModelMerger:
@@ -56,7 +58,13 @@ def make_merger(checkpoint: Checkpoint, out: Path, trust_remote_code: bool) -> F
     return merger
 
 
-def build(merger: FSDPModelMerger, checkpoint: Checkpoint, weights: dict[str, torch.Tensor], base: str | None) -> Any:
+def build(
+    merger: FSDPModelMerger,
+    checkpoint: Checkpoint,
+    weights: dict[str, torch.Tensor],
+    base: str | None,
+    continued: str | None = None,
+) -> Any:
     """Return the model that was trained, in float32: one of transformers or, with adapters, one of peft.
 
     Args:
@@ -64,6 +72,7 @@ def build(merger: FSDPModelMerger, checkpoint: Checkpoint, weights: dict[str, to
         weights: from `read_weights`. The model takes them over.
         base: folder or hub id of the model that training started from. Only needed where the checkpoint holds adapters
             alone (`save_lora_only`).
+        continued: the run's `lora_adapter_path`, if it had one.
 
     Raises:
         ExportError: weights and config do not fit each other, or something that the adapters need is not known.
@@ -87,7 +96,7 @@ def build(merger: FSDPModelMerger, checkpoint: Checkpoint, weights: dict[str, to
             model = model_class.from_config(merger.model_config, attn_implementation="eager", trust_remote_code=remote)
     if adapters:
         with init_empty_weights(include_buffers=False):
-            model = get_peft_model(model, _lora_config(model, checkpoint, adapters))
+            model = get_peft_model(model, _lora_config(model, checkpoint, adapters, continued))
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
@@ -108,11 +117,12 @@ def build(merger: FSDPModelMerger, checkpoint: Checkpoint, weights: dict[str, to
     return model.float().eval()
 
 
-def _lora_config(model: Any, checkpoint: Checkpoint, names: set[str]) -> LoraConfig:
+def _lora_config(model: Any, checkpoint: Checkpoint, names: set[str], continued: str | None) -> LoraConfig:
     """Return the settings of the adapters with these names.
 
     Raises:
-        ExportError: verl's note on the adapters is missing, or the adapters are not those of Linear modules.
+        ExportError: verl's note on the adapters is missing, the adapter that the run continued can't be read, or the
+            adapters are not those of Linear modules.
     """
     path = checkpoint.actor / META
     meta = read_json(path) if path.is_file() else {}
@@ -121,6 +131,16 @@ def _lora_config(model: Any, checkpoint: Checkpoint, names: set[str]) -> LoraCon
             f'{path} does not say the scale of the adapters -> write {{"r": RANK, "lora_alpha": ALPHA}} into it, with '
             "the run's lora_rank and lora_alpha"
         )
+    scaling = {name: meta[name] for name in SCALING if name in meta}
+    if continued and not scaling:
+        config = Path(continued).expanduser() / "adapter_config.json"
+        if not config.is_file():
+            raise ExportError(
+                f"the run continued the adapter {continued}, and {config} is not there to say how it is scaled -> "
+                f'write "use_rslora": true or false into {path}'
+            )
+        settings = read_json(config)
+        scaling = {name: settings[name] for name in SCALING if settings.get(name)}
     modules = set()
     for name in names:
         found = ADAPTER.fullmatch(name)
@@ -135,6 +155,7 @@ def _lora_config(model: Any, checkpoint: Checkpoint, names: set[str]) -> LoraCon
         lora_alpha=meta["lora_alpha"],
         target_modules=sorted(short if chosen == modules else modules),
         task_type="CAUSAL_LM",
+        **scaling,
     )
 
 
