@@ -241,13 +241,13 @@ def evaluate(
     """
     from verl_gndpo.evaluation.command import EvaluationError
     from verl_gndpo.evaluation.command import evaluate as run
-    from verl_gndpo.evaluation.generate import Job
+    from verl_gndpo.evaluation.generate import Job, digest
 
     files = [str(path.expanduser().absolute()) for path in data_files]
-    jobs = [
-        Job(model, files, answers, temperature, seed, limit, max_prompt, max_response, dtype, memory, trust_remote_code)
-        for model in models
-    ]
+    # A file that is missing is named by what follows.
+    contents = [digest(Path(file)) if Path(file).is_file() else "" for file in files]
+    settings = (answers, temperature, seed, limit, max_prompt, max_response, dtype, memory, trust_remote_code)
+    jobs = [Job(model, files, contents, *settings) for model in models]
     try:
         run(jobs, out, typer.echo)
     except EvaluationError as error:

@@ -13,7 +13,7 @@ from examples.quickstart import diagrams
 from tests.integration import helpers
 from tests.tiny_models import build_tiny
 from verl_gndpo.cli import app
-from verl_gndpo.evaluation.generate import Job, Prompts
+from verl_gndpo.evaluation.generate import Job, Prompts, digest
 
 COUNT, TOKENS = 12, 8
 
@@ -32,7 +32,7 @@ def test_greedy_answers_are_those_of_transformers(tmp_path):
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
 
-    job = Job(str(model), [str(data)], 1, 0.0, 0, None, 256, TOKENS, "float32", 0.1, False)
+    job = Job(str(model), [str(data)], [digest(data)], 1, 0.0, 0, None, 256, TOKENS, "float32", 0.1, False)
     prompts, network, processor = Prompts(job), helpers.load(model), AutoProcessor.from_pretrained(model)
     greedy = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
     lines = (tmp_path / "out" / "models" / "model" / "answers.jsonl").read_text().splitlines()

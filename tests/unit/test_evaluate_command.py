@@ -44,13 +44,15 @@ def answer(out, path, data, texts, **more):
     """Write what a model answered, with a last line that a killed process left incomplete."""
     from dataclasses import asdict
 
-    from verl_gndpo.evaluation.generate import Job
+    from verl_gndpo.evaluation.generate import Job, digest
 
     settings = {"answers": 1, "temperature": 0.0, "seed": 0, "limit": None, "max_prompt": 8192, "max_response": 16384}
     settings |= {"dtype": "auto", "memory": 0.9, "trust_remote_code": False}
     folder = out / "models" / path.name
     folder.mkdir(parents=True)
-    (folder / "job.json").write_text(json.dumps(asdict(Job(str(path), [str(data)], **(settings | more)))))
+    (folder / "job.json").write_text(
+        json.dumps(asdict(Job(str(path), [str(data)], [digest(data)], **(settings | more))))
+    )
     lines = [
         json.dumps(
             {"row": row, "prefix": "", "prompt_tokens": 9, "answers": [{"text": t, "tokens": 5, "truncated": False}]}
@@ -118,3 +120,44 @@ def test_what_cannot_be_used_is_said_in_one_line(tmp_path, data):
     assert not out.exists()
     answer(out, one, data, [])
     assert "another --out" in refused(one, "--data", data, "--out", out, "--n", "2")
+
+
+def test_answers_to_what_a_file_had_before_are_not_graded(tmp_path, data):
+    one, out = model(tmp_path, "one"), tmp_path / "out"
+    answer(out, one, data, [r"\boxed{B}"] * 40)
+    changed = [row | {"reward_model": {"style": "rule", "ground_truth": "C"}} for row in rows(40)]
+    pq.write_table(pa.Table.from_pylist(changed), data)
+    assert "--data has changed since -> give another --out" in refused(one, "--data", data, "--out", out)
+    assert not (out / "summary.json").exists()
+
+
+def test_damaged_files_and_folders_are_named_and_stay(tmp_path, data):
+    one, out = model(tmp_path, "one"), tmp_path / "out"
+    pq.write_table(pq.read_table(data).slice(0, 0), tmp_path / "empty.parquet")
+    assert "empty.parquet has no rows" in refused(
+        one, "--data", data, "--data", tmp_path / "empty.parquet", "--out", out
+    )
+    (one / "tokenizer_config.json").write_text("{}")
+    assert "has no chat template -> copy" in refused(one, "--data", data, "--out", out)
+    (one / "chat_template.jinja").write_text("{{ messages }}")
+    (one / "config.json").write_text("[]")
+    assert "config.json holds no JSON object" in refused(one, "--data", data, "--out", out)
+    (one / "config.json").write_text("{}")
+    assert not out.exists()
+    out.touch()
+    assert f"--out {out} can't be used" in refused(one, "--data", data, "--out", out)
+    out.unlink()
+    answer(out, one, data, [r"\boxed{B}"] * 40)
+    answers = out / "models" / "one" / "answers.jsonl"
+    whole = answers.read_bytes()
+    answers.write_bytes(b'{"row": \n' + whole)
+    assert f"{answers}: line 1 is damaged -> delete this line" in refused(one, "--data", data, "--out", out)
+    assert answers.read_bytes() == b'{"row": \n' + whole
+    answers.write_bytes(whole)
+    (out / "index.html").mkdir()
+    assert "index.html" in refused(one, "--data", data, "--out", out)
+    (out / "index.html").rmdir()
+    assert run(one, "--data", data, "--out", out).exit_code == 0
+    job = out / "models" / "one" / "job.json"
+    job.write_text("{")
+    assert f"{job} is damaged" in refused(one, "--data", data, "--out", out)

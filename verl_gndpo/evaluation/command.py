@@ -29,6 +29,20 @@ class EvaluationError(ValueError):
 
 
 def evaluate(jobs: list[Job], out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Do what `_evaluate` does, and turn what the disk or a damaged file of `out` leads to into an EvaluationError."""
+    try:
+        return _evaluate(jobs, out, say)
+    except EvaluationError:
+        raise
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise EvaluationError(
+            f"--out {out} can't be used: {place}{error.strerror or error} -> make room or give another --out; "
+            "answers that are there stay"
+        ) from error
+
+
+def _evaluate(jobs: list[Job], out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Let models answer, grade the answers, and write `summary.json` and `index.html`.
 
     Args:
@@ -52,24 +66,27 @@ def evaluate(jobs: list[Job], out: Path, say: Callable[[str], None] = print) -> 
     if len({job.model for job in jobs}) < len(jobs):
         raise EvaluationError("a model is given twice -> give each model once")
     rows = read_rows(jobs[0].files, jobs[0].limit)
-    labels = _labels([job.model for job in jobs])
-    folders = [out / "models" / re.sub(r"[^\w.-]+", "_", label) for label in labels]
-    for job, folder in zip(jobs, folders, strict=True):
-        if not write_job(folder / "job.json", job):
-            raise EvaluationError(f"{folder} has answers to other questions or settings -> give another --out")
     by_source: dict[str, list[tuple[int, Row]]] = {}
     for number, row in enumerate(rows):
         if row.truth.strip() and row.info.get("answer_type") != NO_ANSWER:
             by_source.setdefault(row.problem.source, []).append((number, row))
     if not by_source:
         raise EvaluationError("no row of --data has an answer (reward_model.ground_truth)")
+    labels = _labels([job.model for job in jobs])
+    folders = [out / "models" / re.sub(r"[^\w.-]+", "_", label) for label in labels]
+    for job, folder in zip(jobs, folders, strict=True):
+        if not _of_file(write_job, folder / "job.json", job):
+            raise EvaluationError(
+                f"{folder} has answers to other questions or settings, or --data has changed since "
+                "-> give another --out"
+            )
     graded: dict[str, dict[str, Graded]] = {}
     for label, job, folder in zip(labels, jobs, folders, strict=True):
-        answers = read_answers(folder / "answers.jsonl")
+        answers = _of_file(read_answers, folder / "answers.jsonl")
         if len(answers) < len(rows):
             say(f"answering  {label}: {len(rows) - len(answers)} of {len(rows)} problems")
             _generate(folder / "job.json")
-            answers = read_answers(folder / "answers.jsonl")
+            answers = _of_file(read_answers, folder / "answers.jsonl")
         graded[label] = {source: grade(found, answers, job.answers) for source, found in by_source.items()}
     summary = _summarise(jobs[0], by_source, graded)
     for name, text in (
@@ -129,6 +146,13 @@ def _describe(rows: Sequence[tuple[int, Row]], groups: list[str], graded: Graded
     }
 
 
+def _of_file(use: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return use(*arguments)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
+
+
 def _labels(models: list[str]) -> list[str]:
     short = [Path(model).name or model for model in models]
     return [model if short.count(name) > 1 else name for model, name in zip(models, short, strict=True)]
@@ -152,6 +176,16 @@ def _check_model(model: str) -> None:
     local = model.startswith((".", "/", "~")) or model.count("/") != 1
     if not (path / "config.json").is_file() and (local or path.exists()):
         raise EvaluationError(f"{model} is no model folder: it has no config.json -> correct the path")
+    described = path / "tokenizer_config.json"
+    templates = (path / "chat_template.jinja", path / "chat_template.json", path / "additional_chat_templates")
+    if (
+        described.is_file()
+        and "chat_template" not in described.read_text(errors="replace")
+        and not any(file.exists() for file in templates)
+    ):
+        raise EvaluationError(
+            f"{model} has no chat template -> copy chat_template.jinja of the model that was trained into it"
+        )
 
 
 def _check_length(job: Job) -> None:
@@ -163,6 +197,8 @@ def _check_length(job: Job) -> None:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise EvaluationError(f"{path} is damaged: {error} -> restore it") from error
+    if not isinstance(config, dict):
+        raise EvaluationError(f"{path} holds no JSON object -> restore it")
     text = {**config, **(config.get("text_config") or config.get("llm_config") or {})}
     limit = text.get("max_position_embeddings")
     # A factor stretches the context, in a way of the model's own.
@@ -185,6 +221,8 @@ def _check_file(path: Path) -> None:
         table = pq.read_table(path, columns=["data_source", "extra_info"])
     except (pa.ArrowException, OSError) as error:
         raise EvaluationError(f"--data {path} is no parquet file: {' '.join(str(error).split())[:120]}") from error
+    if not table.num_rows:
+        raise EvaluationError(f"--data {path} has no rows -> convert it again with verl-gndpo data NAME")
     for place, row in enumerate(table.to_pylist()):
         if not (row["extra_info"] or {}).get("answer_type") and row["data_source"] not in ANSWER_TYPE_OF_SOURCE:
             raise EvaluationError(

@@ -4,6 +4,7 @@
 python -m verl_gndpo.evaluation.generate JOB.json
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ class Job:
 
     model: str
     files: list[str]
+    contents: list[str]
+    """Of the files, from `digest`: other problems in a file of the same name have no answers yet."""
     answers: int
     temperature: float
     seed: int
@@ -36,17 +39,32 @@ class Job:
     trust_remote_code: bool
 
 
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_answers(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the answered problems by their row, and cut off a last line that a killed process left incomplete."""
+    """Return the answered problems by their row, and cut off a last line that a killed process left incomplete.
+
+    Raises:
+        ValueError: another line is damaged; the message names it. Nothing is cut off then.
+    """
     if not path.exists():
         return {}
     found, end = {}, 0
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
-            entry = json.loads(line)
-            found[entry["row"]] = entry
+            try:
+                entry = json.loads(line)
+                found[entry["row"]] = entry
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{path}: line {number} is damaged -> delete this line, and start again to ask its problem anew"
+                ) from error
             end += len(line)
     if end < path.stat().st_size:
         with path.open("r+b") as file:
@@ -174,9 +192,16 @@ class Prompts:
 
 
 def write_job(path: Path, job: Job) -> bool:
-    """Write a job, unless the file has it already. Return False if the file has another one, which then stays."""
+    """Write a job, unless the file has it already. Return False if the file has another one, which then stays.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
     if path.exists():
-        return json.loads(path.read_text()) == asdict(job)
+        try:
+            return json.loads(path.read_text()) == asdict(job)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error} -> give another --out") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(job), indent=1) + "\n")
