@@ -343,6 +343,18 @@ class TeacherSection:
         at_least=1,
         null="`actor_rollout_ref.nccl_timeout`",
     )
+    timeout_s: float | None = setting(
+        None,
+        "Seconds that the workers may take to score a batch. Then they count as lost.",
+        above=0,
+        below=math.inf,
+        null="30 minutes for the first batch, then ten times what the slowest one has taken, and at least 10 minutes",
+    )
+    max_restarts: int = setting(
+        3,
+        "How often in a run lost workers are replaced. New ones load the weights and score the same rows again.",
+        at_least=0,
+    )
     fsdp: TeacherFSDPSection = field(default_factory=TeacherFSDPSection)
     server: dict[str, Any] = setting(
         {},
@@ -355,7 +367,7 @@ class TeacherSection:
 # Keys of `teacher` that only `backend=worker` reads.
 WORKER_SETTINGS = (
     *("dtype", "max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size"),
-    *("attention", "sharing", "self_check", "nccl_timeout", "fsdp"),
+    *("attention", "sharing", "self_check", "nccl_timeout", "timeout_s", "max_restarts", "fsdp"),
 )
 
 
@@ -436,6 +448,8 @@ class TeacherConfig:
     sharing: str
     self_check: bool
     nccl_timeout: int
+    timeout_s: float | None
+    max_restarts: int
     fsdp: TeacherFSDP
     server: dict[str, Any]
 
@@ -817,6 +831,8 @@ def read_teacher_config(config: Any) -> TeacherConfig:
         sharing=section.sharing,
         self_check=section.self_check,
         nccl_timeout=section.nccl_timeout or int(student.get("nccl_timeout") or 600),
+        timeout_s=section.timeout_s,
+        max_restarts=section.max_restarts,
         fsdp=TeacherFSDP(
             strategy=section.fsdp.strategy,
             fsdp_size=section.fsdp.fsdp_size,

@@ -203,6 +203,8 @@ class GNDPOTrainerMixin(_Trainer):
             overlap = self.teacher.score(batch)
         if self.teacher_config.placement == "dedicated":
             metrics.update(overlap)
+        if not isinstance(self.teacher, ServerTeacher):
+            metrics["gndpo/teacher_restarts"] = float(self.teacher.restarts)
         if self._score_finished is not None:
             self._score_finished()
 

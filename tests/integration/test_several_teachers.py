@@ -2,8 +2,12 @@
 """Several teachers on two gloo ranks, asked through verl's TransferQueue, against plain Hugging Face forwards."""
 
 import inspect
+import os
+import signal
+import threading
 import time
 import types
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -21,7 +25,9 @@ from verl.utils import transferqueue_utils as bridge
 from examples.quickstart.tiny_vlm import build_tiny_vlm
 from tests import settings
 from tests.integration.helpers import as_batch, hugging_face_log_probs, make_rows
+from verl_gndpo.teacher import group
 from verl_gndpo.teacher.client import TeacherClient, prompt_of
+from verl_gndpo.teacher.group import TeacherLostError
 from verl_gndpo.teacher.packing import equal_inputs
 from verl_gndpo.verl_patches.images_once import fetch_images_once
 
@@ -92,7 +98,7 @@ def assert_scored(batch: KVBatchMeta, expected: dict) -> None:
 
 def finish(client: TeacherClient, timeout_s: float = 60) -> None:
     """Wait until the rows that were sent ahead are scored."""
-    ray.wait(client._running.futures, num_returns=len(client._running.futures), timeout=timeout_s)
+    ray.wait(client._group._futures, num_returns=len(client._group._futures), timeout=timeout_s)
 
 
 def test_each_sample_gets_the_scores_of_its_teachers(client, rows, expected):
@@ -120,7 +126,7 @@ def test_fewer_rows_than_ranks_are_filled_up_with_rows_that_were_scored_before(c
 
 def test_a_batch_may_have_fewer_rows_than_there_are_ranks(client, rows, expected):
     batch = put(rows[:1])
-    assert client._ranks == 2
+    assert client._group.ranks == 2
     client.score(batch)
     assert_scored(batch, expected)
 
@@ -129,15 +135,15 @@ def test_finished_rows_are_sent_once_and_while_the_workers_are_idle(client, rows
     batch = put(rows)
     first, second = slice(0, 6), slice(0, 12)
     client.score_ahead(batch.keys[:3], batch.tags[:3], "train")
-    assert client._running is None, "one prompt would be cut in two for two ranks"
+    assert not client._group.is_busy, "one prompt would be cut in two for two ranks"
     client.score_ahead(batch.keys[first], batch.tags[first], "train")
-    running = client._running
+    running = client._group._futures
     finish(client)
     client.score_ahead(batch.keys[second], batch.tags[second], "train")
-    assert client._running is not running
+    assert client._group._futures is not running
     finish(client)
     client.score_ahead(batch.keys, batch.tags, "train")
-    assert client._running is None, "all rows were sent"
+    assert not client._group.is_busy, "all rows were sent"
     # Sending rows once more would raise.
     monkeypatch.setattr(client, "_send", None)
     overlap = client.score(batch)
@@ -149,9 +155,9 @@ def test_prompts_that_are_thrown_away_are_forgotten(client, rows):
     batch = put(rows)
     client.score_ahead(batch.keys[:6], batch.tags[:6], "train")
     client.forget({"of another step"})
-    assert client._running is not None, "nothing to wait for"
+    assert client._group.is_busy, "nothing to wait for"
     client.forget({prompt_of(batch.keys[0])})
-    assert client._running is None
+    assert not client._group.is_busy
     assert client.score(batch)["gndpo/teacher_ahead_share"] == pytest.approx(3 / 12)
 
 
@@ -221,6 +227,53 @@ def test_images_that_differ_within_a_prompt_are_each_fetched(once, rows, caplog)
         images, _ = fetch(batch, patched)
         assert all(equal_inputs(image, row["inputs"]) for image, row in zip(images, rows, strict=True))
     assert caplog.text.count("have different images") == 1
+
+
+def score_without_rank_1(client: TeacherClient, batch: KVBatchMeta, then: signal.Signals | None) -> dict[str, float]:
+    """Score a batch while rank 1 is stopped, so that rank 0 waits for it; send it `then` after a second."""
+    _, process = client._group._processes[1]
+    os.kill(process, signal.SIGSTOP)
+    if then is not None:
+        threading.Timer(1.0, os.kill, (process, then)).start()
+    return client.score(batch)
+
+
+def test_a_teacher_of_which_a_rank_is_killed_is_replaced_and_scores_the_same(client, rows, expected, caplog):
+    """One of two ranks is killed while the other waits for it, and then one that is idle."""
+    batch = put(rows)
+    score_without_rank_1(client, batch, signal.SIGKILL)
+    assert client.restarts == 1 and "replaced (1 of 3 times)" in caplog.text
+    assert_scored(batch, expected)
+    batch = put(rows)
+    os.kill(client._group._processes[0][1], signal.SIGKILL)
+    client.score_ahead(batch.keys, batch.tags, "train")
+    client.score(batch)
+    assert client.restarts == 2
+    assert_scored(batch, expected)
+
+
+def test_a_teacher_that_does_not_answer_is_told_of_and_replaced(client, rows, expected, caplog, monkeypatch):
+    monkeypatch.setattr(group, "FIRST_LINE_S", 1.0)
+    monkeypatch.setattr(client._group, "_teacher", replace(client._group._teacher, timeout_s=5.0))
+    stopped = [process for _, process in client._group._processes]
+    batch = put(rows)
+    score_without_rank_1(client, batch, None)
+    for told in (
+        "have not scored its rows after 1 s",
+        "after 2 s",
+        "2 of its ranks had not scored its rows within the limit",
+    ):
+        assert told in caplog.text
+    assert_scored(batch, expected)
+    assert not any(psutil.pid_exists(process) for process in stopped)
+
+
+def test_a_teacher_that_is_lost_too_often_ends_the_run(client, rows, monkeypatch):
+    monkeypatch.setattr(client._group, "_teacher", replace(client._group._teacher, max_restarts=client.restarts))
+    batch = put(rows)
+    os.kill(client._group._processes[0][1], signal.SIGKILL)
+    with pytest.raises(TeacherLostError, match=r"teacher was lost: ActorDiedError.*teacher\.max_restarts=3 allows"):
+        client.score(batch)
 
 
 def test_what_one_rank_raises_is_not_waited_for(client, rows):

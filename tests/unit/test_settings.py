@@ -65,6 +65,8 @@ CASES: dict[str, tuple[list, list, dict]] = {
     "teacher.attention": (["flash"], ["sdpa", "flex"], {}),
     "teacher.sharing": (["kv"], ["auto", "attention", "cache", "none"], {}),
     "teacher.nccl_timeout": ([0, -1], [1, 86400, None], {}),
+    "teacher.timeout_s": ([0.0, -1.0, INF, NAN], [1e-3, 1e6, None], {}),
+    "teacher.max_restarts": ([-1], [0, 3], {}),
     "teacher.fsdp.strategy": (["megatron"], ["fsdp", "fsdp2"], {}),
     "teacher.fsdp.fsdp_size": ([0, -2], [-1, 1, 8], {}),
 }

@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ray
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
-from verl.protocol import DataProtoFuture
-from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.single_controller.ray import RayResourcePool
 from verl.utils import tensordict_utils as tu
 
 from verl_gndpo.config import TeacherConfig
+from verl_gndpo.teacher.group import TeacherGroup
 from verl_gndpo.teacher.routing import Routing, place_rows
-from verl_gndpo.teacher.worker import FIELDS, TeacherWorker
+from verl_gndpo.teacher.worker import FIELDS
 from verl_gndpo.verl_patches.replay_buffer import call_back
 
 COPIES = "gndpo_copies"
@@ -37,22 +36,19 @@ class TeacherClient:
             device_name: as in verl's `trainer.device`.
         """
         self.routing = Routing(teacher)
-        self._workers = RayWorkerGroup(
-            resource_pool=pool,
-            ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(TeacherWorker), config=teacher),
-            device_name=device_name,
-            name_prefix="teacher",
-        )
-        self._ranks = 0
+        self._group = TeacherGroup(teacher, pool, device_name)
         self._sent: set[str] = set()
-        self._running: DataProtoFuture | None = None
         self._since = 0.0
         self._seconds_ahead = 0.0
 
+    @property
+    def restarts(self) -> int:
+        """How often the workers were replaced in this run."""
+        return self._group.restarts
+
     def load(self) -> None:
         """Load the weights, and wait for it; the workers can score from then on."""
-        self._workers.reset()
-        self._ranks = max(self._workers._query_dispatch_info("train")) + 1
+        self._group.load()
 
     def score(self, batch: KVBatchMeta) -> dict[str, float]:
         """Score every row of a batch, and wait for it.
@@ -69,8 +65,8 @@ class TeacherClient:
         if missing:
             # Each rank needs a row, because all ranks gather the weights together. Scoring a row again changes nothing.
             again = (row for row, key in enumerate(batch.keys) if key in self._sent)
-            missing += itertools.islice(again, max(self._ranks - len(missing), 0))
-            if len(missing) < self._ranks:
+            missing += itertools.islice(again, max(self._group.ranks - len(missing), 0))
+            if len(missing) < self._group.ranks:
                 self._score_copies(batch)
                 self._sent.difference_update(batch.keys)
                 return {"gndpo/teacher_ahead_share": ahead / len(batch), "timing_s/teacher_ahead": seconds}
@@ -80,7 +76,7 @@ class TeacherClient:
         return {"gndpo/teacher_ahead_share": ahead / len(batch), "timing_s/teacher_ahead": seconds}
 
     def score_ahead(self, keys: list[str], tags: list[dict], partition: str) -> None:
-        """Send rows that are not sent yet to the workers, if they are idle.
+        """Send rows that are not sent yet to the workers, if they are idle; see `TeacherGroup.look`.
 
         Sends nothing before there is a prompt for each rank, because ranks would have to share one.
 
@@ -88,16 +84,12 @@ class TeacherClient:
             keys, tags: keys and tags of all rows of some prompts.
             partition: partition of verl's TransferQueue.
         """
-        if self._running is not None:
-            ready, pending = ray.wait(self._running.futures, num_returns=len(self._running.futures), timeout=0)
-            # Raises what one rank has raised while the others wait for it.
-            ray.get(ready)
-            if pending:
+        if self._group.is_busy:
+            if not self._group.look():
                 return
-            self._count_seconds_ahead()
-            self._running = None
+            self._seconds_ahead += time.monotonic() - self._since
         new = [(key, tag) for key, tag in zip(keys, tags, strict=True) if key not in self._sent]
-        if len({prompt_of(key) for key, _ in new}) >= self._ranks:
+        if len({prompt_of(key) for key, _ in new}) >= self._group.ranks:
             self._send([key for key, _ in new], [tag for _, tag in new], partition)
 
     def forget(self, prompts: set[str]) -> None:
@@ -108,18 +100,12 @@ class TeacherClient:
             self._sent -= sent
 
     def finish(self) -> None:
-        """Wait until the workers are idle.
-
-        Raises:
-            The exception of a worker.
-        """
-        if self._running is not None:
-            running, self._running = self._running, None
-            ray.get(running.futures)
+        """Wait until the workers are idle; see `TeacherGroup.finish`."""
+        self._group.finish()
 
     def _score_copies(self, batch: KVBatchMeta) -> None:
         """Score a batch with fewer rows than ranks: give every rank a copy of a row, in a partition of its own."""
-        rows = [number % len(batch) for number in range(self._ranks)]
+        rows = [number % len(batch) for number in range(self._group.ranks)]
         keys = [f"{number}.{batch.keys[row]}" for number, row in enumerate(rows)]
         tags = [batch.tags[row] for row in rows]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=self._fields)
@@ -135,7 +121,7 @@ class TeacherClient:
             tq.kv_clear(keys=keys, partition_id=COPIES)
 
     def _count_seconds_ahead(self) -> None:
-        if self._running is not None:
+        if self._group.is_busy:
             self._seconds_ahead += time.monotonic() - self._since
 
     @property
@@ -153,7 +139,7 @@ class TeacherClient:
             prompts=[prompt_of(key) for key in keys],
             routes=[self.routing.route(value) for value in values],
             tokens=[tag["seq_len"] for tag in tags],
-            ranks=self._ranks,
+            ranks=self._group.ranks,
             # Rows that verl's agent loop has not written may lack it.
             shared=[tag.get("prompt_len", 0) for tag in tags],
         )
@@ -163,7 +149,7 @@ class TeacherClient:
             partition_id=partition,
             fields=self._fields,
         )
-        self._running = self._workers.compute_teacher_log_prob(request)
+        self._group.submit(request)
         self._since = time.monotonic()
         self._sent.update(keys)
 

@@ -2,7 +2,9 @@
 """The teachers as a verl worker. Ray unpickles it by importing this module, which must not import the trainer."""
 
 import json
+import os
 
+import ray
 import torch
 from tensordict import TensorDict
 from verl.single_controller.base import Worker
@@ -82,6 +84,10 @@ class TeacherWorker(Worker):
                 self.models[key] = TrainingWorker(_training_worker_config(config, model))
         # All models have the same layout over ranks.
         self.set_dispatch_collect("train", **next(iter(self.models.values())).get_dispatch_collect())
+
+    def whereabouts(self) -> tuple[str, int]:
+        """Return Ray's id of the node and the id of the process on it."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:
