@@ -74,15 +74,34 @@ class Run:
     def kill_after(self, step: int) -> "Run":
         """Start, and SIGKILL everything as soon as the metrics of `step` are written."""
         process = self.start()
-        deadline = time.monotonic() + START_UP_LIMIT_S
         try:
-            while len(self.steps) < step:
-                assert process.poll() is None, "the run ended early\n" + "\n".join(self.log.splitlines()[-60:])
-                assert time.monotonic() < deadline, f"no step {step} in time\n" + "\n".join(self.log.splitlines()[-60:])
-                time.sleep(0.2)
+            self._wait_for(process, step)
         finally:
             kill(process)
         return self
+
+    def finish_without(self, worker: str, step: int) -> "Run":
+        """Run to the end, but SIGKILL the processes of a Ray actor as soon as metrics of so many steps are written."""
+        process = self.start()
+        try:
+            self._wait_for(process, step)
+            family = psutil.Process(process.pid).children(recursive=True)
+            killed = [member for member in family if f"ray::{worker}" in " ".join(member.cmdline())]
+            assert killed
+            for member in killed:
+                member.kill()
+            code = process.wait(START_UP_LIMIT_S)
+        finally:
+            kill(process)
+        assert code == 0, f"the run failed with exit code {code}\n" + "\n".join(self.log.splitlines()[-60:])
+        return self
+
+    def _wait_for(self, process: subprocess.Popen, step: int) -> None:
+        deadline = time.monotonic() + START_UP_LIMIT_S
+        while len(self.steps) < step:
+            assert process.poll() is None, "the run ended early\n" + "\n".join(self.log.splitlines()[-60:])
+            assert time.monotonic() < deadline, f"no step {step} in time\n" + "\n".join(self.log.splitlines()[-60:])
+            time.sleep(0.2)
 
     def captured(self, step: int) -> list[dict]:
         """The rows of a step's batch, in the order in which the estimator saw them."""

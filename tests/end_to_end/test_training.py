@@ -88,11 +88,14 @@ def assert_moved(rows: list[dict], start: Path) -> None:
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(models, dice, tmp_path_factory):
-    """A run that is killed after step 3 with a checkpoint of step 2, and one that resumes it to step 4."""
+    """A run that is killed after step 3 with a checkpoint of step 2, and one that resumes it to step 4.
+
+    The second one loses its teacher after its first step.
+    """
     out = tmp_path_factory.mktemp("runs")
     arguments = overrides(4, out / "checkpoints", "trainer.save_freq=2", "trainer.resume_mode=auto")
     first = Run(out / "killed", settings(models, dice), arguments).kill_after(step=3)
-    second = Run(out / "resumed", settings(models, dice), arguments).finish()
+    second = Run(out / "resumed", settings(models, dice), arguments).finish_without("TeacherWorker", step=1)
     return first, second
 
 
@@ -120,6 +123,15 @@ def test_teacher_and_student_log_probs_are_those_of_hugging_face(killed_and_resu
     for row in rows[:4]:
         for key, name in (("teacher_log_probs", "teacher"), ("old_log_probs", "student")):
             np.testing.assert_allclose(row[key].numpy(), reference_log_probs(models / name, row), atol=1e-4, rtol=0)
+
+
+def test_a_teacher_that_was_killed_is_replaced_and_scores_as_before(killed_and_resumed, models):
+    _, second = killed_and_resumed
+    assert [step["gndpo/teacher_restarts"] for step in second.steps] == [0, 1]
+    assert "the teacher was lost and is replaced (1 of 3 times): ActorDiedError" in second.log
+    for row in second.captured(4)[:4]:
+        expected = reference_log_probs(models / "teacher", row)
+        np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-4, rtol=0)
 
 
 def test_the_advantages_of_a_step_are_the_published_formula(killed_and_resumed):

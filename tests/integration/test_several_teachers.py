@@ -268,16 +268,8 @@ def test_a_teacher_that_does_not_answer_is_told_of_and_replaced(client, rows, ex
     assert not any(psutil.pid_exists(process) for process in stopped)
 
 
-def test_a_teacher_that_is_lost_too_often_ends_the_run(client, rows, monkeypatch):
-    monkeypatch.setattr(client._group, "_teacher", replace(client._group._teacher, max_restarts=client.restarts))
-    batch = put(rows)
-    os.kill(client._group._processes[0][1], signal.SIGKILL)
-    with pytest.raises(TeacherLostError, match=r"teacher was lost: ActorDiedError.*teacher\.max_restarts=3 allows"):
-        client.score(batch)
-
-
 def test_what_one_rank_raises_is_not_waited_for(client, rows):
-    """This has to be the last test, because the other rank waits for the failed one until the process ends."""
+    """Afterwards the other rank waits for the failed one until the process ends."""
     broken = [dict(row) for row in rows]
     position = next(i for i, row in enumerate(broken) if len(row["inputs"]))
     broken[position]["inputs"] = {}
@@ -287,3 +279,13 @@ def test_what_one_rank_raises_is_not_waited_for(client, rows):
         while time.monotonic() < deadline:
             client.score_ahead(batch.keys, batch.tags, "train")
             time.sleep(0.2)
+
+
+def test_a_teacher_that_is_lost_too_often_ends_the_run(client, rows, monkeypatch):
+    """This has to be the last test."""
+    monkeypatch.setattr(client._group, "_teacher", replace(client._group._teacher, max_restarts=client.restarts))
+    client._sent.clear()
+    batch = put(rows)
+    os.kill(client._group._processes[0][1], signal.SIGKILL)
+    with pytest.raises(TeacherLostError, match=r"teacher was lost: ActorDiedError.*teacher\.max_restarts=3 allows"):
+        client.score(batch)
