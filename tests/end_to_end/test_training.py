@@ -158,9 +158,10 @@ def test_updates_with_shared_prompts_are_those_of_verls_own_engine(killed_and_re
     checkpoint = first.out.parent / "checkpoints" / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt"
     trained = torch.load(checkpoint, weights_only=False)
     assert trained.keys() == weights.keys()
-    for name, value in trained.items():
-        # A weight moves by at most 1e-3 in a step. Measured within 2e-5: Adam divides by small gradients.
-        torch.testing.assert_close(getattr(value, "_local_tensor", value), weights[name], atol=2e-4, rtol=0)
+    moved = torch.cat([(getattr(x, "_local_tensor", x) - weights[name]).abs().flatten() for name, x in trained.items()])
+    # A weight moves by at most 1e-3 in a step. Adam divides by small gradients, so that a few may differ by 2e-4.
+    assert (moved > 1e-5).float().mean() < 1e-3
+    assert moved.mean() < 1e-6
 
 
 def test_training_changes_the_student_but_not_its_frozen_vision_tower(killed_and_resumed, models):
