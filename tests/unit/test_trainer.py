@@ -72,6 +72,8 @@ class Recording(PPOTrainerSync):
 class RecordingTeacher:
     """Notes what it is asked."""
 
+    restarts = 0
+
     def __init__(self, trainer):
         self._calls = trainer.calls
 
@@ -103,8 +105,8 @@ def test_the_teacher_comes_after_the_student_for_the_kl_baseline_and_before_it_o
         assert calls == ["load", ("student", 64), "teacher"]
     else:
         assert calls == ["load", "teacher", *(["ahead"] if placement == "dedicated" else []), ("student", None)]
-    lost = {"gndpo/lost_prompts": 0.0, "gndpo/lost_share": 0.0}
-    assert metrics == lost | ({"ahead": 0.0} if placement == "dedicated" else {})
+    faults = {"gndpo/lost_prompts": 0.0, "gndpo/lost_share": 0.0, "gndpo/teacher_restarts": 0.0}
+    assert metrics == faults | ({"ahead": 0.0} if placement == "dedicated" else {})
     names = [call if isinstance(call, str) else call[0] for call in calls]
     assert (
         tuple(name for name in names if name in step_order(trainer._gndpo.signal))
