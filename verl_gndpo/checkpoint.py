@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps what verl does not in the folder of a step's checkpoint: the state of the signal, and which run it is from."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,41 @@ from verl_gndpo.config import teacher_paths
 FILE = "gndpo_signal_state.json"
 RUN_FILE = "gndpo_run.json"
 """Says of which run a checkpoint is: models, data, signal, log and versions."""
+
+
+DISK_IS_FULL = re.compile(r"No space left on device|Disk quota exceeded|unexpected pos \d+ vs \d+|iostream error")
+"""What the system says when nothing more can be written, and what torch makes of that."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Say that the disk is full where torch only says `unexpected pos 1518272 vs 1518160`.
+
+    Args:
+        folder: of the step's checkpoint, which is being written.
+
+    Raises:
+        CheckpointError: instead of such an exception. Any other one is raised as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = DISK_IS_FULL.search(str(error))
+        if said is None:
+            raise
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(parent).free / 1e9
+        complete = folder.parent / "latest_checkpointed_iteration.txt"
+        last = f"global_step_{complete.read_text().strip()}" if complete.exists() else "none"
+        raise CheckpointError(
+            f"{folder} could not be written, because its disk is full ({free:.2f} GB free here now; {said[0]!r}). Free "
+            f"space or set trainer.max_actor_ckpt_to_keep=1, delete that folder, and start again with "
+            f"trainer.resume_mode=auto. The last complete checkpoint: {last}"
+        ) from error
 
 
 def step_folder(trainer: Any, step: int) -> Path:

@@ -7,6 +7,7 @@
 in verl's registry. They differ from verl's only when `algorithm.adv_estimator` is one of ours.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -24,7 +25,7 @@ from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_to_nested
 
 from verl_gndpo.advantage import SignalState, Trace
-from verl_gndpo.checkpoint import describe_run, load_state, save_run, save_state, step_folder
+from verl_gndpo.checkpoint import describe_run, explain_full_disk, load_state, save_run, save_state, step_folder
 from verl_gndpo.config import (
     GNDPOConfig,
     Signal,
@@ -307,11 +308,12 @@ class GNDPOTrainerMixin(_Trainer):
     def _save_checkpoint(self) -> None:
         # Before verl's files, the last of which says that the checkpoint is complete.
         folder = step_folder(self.config.trainer, self.global_steps)
-        if self.uses_gndpo:
-            save_run(folder, describe_run(self.config, self._gndpo.signal))
-        if self.signal_state is not None:
-            save_state(folder, self.signal_state)
-        super()._save_checkpoint()
+        with explain_full_disk(folder) if self.uses_gndpo else contextlib.nullcontext():
+            if self.uses_gndpo:
+                save_run(folder, describe_run(self.config, self._gndpo.signal))
+            if self.signal_state is not None:
+                save_state(folder, self.signal_state)
+            super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()

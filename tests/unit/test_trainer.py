@@ -3,6 +3,7 @@
 
 import logging
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from verl.utils.tracking import FileLogger
 
 from verl_gndpo import trainer as trainer_module
 from verl_gndpo.advantage import SignalState
-from verl_gndpo.checkpoint import FILE, RUN_FILE, load_run, load_state, save_state
+from verl_gndpo.checkpoint import FILE, RUN_FILE, CheckpointError, load_run, load_state, save_state
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.trainer import GNDPOTrainerMixin, step_order
 
@@ -225,3 +226,37 @@ def test_the_actor_returns_its_tokens_only_for_the_kl_baseline(make_trainer):
         libraries = list(trainer.config.actor_rollout_ref.model.external_lib)
         assert libraries[:2] == ["mine", "verl_gndpo.verl_patches.images_once"]
         assert (top_k in libraries) == expected
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_checkpoint_that_does_not_fit_on_the_disk_says_so(make_checkpointing, tmp_path, monkeypatch, opened):
+    """torch's own errors; the first one is "unexpected pos 704 vs 598"."""
+    weights = torch.zeros(10_000_000)
+
+    def save(self):
+        if not opened:
+            torch.save(weights, FULL)
+        with FULL.open("wb") as file:
+            torch.save(weights, file)
+
+    monkeypatch.setattr(Checkpointing, "_save_checkpoint", save)
+    trainer = make_checkpointing("algorithm.adv_estimator=gndpo")
+    trainer.global_steps = 7
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("6")
+    with pytest.raises(CheckpointError, match=r"global_step_7 could not be written.*GB free.*global_step_6$"):
+        trainer._save_checkpoint()
+
+
+def test_another_problem_of_a_checkpoint_is_raised_as_it_is(make_checkpointing, monkeypatch):
+    def save(self):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(Checkpointing, "_save_checkpoint", save)
+    trainer = make_checkpointing("algorithm.adv_estimator=gndpo")
+    trainer.global_steps = 7
+    with pytest.raises(PermissionError, match="not yours"):
+        trainer._save_checkpoint()
