@@ -103,9 +103,10 @@ def save_run(folder: str | Path, run: Mapping[str, Any]) -> None:
 def load_run(folder: str | Path) -> dict[str, Any] | None:
     """Return what `save_run` wrote; None if the checkpoint has none, or it is damaged."""
     try:
-        return json.loads((Path(folder) / RUN_FILE).read_text())
+        run = json.loads((Path(folder) / RUN_FILE).read_text())
     except (OSError, ValueError):
         return None
+    return run if isinstance(run, dict) else None
 
 
 def describe_run(config: Any, signal: Signal) -> dict[str, Any]:

@@ -121,10 +121,30 @@ def test_weights_of_another_model(step, tmp_path):
     assert "do not fit its config" in refused(tmp_path / "out", step)
 
 
-@pytest.mark.parametrize("name", ["fsdp_config.json", "huggingface/config.json"])
+@pytest.mark.parametrize("name", ["", "huggingface/", "huggingface/generation_", "huggingface/tokenizer_"])
 def test_a_damaged_description(step, tmp_path, name):
+    name = name + "config.json" if name else "fsdp_config.json"
     path = spoil(step, name, lambda path: path.write_text("{"))
-    assert str(path.parent) in refused(tmp_path / "out", step)
+    assert f"{path} is damaged" in refused(tmp_path / "out", step)
+
+
+def test_a_missing_or_damaged_tokenizer(step, tmp_path):
+    path = spoil(step, "huggingface/tokenizer.json", lambda path: path.write_text("{"))
+    assert f"{path} is damaged" in refused(tmp_path / "out", step)
+    for file in path.parent.glob("tokenizer*"):
+        file.unlink()
+    assert f"{path.parent} has no tokenizer -> copy" in refused(tmp_path / "out", step)
+
+
+def test_a_checkpoint_of_no_ranks(step, tmp_path):
+    path = spoil(step, "fsdp_config.json", lambda path: path.write_text('{"world_size": 0}'))
+    assert f"{path} has no world_size of 1 or more" in refused(tmp_path / "out", step)
+
+
+def test_a_note_on_the_run_that_is_none_is_left_out(step, tmp_path):
+    (step / "gndpo_run.json").write_text('["a"]')
+    result = run(step, "--out", tmp_path / "out")
+    assert result.exit_code == 0 and "does not name" in result.output
 
 
 def test_what_is_no_checkpoint(step, model, tmp_path):

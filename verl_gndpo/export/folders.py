@@ -10,6 +10,11 @@ from typing import Any
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl writes the step of the newest checkpoint into it, beside the folders global_step_N."""
 SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+DESCRIPTIONS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+"""What transformers reads beside the weights. Damaged, each leads to an error of its own, often without its name."""
 
 
 class ExportError(ValueError):
@@ -82,8 +87,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
     described = actor / "fsdp_config.json"
     if described.is_file():
         world_size = read_json(described).get("world_size")
-        if not isinstance(world_size, int):
-            raise ExportError(f"{described} has no world_size -> restore it, or export another checkpoint")
+        if not isinstance(world_size, int) or world_size < 1:
+            raise ExportError(f"{described} has no world_size of 1 or more -> restore it, or export another checkpoint")
     elif len(sizes) == 1:
         world_size = sizes.pop()
     else:
@@ -100,6 +105,13 @@ def find_checkpoint(path: Path) -> Checkpoint:
         raise ExportError(
             f"{checkpoint.hugging_face} has no config.json -> copy rank 0's folder huggingface, or the config and "
             "tokenizer of the model that was trained, to it"
+        )
+    for name in DESCRIPTIONS:
+        if (checkpoint.hugging_face / name).is_file():
+            read_json(checkpoint.hugging_face / name)
+    if not any(file for start in ("tokenizer", "vocab") for file in checkpoint.hugging_face.glob(f"{start}*")):
+        raise ExportError(
+            f"{checkpoint.hugging_face} has no tokenizer -> copy the tokenizer of the model that was trained to it"
         )
     return checkpoint
 
