@@ -228,6 +228,15 @@ def test_the_actor_returns_its_tokens_only_for_the_kl_baseline(make_trainer):
         assert (top_k in libraries) == expected
 
 
+def test_separate_async_can_say_that_it_has_no_replicas_of_its_own(caplog):
+    """Its line of that, which stock verl logs with an argument of `print`."""
+    from verl.trainer.ppo.v1 import trainer_separate_async
+
+    with caplog.at_level(logging.INFO):
+        trainer_separate_async.logger.info("hybrid replicas disabled", flush=True)
+    assert "hybrid replicas disabled" in caplog.text
+
+
 FULL = Path("/dev/full")
 
 

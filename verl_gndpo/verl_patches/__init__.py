@@ -192,6 +192,18 @@ PATCHES = index(
         where="every process",
     ),
     Patch(
+        name="separate_async_log",
+        module="verl.trainer.ppo.v1.trainer_separate_async",
+        changes="logger",
+        applied_by="verl_gndpo.verl_patches.trainers:accept_flush",
+        breaks="`separate_async` with `actor_rollout_ref.hybrid_engine=False` ends with a TypeError after everything "
+        "has started: it logs with `flush=True`, which a logger does not have.",
+        since="verl 0.9.1",
+        upstream="none known",
+        remove_when="verl logs there without `flush`",
+        where="every process",
+    ),
+    Patch(
         name="old_trainers",
         module="verl.trainer.ppo.ray_trainer",
         changes="RayPPOTrainer",

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts the step of GNDPO into verl's trainers."""
 
+import logging
+from collections.abc import MutableMapping
 from types import ModuleType
+from typing import Any
 
 from verl_gndpo.config import TRAINER_MODES
 from verl_gndpo.verl_patches.patch import patches
@@ -16,4 +19,19 @@ def extend_trainers(v1: ModuleType) -> bool:
     for name in TRAINER_MODES:
         trainer = registry[name]
         registry[name] = type(f"GNDPO{trainer.__name__}", (GNDPOTrainerMixin, trainer), {"__doc__": trainer.__doc__})
+    return True
+
+
+class _WithoutFlush(logging.LoggerAdapter[logging.Logger]):
+    """A logger that accepts the argument of `print` that a logger does not have."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Return the arguments of a line without `flush`."""
+        return msg, {name: value for name, value in kwargs.items() if name != "flush"}
+
+
+@patches("separate_async_log")
+def accept_flush(trainer_separate_async: ModuleType) -> bool:
+    """Make the module's logger accept `flush=True`."""
+    trainer_separate_async.logger = _WithoutFlush(trainer_separate_async.logger, {})  # type: ignore[attr-defined]
     return True
