@@ -155,6 +155,14 @@ class GNDPOSection:
         at_least=0,
         at_most=1,
     )
+    rollout_seed: int | None = setting(
+        None,
+        "Sample each response with a seed of its own, made of this one, the step, the row's `extra_info.index` and the "
+        "response's number. Two runs then sample the same responses, and a resumed run those of an uninterrupted one. "
+        "vLLM only.",
+        at_least=0,
+        null="responses differ from run to run",
+    )
     task_reward: TaskReward = field(default_factory=TaskReward)
     worst_tokens: WorstTokens = field(default_factory=WorstTokens)
     warn: Warn = field(default_factory=Warn)
@@ -177,6 +185,7 @@ class GNDPOConfig:
     preset: str
     signal: Signal
     max_lost_share: float
+    rollout_seed: int | None
     task_reward: TaskReward
     worst_tokens: WorstTokens
     warn: Warn
@@ -200,7 +209,15 @@ def _resolve_signal(section: GNDPOSection, name: str, preset: Mapping[str, Any])
         gain_limit=math.inf if section.gain_limit is None else section.gain_limit,
         ema_decay=value("ema_decay", EMA_DECAY.default),
     )
-    return GNDPOConfig(name, signal, section.max_lost_share, section.task_reward, section.worst_tokens, section.warn)
+    return GNDPOConfig(
+        name,
+        signal,
+        section.max_lost_share,
+        section.rollout_seed,
+        section.task_reward,
+        section.worst_tokens,
+        section.warn,
+    )
 
 
 def check_preset(name: str, preset: Mapping[str, Any]) -> None:

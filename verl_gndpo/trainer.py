@@ -71,6 +71,15 @@ def step_order(signal: Signal) -> tuple[str, ...]:
     return ("teacher", "student", "advantages")
 
 
+def sort_rows(batch: KVBatchMeta) -> None:
+    """Bring a batch, which has the order in which responses were finished, into one that is the same in each run."""
+    prompts = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["prompts"])["prompts"]
+    # A key is "{prompt}_{session}_{turn}", with a random name for the prompt.
+    numbers = [tuple(map(int, key.split("_")[1:])) for key in batch.keys]
+    rows = [(prompt.tolist(), number) for prompt, number in zip(prompts.unbind(), numbers, strict=True)]
+    batch.reorder(sorted(range(len(batch)), key=rows.__getitem__))
+
+
 class GNDPOTrainerMixin(_Trainer):
     """Asks the teacher, and gives the batch to the estimator. The trainer that it extends does everything else."""
 
@@ -179,6 +188,8 @@ class GNDPOTrainerMixin(_Trainer):
             ours[part](batch, metrics)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
+        if self.uses_gndpo and self._gndpo.rollout_seed is not None:
+            sort_rows(batch)
         batch = super()._balance_batch(batch, metrics, **kwargs)
         if self._shares_prompts:
             ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1

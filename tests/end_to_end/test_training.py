@@ -94,6 +94,7 @@ def killed_and_resumed(models, dice, tmp_path_factory):
     """
     out = tmp_path_factory.mktemp("runs")
     arguments = overrides(4, out / "checkpoints", "trainer.save_freq=2", "trainer.resume_mode=auto")
+    arguments.append("algorithm.gndpo.rollout_seed=5")
     first = Run(out / "killed", settings(models, dice), arguments).kill_after(step=3)
     second = Run(out / "resumed", settings(models, dice), arguments).finish_without("TeacherWorker", step=1)
     return first, second
@@ -105,9 +106,16 @@ def test_every_step_is_healthy(killed_and_resumed):
     assert_healthy(second, [3, 4])
 
 
-def test_resumes_at_the_checkpoint_with_the_same_data_order(killed_and_resumed):
+def test_resumes_at_the_checkpoint_as_if_it_had_not_been_killed(killed_and_resumed):
+    """The same prompts in the same order, the same responses, and the same update."""
     first, second = killed_and_resumed
-    assert prompts(first.captured(3)) == prompts(second.captured(3))
+    for killed, resumed in zip(first.captured(3), second.captured(3), strict=True):
+        assert torch.equal(killed["input_ids"], resumed["input_ids"])
+        torch.testing.assert_close(killed["old_log_probs"], resumed["old_log_probs"], atol=1e-6, rtol=0)
+    logged = [next(step for step in run.steps if step["training/global_step"] == 3) for run in (first, second)]
+    assert logged[0]["actor/grad_norm"] == pytest.approx(logged[1]["actor/grad_norm"], rel=1e-5)
+    # The responses to a prompt differ.
+    assert len({str(row["input_ids"].tolist()) for row in first.captured(3)}) > len(prompts(first.captured(3)))
     order = [
         prompts(first.captured(1)),
         prompts(first.captured(2)),

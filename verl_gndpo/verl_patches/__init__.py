@@ -128,6 +128,18 @@ PATCHES = index(
         where="every process",
     ),
     Patch(
+        name="rollout_seeds",
+        module="verl.experimental.agent_loop.agent_loop",
+        changes="AgentLoopWorker._run_agent_loop",
+        applied_by="verl_gndpo.verl_patches.rollout_seeds:seed_each_response",
+        breaks="A run can't be repeated, nor a resumed one compared with an uninterrupted one: with "
+        "`full_determinism`, the only seed that verl has for responses, all responses to a prompt are the same.",
+        since="verl 0.9.0",
+        upstream="none known",
+        remove_when="verl seeds each response by step, row and number",
+        where="every process",
+    ),
+    Patch(
         name="internvl_placeholders",
         module="verl.workers.rollout.utils",
         changes="qwen2_5_vl_dedup_image_tokens",
