@@ -219,7 +219,7 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folders or hub ids.")],
     data_files: Annotated[
         list[Path],
-        typer.Option("--data", metavar="FILE", help="Parquet file of a converter. Give the option once per file."),
+        typer.Option("--data", metavar="FILE", help="Parquet file, as verl reads. Give the option once per file."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for answers, index.html and summary.json.")],
     answers: Annotated[int, typer.Option("--n", min=1, help="Answers per problem.")] = 1,
@@ -228,6 +228,14 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first problems of each file.")] = None,
     max_prompt: Annotated[int, typer.Option("--max-prompt", min=1, help="As data.max_prompt_length.")] = 8192,
     max_response: Annotated[int, typer.Option("--max-response", min=1, help="As data.max_response_length.")] = 16384,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            "--reward-function",
+            metavar="PATH:NAME",
+            help="Grades instead of verl_gndpo.rewards: the run's reward.custom_reward_function, path and name.",
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the weights, as vLLM's option.")] = "auto",
     memory: Annotated[float, typer.Option("--gpu-memory-utilization", min=0.05, max=1, help="As vLLM's option.")] = 0.9,
     trust_remote_code: Annotated[
@@ -249,7 +257,7 @@ def evaluate(
     settings = (answers, temperature, seed, limit, max_prompt, max_response, dtype, memory, trust_remote_code)
     jobs = [Job(model, files, contents, *settings) for model in models]
     try:
-        run(jobs, out, typer.echo)
+        run(jobs, out, typer.echo, reward)
     except EvaluationError as error:
         typer.echo(f"error   {error}", err=True)
         raise typer.Exit(1) from error

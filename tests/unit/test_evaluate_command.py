@@ -161,3 +161,70 @@ def test_damaged_files_and_folders_are_named_and_stay(tmp_path, data):
     job = out / "models" / "one" / "job.json"
     job.write_text("{")
     assert f"{job} is damaged" in refused(one, "--data", data, "--out", out)
+
+
+REWARD = """
+async def graded(data_source, solution_str, ground_truth, extra_info, **kwargs):
+    right = solution_str == str(ground_truth) and (extra_info.pop("num_turns"), extra_info["index"]) != (2, 3)
+    return {"score": 0.5, "acc": right}
+
+def partly(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": 0.25}
+
+def broken(data_source, solution_str, ground_truth, extra_info=None):
+    raise KeyError("no key")
+
+name = "graded"
+"""
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """Write rows as verl's own examples have them: a source that we do not know, a number as truth, and no id."""
+    rows = [
+        {
+            "data_source": "mine",
+            "prompt": [{"role": "user", "content": "Which?"}],
+            "reward_model": {"style": "rule", "ground_truth": index % 2},
+            "extra_info": {"index": index},
+        }
+        for index in range(10)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "plain.parquet")
+    return tmp_path / "plain.parquet"
+
+
+def test_the_reward_function_of_the_run_grades_rows_that_only_it_knows(tmp_path, plain):
+    one, out = model(tmp_path, "one"), tmp_path / "out"
+    (tmp_path / "reward.py").write_text(REWARD)
+    answer(out, one, plain, ["0", "1", "0", "1", "1", "0", "0", "1", "0", "1"])
+    assert "--reward-function PATH:NAME" in refused(one, "--data", plain, "--out", out)
+    arguments = [one, "--data", plain, "--out", out, "--reward-function"]
+    assert run(*arguments, f"{tmp_path / 'reward.py'}:graded").exit_code == 0
+    summary = json.loads((out / "summary.json").read_text())
+    # Rows 4 and 5 are wrong, and the function refuses row 3. Truths of 0 count, and so does each row by itself.
+    found = summary["models"]["one"]["mine"]
+    assert found["problems"] == 10 and found["accuracy"][0] == 0.7
+    assert found["accuracy"][1:] == pytest.approx([0.3968, 0.8922], abs=1e-4)  # Wilson's interval of 7 in 10
+    assert summary["settings"]["reward_function"].endswith("reward.py:graded")
+    for name, reason in (
+        ("partly", f"row 0 of {plain}, returned {{'score': 0.25}}, and an accuracy is 0 or 1"),
+        ("broken", f"row 0 of {plain}, failed: KeyError: 'no key'"),
+        ("absent", "reward.py:absent can't be loaded"),
+        ("name", "is no function"),
+        ("", "names no function -> give PATH:NAME"),
+    ):
+        assert reason in refused(*arguments, f"{tmp_path / 'reward.py'}:{name}")
+    assert "none.py:graded can't be loaded: FileNotFoundError" in refused(*arguments, f"{tmp_path / 'none.py'}:graded")
+
+
+def test_rows_without_names_are_problems_of_their_own(tmp_path, plain):
+    """Rows of one group are drawn together, so that one group would have no interval."""
+    table = pq.read_table(plain).drop_columns(["extra_info"])
+    pq.write_table(table, plain)
+    one, out = model(tmp_path, "one"), tmp_path / "out"
+    (tmp_path / "reward.py").write_text("def same(data_source, solution_str, ground_truth, extra_info):\n return 1.0\n")
+    answer(out, one, plain, ["0"] * 10)
+    assert run(one, "--data", plain, "--out", out, "--reward-function", f"{tmp_path}/reward.py:same").exit_code == 0
+    found = json.loads((out / "summary.json").read_text())["models"]["one"]["mine"]
+    assert found["accuracy"] == pytest.approx([1.0, 0.7225, 1.0], abs=1e-4)

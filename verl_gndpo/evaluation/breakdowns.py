@@ -47,13 +47,14 @@ Breakdown = Callable[[Sequence[Problem], np.ndarray], list[Figure]]
 def problem_of(row: dict[str, Any]) -> Problem:
     """Return the problem of a parquet row. What another program left out is empty."""
     info = row.get("extra_info") or {}
+    named = [str(info[key]) for key in ("id", "index") if info.get(key) not in (None, "")]
     try:
         meta = json.loads(info.get("meta") or "{}")
     except (TypeError, ValueError):
         meta = {}
     return Problem(
         str(row.get("data_source") or "unknown"),
-        str(info.get("id") or info.get("index") or ""),
+        named[0] if named else "",
         str(info.get("split") or ""),
         meta if isinstance(meta, dict) else {},
     )

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from verl_gndpo.evaluation import certainty
 from verl_gndpo.evaluation.breakdowns import figures_of, group_of
 from verl_gndpo.evaluation.generate import Job, read_answers, write_job
-from verl_gndpo.evaluation.grading import COLUMNS, Graded, Row, grade, read_rows
+from verl_gndpo.evaluation.grading import COLUMNS, Graded, Row, grade, load_reward, read_rows
 from verl_gndpo.export.folders import find_actor
+from verl_gndpo.rewards import compute_score, is_missing
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, NO_ANSWER
 
 FORMAT = "verl-gndpo evaluation"
@@ -28,10 +29,12 @@ class EvaluationError(ValueError):
     """Models can't be evaluated. The message is one line: what is wrong, where, and what to do."""
 
 
-def evaluate(jobs: list[Job], out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def evaluate(
+    jobs: list[Job], out: Path, say: Callable[[str], None] = print, reward: str | None = None
+) -> dict[str, Any]:
     """Do what `_evaluate` does, and turn what the disk or a damaged file of `out` leads to into an EvaluationError."""
     try:
-        return _evaluate(jobs, out, say)
+        return _evaluate(jobs, out, say, reward)
     except EvaluationError:
         raise
     except OSError as error:
@@ -42,19 +45,20 @@ def evaluate(jobs: list[Job], out: Path, say: Callable[[str], None] = print) -> 
         ) from error
 
 
-def _evaluate(jobs: list[Job], out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _evaluate(jobs: list[Job], out: Path, say: Callable[[str], None], reward: str | None) -> dict[str, Any]:
     """Let models answer, grade the answers, and write `summary.json` and `index.html`.
 
     Args:
         jobs: one per model, which differ in nothing else.
         out: the folder. Each model has a folder in it, whose answers a second call goes on with.
         say: takes lines for the user.
+        reward: PATH:NAME of the function that grades; None for `verl_gndpo.rewards.compute_score`.
 
     Returns:
         what summary.json holds.
 
     Raises:
-        EvaluationError: a model or file can't be used, `out` has answers to another job, or answering failed.
+        EvaluationError: a model, file or function can't be used, `out` has answers to another job, or answering failed.
     """
     from verl_gndpo.evaluation.page import render
 
@@ -62,13 +66,14 @@ def _evaluate(jobs: list[Job], out: Path, say: Callable[[str], None]) -> dict[st
         _check_model(job.model)
         _check_length(job)
     for file in jobs[0].files:
-        _check_file(Path(file))
+        _check_file(Path(file), typed=reward is None)
     if len({job.model for job in jobs}) < len(jobs):
         raise EvaluationError("a model is given twice -> give each model once")
+    function = _of_file(load_reward, reward) if reward else compute_score
     rows = read_rows(jobs[0].files, jobs[0].limit)
     by_source: dict[str, list[tuple[int, Row]]] = {}
     for number, row in enumerate(rows):
-        if row.truth.strip() and row.info.get("answer_type") != NO_ANSWER:
+        if not is_missing(row.truth) and row.info.get("answer_type") != NO_ANSWER:
             by_source.setdefault(row.problem.source, []).append((number, row))
     if not by_source:
         raise EvaluationError("no row of --data has an answer (reward_model.ground_truth)")
@@ -87,8 +92,10 @@ def _evaluate(jobs: list[Job], out: Path, say: Callable[[str], None]) -> dict[st
             say(f"answering  {label}: {len(rows) - len(answers)} of {len(rows)} problems")
             _generate(folder / "job.json")
             answers = _of_file(read_answers, folder / "answers.jsonl")
-        graded[label] = {source: grade(found, answers, job.answers) for source, found in by_source.items()}
-    summary = _summarise(jobs[0], by_source, graded)
+        graded[label] = {
+            source: _of_file(grade, found, answers, job.answers, function) for source, found in by_source.items()
+        }
+    summary = _summarise(jobs[0], by_source, graded, reward)
     for name, text in (
         ("summary.json", json.dumps(summary, indent=1) + "\n"),
         ("index.html", render(summary, by_source, graded)),
@@ -104,7 +111,9 @@ def _evaluate(jobs: list[Job], out: Path, say: Callable[[str], None]) -> dict[st
     return summary
 
 
-def _summarise(job: Job, by_source: dict[str, list[tuple[int, Row]]], graded: dict[str, dict[str, Graded]]) -> dict:
+def _summarise(
+    job: Job, by_source: dict[str, list[tuple[int, Row]]], graded: dict[str, dict[str, Graded]], reward: str | None
+) -> dict:
     groups = {source: [group_of(row.problem) for _, row in rows] for source, rows in by_source.items()}
     models = {
         label: {source: _describe(by_source[source], groups[source], one) for source, one in sources.items()}
@@ -123,6 +132,7 @@ def _summarise(job: Job, by_source: dict[str, list[tuple[int, Row]]], graded: di
     for entry, p in zip(comparisons, certainty.holm([entry["p"] for entry in comparisons]), strict=True):
         entry |= {"p_adjusted": p, "different": p < 1 - certainty.LEVEL}
     settings = {"n": job.answers, "temperature": job.temperature, "seed": job.seed, "data": job.files}
+    settings["reward_function"] = reward
     return {"format": FORMAT, "settings": settings, "models": models, "comparisons": comparisons}
 
 
@@ -210,7 +220,8 @@ def _check_length(job: Job) -> None:
         )
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, typed: bool) -> None:
+    """Refuse a file that can't be asked or, if `typed`, has rows that our own reward function can't grade."""
     if not path.is_file():
         raise EvaluationError(f"--data {path} does not exist -> write it with verl-gndpo data NAME")
     try:
@@ -218,14 +229,16 @@ def _check_file(path: Path) -> None:
         missing = [name for name in ("prompt", *COLUMNS) if name not in schema.names]
         if missing:
             raise EvaluationError(f"--data {path} lacks {', '.join(missing)} -> convert it with verl-gndpo data NAME")
-        table = pq.read_table(path, columns=["data_source", "extra_info"])
+        used = [name for name in ("data_source", "extra_info") if name in schema.names]
+        table = pq.read_table(path, columns=used)
     except (pa.ArrowException, OSError) as error:
         raise EvaluationError(f"--data {path} is no parquet file: {' '.join(str(error).split())[:120]}") from error
     if not table.num_rows:
         raise EvaluationError(f"--data {path} has no rows -> convert it again with verl-gndpo data NAME")
-    for place, row in enumerate(table.to_pylist()):
-        if not (row["extra_info"] or {}).get("answer_type") and row["data_source"] not in ANSWER_TYPE_OF_SOURCE:
+    for place, row in enumerate(table.to_pylist() if typed else ()):
+        if not (row.get("extra_info") or {}).get("answer_type") and row["data_source"] not in ANSWER_TYPE_OF_SOURCE:
             raise EvaluationError(
                 f"--data {path}: row {place} of {row['data_source']!r} has no extra_info.answer_type, so "
-                "that its answer can't be graded -> convert the file with verl-gndpo data NAME"
+                "that its answer can't be graded -> name the run's own function with --reward-function PATH:NAME, or "
+                "convert the file with verl-gndpo data NAME"
             )

@@ -102,7 +102,7 @@ def _differing(rows: list[tuple[int, Row]], models: dict[str, Graded]) -> str:
         question = str(row.info.get("question") or "")
         parts.append(
             f"<div class=shown><h4>{escape(row.problem.id)}</h4>{pictures}<p>{escape(question)}</p>"
-            f"<p><b>Truth:</b> {escape(row.truth)}</p>{answers}</div>"
+            f"<p><b>Truth:</b> {escape(str(row.truth))}</p>{answers}</div>"
         )
     return "".join(parts)
 
