@@ -159,6 +159,7 @@ def test_the_card_says_what_the_run_was(made, tmp_path):
     save_run(step, facts | {"estimator": "gndpo", "signal": {"bound": "clip"}, "log": str(log), "versions": {}})
     assert "without" not in exported(step, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "| weights | bfloat16, rounded from float32: log-probs of greedy tokens move by up to " in card
     assert "base_model: org/student\n" in card
     assert "\n# out\n" in card
     rows = ["base model | org/student", "teacher | org/teacher", "training data | a.parquet", "signal | gndpo"]
@@ -167,7 +168,8 @@ def test_the_card_says_what_the_run_was(made, tmp_path):
     assert "| 7 | 0.125 |" in card and "0.0625" not in card
 
     (step / "gndpo_run.json").unlink()
-    output = exported(step, tmp_path / "other", "--base", "org/other", "--log", log)
+    output = exported(step, tmp_path / "other", "--base", "org/other", "--log", log, "--dtype", "float32")
+    assert "| weights | float32, as trained |" in (tmp_path / "other" / "README.md").read_text()
     assert "does not name" in output and "metrics" not in output
     assert "base_model: org/other\n" in (tmp_path / "other" / "README.md").read_text()
 

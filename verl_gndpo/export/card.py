@@ -76,7 +76,7 @@ def _read_metrics(path: Path, step: int | None) -> dict[str, tuple[int, float]]:
 
 
 def write_card(
-    folder: Path, name: str, checkpoint: Checkpoint, facts: Facts, adapter: bool, dtype: str, sees: bool
+    folder: Path, name: str, checkpoint: Checkpoint, facts: Facts, adapter: bool, weights: str, sees: bool
 ) -> None:
     """Write README.md.
 
@@ -84,7 +84,7 @@ def write_card(
         folder: of the model.
         name: of the model.
         adapter: the folder holds adapters instead of a whole model.
-        dtype: of its weights.
+        weights: their type, and what rounding to it changed.
         sees: whether the model takes images.
     """
     run = facts.run
@@ -103,7 +103,7 @@ def write_card(
         "its stages": ", ".join(f"{name} {value}" for name, value in run.get("signal", {}).items()),
         "policy loss": run.get("policy_loss"),
         "steps": checkpoint.step,
-        "weights": f"{'LoRA adapters, ' if adapter else ''}{dtype}",
+        "weights": f"{'LoRA adapters, ' if adapter else ''}{weights}",
         "software": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
     }
     lines = [

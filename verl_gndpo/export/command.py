@@ -90,7 +90,11 @@ def export(
             del weights
             model = model.float().eval()
         difference = check_answers(rounded, ask(model, temporary, trust_remote_code), "what was written")
-        write_card(temporary, out.name, checkpoint, facts, adapter, dtype, sees)
+        moved = largest_difference(trained, rounded)
+        weights_are = f"{dtype}, as trained"
+        if dtype != "float32":
+            weights_are = f"{dtype}, rounded from float32: log-probs of greedy tokens move by up to {moved:.1e} nats"
+        write_card(temporary, out.name, checkpoint, facts, adapter, weights_are, sees)
         os.rename(temporary, out)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{out} can't be written: {' '.join(str(error).split())}") from error
@@ -98,7 +102,7 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
     say(f"compared   {count:,} values; log-probs of greedy tokens differ by {difference:.1e} nats")
     if dtype != "float32":
-        say(f"rounding   to {dtype} moves them by up to {largest_difference(trained, rounded):.1e} nats")
+        say(f"rounding   to {dtype} moves them by up to {moved:.1e} nats; --dtype float32 keeps what was trained")
     if not facts.run:
         say("model card without teacher, data and signal, which this checkpoint does not name")
     if not facts.metrics:
