@@ -85,8 +85,8 @@ def report(
         typer.Option(
             "--teacher-accuracy",
             metavar="[SOURCE=]SHARE",
-            help="For the gap closed, per data source if there are several. Default: teacher_accuracy in the "
-            "summary.json beside a run, if there is one.",
+            help="For the gap closed, per data source if there are several. Default: of the evaluation in the "
+            "folder teacher beside a run, or teacher_accuracy in a summary.json there.",
         ),
     ] = None,
 ) -> None:

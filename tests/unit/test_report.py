@@ -446,6 +446,37 @@ def test_where_the_teachers_accuracy_comes_from(tmp_path, report, undrawn, besid
     assert refused == (teacher is None and isinstance(beside, dict))
 
 
+def evaluation(**models):
+    """What `verl-gndpo evaluate` writes, as far as the report reads it."""
+    found = {
+        name: {source: {"problems": 40, "accuracy": [share, 0.0, 1.0]} for source, share in sources.items()}
+        for name, sources in models.items()
+    }
+    return {"settings": {"n": 1, "temperature": 0.0}, "models": found}
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "teacher", "note"),
+    [
+        (evaluation(big={"geo": 0.7, "other": 0.2}), [], 0.7, "big, n=1, temperature 0.0, problems: 40 of geo"),
+        (evaluation(big={"geo": 0.7}), ["--teacher-accuracy", "0.8"], 0.8, "summary.json: big"),
+        (evaluation(big={"other": 0.7}), [], 0.95, "problems: 40 of other"),
+        (evaluation(big={"geo": 0.7}, small={"geo": 0.5}), [], 0.95, "no evaluation of one model"),
+        ([], [], 0.95, "no evaluation of one model"),
+        (None, [], 0.95, "can't be read (JSONDecodeError)"),
+    ],
+)
+def test_an_evaluation_of_the_teacher_is_found(tmp_path, report, undrawn, content, arguments, teacher, note):
+    write_run(tmp_path / "run/metrics.jsonl")
+    (tmp_path / "run/summary.json").write_text('{"teacher_accuracy": 0.95}')
+    (tmp_path / "run/teacher").mkdir()
+    (tmp_path / "run/teacher/summary.json").write_text(json.dumps(content) if content is not None else "{")
+    assert report(tmp_path / "run", *arguments).exit_code == 0
+    (arm,) = json.loads((tmp_path / "out/summary.json").read_text())["arms"]
+    assert arm["runs"][0]["teacher_accuracy"] == {"geo": teacher}
+    assert any(note in one and "teacher/summary.json" in one for one in arm["runs"][0]["notes"])
+
+
 @pytest.mark.parametrize(
     ("given_", "words"),
     [

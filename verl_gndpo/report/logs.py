@@ -7,7 +7,7 @@ import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TypeGuard
@@ -39,6 +39,8 @@ NAMED = 3
 MAX_STEP = 2**53
 # Larger values count as not finite: verl computes in float32, which ends at 3e38, and sums would overflow here.
 MAX_VALUE = 1e100
+# Beside a log: what `verl-gndpo evaluate TEACHER --out RUN/teacher` wrote.
+TEACHER_FOLDER = "teacher"
 
 
 class ReportError(ValueError):
@@ -54,12 +56,14 @@ class Run:
         metrics: by name, values over ascending steps. A value that is not finite is NaN.
         notes: sentences on what was skipped or is unusual.
         teacher_accuracy: from the `summary.json` beside the log, or None.
+        evaluated_teacher: by data source, the accuracies from the evaluation in the folder `teacher` beside the log.
     """
 
     path: Path
     metrics: dict[str, pd.Series]
     notes: tuple[str, ...] = ()
     teacher_accuracy: float | None = None
+    evaluated_teacher: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def accuracy(self) -> dict[str, pd.Series]:
@@ -222,7 +226,8 @@ def read_run(path: Path) -> Run:
     notes += _describe_not_finite(+not_finite)
     notes += _describe_warnings(metrics)
     teacher_accuracy, teacher_note = _read_teacher_accuracy(path.with_name("summary.json"))
-    return Run(path, metrics, (*notes, *teacher_note), teacher_accuracy)
+    evaluated, evaluation_note = _read_evaluated_teacher(path.with_name(TEACHER_FOLDER) / "summary.json")
+    return Run(path, metrics, (*notes, *teacher_note, *evaluation_note), teacher_accuracy, evaluated)
 
 
 def _find_log(path: Path) -> Path:
@@ -297,3 +302,22 @@ def _read_teacher_accuracy(path: Path) -> tuple[float | None, list[str]]:
     if type(value) not in (int, float) or not 0 <= value <= 1:
         return None, [f"{path}: teacher_accuracy is {str(value)[:40]}, not a share between 0 and 1, and is ignored"]
     return float(value), []
+
+
+def _read_evaluated_teacher(path: Path) -> tuple[dict[str, float], list[str]]:
+    """Read the accuracies from what `verl-gndpo evaluate TEACHER` wrote, with a note on what they are or are not."""
+    try:
+        summary = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, [f"{path} can't be read ({type(error).__name__}): no teacher accuracy from it"]
+    try:
+        ((name, sources),) = summary["models"].items()
+        found = {source: float(figures["accuracy"][0]) for source, figures in sources.items()}
+        problems = ", ".join(f"{figures['problems']} of {source}" for source, figures in sources.items())
+        settings = summary["settings"]
+        note = f"teacher accuracy from {path}: {name}, n={settings['n']}, temperature {settings['temperature']}"
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return {}, [f"{path} is no evaluation of one model: no teacher accuracy from it"]
+    return found, [f"{note}, problems: {problems}"]

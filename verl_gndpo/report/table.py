@@ -33,12 +33,14 @@ class Teacher:
     by_source: dict[str, float]
 
     def accuracy(self, run: Run, source: str) -> float | None:
-        """Return the accuracy given for a run, else the one from the summary.json beside it; None if there is neither.
+        """Return the accuracy given for a run, else the evaluated one, else that of the summary.json beside it.
 
-        An accuracy without a data source counts only if the run has one data source.
+        Return None if there is none. An accuracy without a data source counts only if the run has one data source.
         """
         if source in self.by_source:
             return self.by_source[source]
+        if self.overall is None and source in run.evaluated_teacher:
+            return run.evaluated_teacher[source]
         overall = run.teacher_accuracy if self.overall is None else self.overall
         return overall if len(run.accuracy) == 1 else None
 
