@@ -228,3 +228,33 @@ def test_rows_without_names_are_problems_of_their_own(tmp_path, plain):
     assert run(one, "--data", plain, "--out", out, "--reward-function", f"{tmp_path}/reward.py:same").exit_code == 0
     found = json.loads((out / "summary.json").read_text())["models"]["one"]["mine"]
     assert found["accuracy"] == pytest.approx([1.0, 0.7225, 1.0], abs=1e-4)
+
+
+def test_two_seeds_of_one_model_are_not_called_different(tmp_path):
+    """They disagree on 5 of 12 questions. Each has five versions, which must not count as evidence of their own."""
+    problems = [
+        {
+            "data_source": "AI4Math/MathVerse",
+            "prompt": [{"role": "user", "content": "Which?"}],
+            "reward_model": {"style": "rule", "ground_truth": "B"},
+            "extra_info": {
+                "id": f"mathverse-testmini-{question}-{version}",
+                "answer_type": "choice",
+                "choices": ["1", "2"],
+                "meta": json.dumps({"problem_index": str(question), "problem_version": version}),
+            },
+        }
+        for question in range(12)
+        for version in ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
+    ]
+    data, out = tmp_path / "mathverse.parquet", tmp_path / "out"
+    pq.write_table(pa.Table.from_pylist(problems), data)
+    seeds = [model(tmp_path, f"seed_{seed}") for seed in range(3)]
+    for seed, right in zip(seeds, ({0, 1, 2, 3, 5, 6}, {4, 5, 6}, {0, 1, 4, 5, 6}), strict=True):
+        answer(out, seed, data, [r"\boxed{B}" if row // 5 in right else r"\boxed{A}" for row in range(60)])
+    assert run(*seeds, "--data", data, "--out", out).exit_code == 0
+    comparisons = json.loads((out / "summary.json").read_text())["comparisons"]
+    assert (comparisons[0]["only_first"], comparisons[0]["only_second"]) == (20, 5)
+    # The sign-flip test of 4 questions against 1; McNemar's of 20 problems against 5 would give 0.004.
+    assert comparisons[0]["p"] == pytest.approx(2 * 6 / 32, abs=0.02)
+    assert [one["different"] for one in comparisons] == [False] * 3
