@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`verl-gndpo export` on checkpoints of verl's own engines: what plain transformers loads is what was trained."""
 
+import base64
+import io
 import json
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraModel, PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
@@ -235,8 +238,16 @@ def test_export_error_is_one_line(made, tmp_path):
 
 
 def test_vllm_answers_as_transformers_does(made, tmp_path):
-    """With merged adapters. vLLM runs in a process of its own, as it changes much in its process."""
+    """With merged adapters. vLLM runs in a process of its own, as it changes much in its process.
+
+    Benchmark suites ask by chat with images, so that vLLM needs the chat template and the processor too.
+    """
     exported(made[ADAPTERS[0]].step, tmp_path / "out", "--dtype", "float32")
+    drawn = io.BytesIO()
+    Image.new("RGB", (84, 56), "red").save(drawn, "PNG")
+    picture = {"url": f"data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}"}
+    question = {"type": "text", "text": "Which colour?"}
+    asked = [{"role": "user", "content": [{"type": "image_url", "image_url": picture}, question]}]
     code = (
         "from vllm import LLM, SamplingParams\n"
         "if __name__ == '__main__':\n"
@@ -245,12 +256,20 @@ def test_vllm_answers_as_transformers_does(made, tmp_path):
         "    greedy = SamplingParams(temperature=0, max_tokens=8, repetition_penalty=1.0)\n"
         f"    (answer,) = model.generate([{{'prompt_token_ids': {PROMPT}}}], greedy)\n"
         "    print('tokens:', *answer.outputs[0].token_ids)\n"
+        f"    (answer,) = model.chat({asked}, greedy, use_tqdm=False)\n"
+        "    print('prompt:', *answer.prompt_token_ids)\n"
     )
     (tmp_path / "serve.py").write_text(code)
     done = subprocess.run([sys.executable, str(tmp_path / "serve.py")], capture_output=True, text=True, timeout=300)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("tokens:")] or [done.stderr[-2000:]]
+    printed = dict(line.split(":", 1) for line in done.stdout.splitlines() if line.startswith(("tokens:", "prompt:")))
+    assert printed.keys() == {"tokens", "prompt"}, done.stderr[-2000:]
     ids = torch.tensor([PROMPT])
     greedy = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         output = helpers.load(tmp_path / "out").generate(ids, attention_mask=ids**0, generation_config=greedy)
-    assert line.split()[1:] == [str(token) for token in output[0, len(PROMPT) :].tolist()]
+    assert printed["tokens"].split() == [str(token) for token in output[0, len(PROMPT) :].tolist()]
+    shown = [{"role": "user", "content": [{"type": "image", "image": Image.open(drawn)}, question]}]
+    expected = AutoProcessor.from_pretrained(tmp_path / "out").apply_chat_template(
+        shown, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert printed["prompt"].split() == [str(token) for token in expected["input_ids"][0]]
