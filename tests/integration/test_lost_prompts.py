@@ -125,6 +125,7 @@ def test_the_worker_stores_why_a_response_has_failed(validate):
     tq.kv_put(key="p", partition_id=partition, tag={"is_prompt": True, "global_steps": 1, "status": "running"})
     trajectory = {"step": 1, "sample_index": 0, "rollout_n": 0, "validate": validate}
     worker = object.__new__(AgentLoopWorker)
+    worker.config = OmegaConf.create({})
     run = worker._run_agent_loop({}, trajectory, agent_name="nobody", trace=False, uid="p", session_id=0)
     with pytest.raises(AssertionError, match="nobody"):
         asyncio.run(run)
