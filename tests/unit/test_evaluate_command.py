@@ -47,17 +47,20 @@ def answer(out, path, data, texts, **more):
     from verl_gndpo.evaluation.generate import Job, digest
 
     settings = {"answers": 1, "temperature": 0.0, "seed": 0, "limit": None, "max_prompt": 8192, "max_response": 16384}
-    settings |= {"dtype": "auto", "memory": 0.9, "trust_remote_code": False}
+    settings |= {"dtype": "auto", "memory": 0.9, "trust_remote_code": False} | more
     folder = out / "models" / path.name
     folder.mkdir(parents=True)
-    (folder / "job.json").write_text(
-        json.dumps(asdict(Job(str(path), [str(data)], [digest(data)], **(settings | more))))
-    )
+    (folder / "job.json").write_text(json.dumps(asdict(Job(str(path), [str(data)], [digest(data)], **settings))))
     lines = [
         json.dumps(
-            {"row": row, "prefix": "", "prompt_tokens": 9, "answers": [{"text": t, "tokens": 5, "truncated": False}]}
+            {
+                "row": row,
+                "prefix": "",
+                "prompt_tokens": 9,
+                "answers": [{"text": text, "tokens": 5, "truncated": False}] * settings["answers"],
+            }
         )
-        for row, t in enumerate(texts)
+        for row, text in enumerate(texts)
     ]
     (folder / "answers.jsonl").write_text("\n".join(lines) + '\n{"row": 0, "pre')
 
@@ -207,6 +210,11 @@ def test_the_reward_function_of_the_run_grades_rows_that_only_it_knows(tmp_path,
     assert found["problems"] == 10 and found["accuracy"][0] == 0.7
     assert found["accuracy"][1:] == pytest.approx([0.3968, 0.8922], abs=1e-4)  # Wilson's interval of 7 in 10
     assert summary["settings"]["reward_function"].endswith("reward.py:graded")
+    # What the function takes out of extra_info is there again for the next answer to the row.
+    answer(tmp_path / "two", one, plain, ["0"] * 10, answers=2)
+    named = f"{tmp_path / 'reward.py'}:graded"
+    two = run(one, "--data", plain, "--out", tmp_path / "two", "--n", 2, "--reward-function", named)
+    assert two.exit_code == 0, two.output
     for name, reason in (
         ("partly", f"row 0 of {plain}, returned {{'score': 0.25}}, and an accuracy is 0 or 1"),
         ("broken", f"row 0 of {plain}, failed: KeyError: 'no key'"),
