@@ -1,16 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real loop with a Qwen3-VL student and teacher, the student as LoRA adapters beside a frozen model."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.end_to_end.harness import Run
-from tests.end_to_end.test_training import assert_healthy, assert_moved, overrides, reference_log_probs, settings
+from examples.quickstart import diagrams
+from tests.end_to_end.harness import REPO, Run
+from tests.end_to_end.test_training import (
+    REWARD,
+    assert_healthy,
+    assert_moved,
+    overrides,
+    reference_log_probs,
+    settings,
+)
 from tests.tiny_models import build_tiny
+
+PARITY = """import zlib
+
+def parity(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return float(zlib.crc32(f"{ground_truth} {solution_str}".encode()) % 2)
+"""
+"""A reward of 0 or 1 that any other response may change. Random models are right too rarely to tell them apart."""
+VALIDATED = 48
+LENGTHS = {"MAX_PROMPT": "128", "MAX_RESPONSE": "24"}
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +44,26 @@ def qwen3_vl(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(qwen3_vl, dice, tmp_path_factory):
-    """Two steps, at a rate at which one update of the adapters moves log-probs by tenths of a nat."""
+    """Two steps, at a rate at which one update of the adapters moves log-probs by tenths of a nat, and a validation."""
     out = tmp_path_factory.mktemp("run")
     arguments = overrides(2, out / "checkpoints", "trainer.save_freq=2", "trainer.resume_mode=disable")
+    arguments = [argument for argument in arguments if argument not in (*REWARD, "trainer.test_freq=-1")]
+    (out / "reward.py").write_text(PARITY)
+    table = pq.read_table(dice / "test.parquet")
+    # By its question, an answer in verl's dump is found again.
+    places = {row["question"]: place for place, row in enumerate(table["extra_info"].to_pylist())}
+    pq.write_table(table.take(list(places.values())[:VALIDATED]), out / "val.parquet")
+    arguments += [
+        f"reward.custom_reward_function.path={out / 'reward.py'}",
+        "reward.custom_reward_function.name=parity",
+        "trainer.test_freq=2",
+        f"trainer.validation_data_dir={out / 'validation'}",
+        f"data.val_files={out / 'val.parquet'}",
+    ]
     # All linear layers have adapters, but the vision tower is frozen, so the trainer leaves it out.
-    return Run(out / "run", settings(qwen3_vl, dice, LR="3e-2", RANK="8"), arguments, "run_lora_1gpu.sh").finish()
+    return Run(
+        out / "run", settings(qwen3_vl, dice, LR="3e-2", RANK="8", **LENGTHS), arguments, "run_lora_1gpu.sh"
+    ).finish()
 
 
 def test_every_step_is_healthy(run):
@@ -61,3 +97,36 @@ def test_only_adapters_of_the_language_model_are_trained(run, qwen3_vl):
     # Seven projections a layer.
     assert len(adapters) == 7 * 2 and all(value.abs().max() > 0 for value in adapters.values())
     assert not any("lora" in name and "visual" in name for name in after)
+
+
+def test_the_exported_model_answers_and_is_graded_as_in_verls_last_validation(run, tmp_path):
+    """Problem by problem, with the adapters merged: the command line of docs/after_training.md."""
+    out = run.out.parent
+
+    def command(*arguments) -> None:
+        done = subprocess.run([sys.executable, "-m", "verl_gndpo.cli", *map(str, arguments)], cwd=REPO)
+        assert done.returncode == 0
+
+    command("export", out / "checkpoints", "--out", tmp_path / "model", "--dtype", "float32")
+    evaluation = ["evaluate", tmp_path / "model", "--data", out / "val.parquet", "--out", tmp_path / "evaluation"]
+    evaluation += [
+        "--reward-function",
+        f"{out / 'reward.py'}:parity",
+        "--gpu-memory-utilization",
+        "0.1",
+        "--dtype",
+        "float32",
+    ]
+    command(*evaluation, "--max-prompt", LENGTHS["MAX_PROMPT"], "--max-response", LENGTHS["MAX_RESPONSE"])
+    answers = (tmp_path / "evaluation" / "models" / "model" / "answers.jsonl").read_text().splitlines()
+    answered = [json.loads(line)["answers"][0]["text"] for line in answers]
+    questions = [info["question"] for info in pq.read_table(out / "val.parquet")["extra_info"].to_pylist()]
+    dump = [json.loads(line) for line in (out / "validation" / "2.jsonl").read_text().splitlines()]
+    validated = [next(one for one in dump if question in one["input"]) for question in questions]
+    assert len(set(answered)) > VALIDATED / 4, "the model answers problems differently"
+    assert answered == [one["output"] for one in validated]
+    (found,) = json.loads((tmp_path / "evaluation" / "summary.json").read_text())["models"]["model"].values()
+    expected = np.mean([one["acc"] for one in validated])
+    assert 0 < expected < 1
+    assert run.validation[f"val-core/{diagrams.DATA_SOURCE}/acc/mean@1"] == pytest.approx(expected)
+    assert found["accuracy"][0] == pytest.approx(expected)
