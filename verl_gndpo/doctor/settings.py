@@ -75,7 +75,7 @@ def check_settings(inputs: Inputs) -> list[Check]:
         found += _check_ignored(config, signal)
         if signal.signal.baseline == "kl":
             found += _check_kl(config, teacher)
-        name = config.actor_rollout_ref.rollout.name
+        name = select(config, "actor_rollout_ref.rollout.name")
         if signal.rollout_seed is not None and name not in ("vllm", None):
             detail = f"algorithm.gndpo.rollout_seed={signal.rollout_seed}: rollout.name={name} is not given seeds"
             error(detail, "algorithm.gndpo.rollout_seed=null, or actor_rollout_ref.rollout.name=vllm")
