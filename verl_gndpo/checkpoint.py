@@ -50,9 +50,9 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         complete = folder.parent / "latest_checkpointed_iteration.txt"
         last = f"global_step_{complete.read_text().strip()}" if complete.exists() else "none"
         raise CheckpointError(
-            f"{folder} could not be written, because its disk is full ({free:.2f} GB free here now; {said[0]!r}). Free "
-            f"space or set trainer.max_actor_ckpt_to_keep=1, delete that folder, and start again with "
-            f"trainer.resume_mode=auto. The last complete checkpoint: {last}"
+            f"{folder} could not be written, most likely because its disk is full or a quota is used up ({free:.2f} GB "
+            f"free here now; {said[0]!r}). Free space or set trainer.max_actor_ckpt_to_keep=1, delete that "
+            f"folder, and start again with trainer.resume_mode=auto. The last complete checkpoint: {last}"
         ) from error
 
 
