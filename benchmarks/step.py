@@ -84,7 +84,7 @@ def verl_opd_settings(teacher: str, length: int) -> list[str]:
     ]
 
 
-def run(arm: str, folder: Path, steps: int, environment: dict[str, str]) -> dict:
+def run(arm: str, folder: Path, steps: int, environment: dict[str, str], more: list[str]) -> dict:
     """Train, and watch the processes meanwhile.
 
     Returns:
@@ -104,6 +104,7 @@ def run(arm: str, folder: Path, steps: int, environment: dict[str, str]) -> dict
         "reward.custom_reward_function.path=examples/quickstart/reward.py",
         "reward.custom_reward_function.name=compute_score",
         f"hydra.run.dir={folder / 'hydra'}",
+        *more,
     ]
     if arm == "verl_opd":
         length = int(environment["MAX_PROMPT"]) + int(environment["MAX_RESPONSE"])
@@ -222,6 +223,8 @@ def main() -> None:
 
     environment = os.environ | {"PROFILE": "cpu", "PYTHON": sys.executable, "BATCH": str(args.batch), "N": str(args.n)}
     large = args.model == "115M"
+    # The largest weight has to fit into one bucket.
+    more = ["actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=512"] if large else []
     environment |= {"MAX_PROMPT": str(512 if large else PROMPT_TOKENS), "MAX_RESPONSE": str(args.response)}
     environment |= {"OMP_NUM_THREADS": str(args.threads)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -242,7 +245,7 @@ def main() -> None:
         environment |= {"DATA_DIR": str(folder / "data"), "OUTPUT_DIR": str(folder / "out")}
         arms = {}
         for arm in (arm for arm in ESTIMATORS if arm in {"gndpo", *args.arms}):
-            arms[arm] = run(arm, folder, args.steps, environment)
+            arms[arm] = run(arm, folder, args.steps, environment, more)
             steps = arms[arm].pop("steps")
             check_alive(arm, steps)
             arms[arm]["seconds"] = median_seconds(steps)
