@@ -7,7 +7,6 @@
 in verl's registry. They differ from verl's only when `algorithm.adv_estimator` is one of ours.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -317,11 +316,12 @@ class GNDPOTrainerMixin(_Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        # Before verl's files, the last of which says that the checkpoint is complete.
+        if not self.uses_gndpo:
+            return super()._save_checkpoint()
         folder = step_folder(self.config.trainer, self.global_steps)
-        with explain_full_disk(folder) if self.uses_gndpo else contextlib.nullcontext():
-            if self.uses_gndpo:
-                save_run(folder, describe_run(self.config, self._gndpo.signal))
+        with explain_full_disk(folder):
+            # Before verl's files, the last of which says that the checkpoint is complete.
+            save_run(folder, describe_run(self.config, self._gndpo.signal))
             if self.signal_state is not None:
                 save_state(folder, self.signal_state)
             super()._save_checkpoint()

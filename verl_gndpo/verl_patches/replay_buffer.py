@@ -23,6 +23,13 @@ def poll_often(replay_buffer: Any) -> bool:
     return True
 
 
+def _has_methods_of_verl(replay_buffer: Any, *names: str) -> bool:
+    """Return True unless the class of a custom sampler has one of these methods of its own."""
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    return all(getattr(type(replay_buffer), name, None) is getattr(ReplayBuffer, name) for name in names)
+
+
 @patches("replay_buffer_events")
 def call_back(replay_buffer: Any, waiting: Callable[[], None], discarding: Callable[[set[str]], None]) -> bool:
     """Make a replay buffer report two events.
@@ -35,11 +42,8 @@ def call_back(replay_buffer: Any, waiting: Callable[[], None], discarding: Calla
     Returns:
         False if it is a custom sampler that waits or throws rows away in another way; it is then left as it is.
     """
-    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-
-    for name in ("_wait_for_next_poll", "_clear_groups"):
-        if getattr(type(replay_buffer), name, None) is not getattr(ReplayBuffer, name):
-            return False
+    if not _has_methods_of_verl(replay_buffer, "_wait_for_next_poll", "_clear_groups"):
+        return False
     wait, clear = replay_buffer._wait_for_next_poll, replay_buffer._clear_groups
 
     def _wait_for_next_poll(partition: str, last_debug_time: float) -> float:
@@ -73,11 +77,8 @@ def report_failures(
     Returns:
         False if it is a custom sampler that chooses prompts in another way; it is then left as it is.
     """
-    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-
-    for name in ("_select_prompt_uids", "_evict_terminal_groups"):
-        if getattr(type(replay_buffer), name, None) is not getattr(ReplayBuffer, name):
-            return False
+    if not _has_methods_of_verl(replay_buffer, "_select_prompt_uids", "_evict_terminal_groups"):
+        return False
     select, evict = replay_buffer._select_prompt_uids, replay_buffer._evict_terminal_groups
 
     def _select_prompt_uids(partition_id: str, *args: Any, **kwargs: Any) -> Any:
