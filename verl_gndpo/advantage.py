@@ -19,7 +19,7 @@ nothing is lost where two log-probs nearly cancel. Everything runs on the host, 
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from inspect import signature
 from operator import add
@@ -38,6 +38,8 @@ BLOCK_TOKENS = 1 << 16
 
 BASELINES = ("none", "batch", "group", "position", "teacher", "kl")
 SCALES = ("none", "batch", "group", "teacher", "ema", "rank")
+# Sums of squares keep about 16 digits. Below this share of the squared mean, too few of the variance's are left.
+LEAST_SHARE_OF_SQUARED_MEAN = 1e-6
 # For a baseline, the scales that can use its sums: subtracting a mean leaves the deviation from it as it was.
 SAME_SEGMENTS = {
     "none": ("none", "batch", "ema"),
@@ -364,6 +366,8 @@ class Trace:
     gain: np.ndarray | None
 
 
+# What overflows, and what is not a number, is found and named below.
+@np.errstate(over="ignore", invalid="ignore")
 @torch.no_grad()
 def compute_advantages(
     teacher_log_probs: torch.Tensor,
@@ -399,17 +403,28 @@ def compute_advantages(
         (batch, response_length), float32, exactly 0 where the mask is 0 or bound=mask drops the token.
 
     Raises:
-        ValueError: shapes differ; no token is valid; NaN or inf under a valid token; a stage's input is missing; a
-            bound returns NaN or inf.
+        ValueError: shapes differ; no token is valid; NaN or inf under a valid token, in any of the inputs; a stage's
+            input is missing; a bound returns NaN or inf; an advantage leaves float32.
     """
     valid = _check_batch(teacher_log_probs, old_log_probs, response_mask)
+    if signal.baseline == "kl":
+        _check_input("algorithm.gndpo.baseline=kl", "kl, KL(student || teacher) at each response token", kl, valid)
+    if task_coef:
+        what = "task_advantages, which verl's estimator makes of the rewards"
+        _check_input("algorithm.gndpo.task_reward.coef", what, task_advantages, valid)
     bounded = _bound_tokens(teacher_log_probs, old_log_probs, valid, signal, keep_trace=on_trace is not None)
     advantages, gain = _center_and_scale(bounded, valid.shape, signal, groups, teachers, kl, state)
     result = torch.from_numpy(advantages)
     if task_coef:
-        if task_advantages is None:
-            raise ValueError("task_coef is not 0, and there are no task advantages to mix in")
+        assert task_advantages is not None, "checked above"
         result = mix(result, task_advantages.cpu(), response_mask.cpu(), task_coef)
+    if not result.isfinite().all():
+        row, position = (~result.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"the advantage of row {row}, position {position} leaves float32: teacher_log_probs "
+            f"{teacher_log_probs[row, position].item()}, old_log_probs {old_log_probs[row, position].item()}; a bound "
+            "such as algorithm.gndpo.bound=clamp limits it; nothing was updated"
+        )
     if on_trace:
         on_trace(Trace(valid, *bounded.trace, result.numpy()[valid], bounded.clips_at, gain))
     return result.to(teacher_log_probs.device)
@@ -450,6 +465,30 @@ def _check_batch(teacher: torch.Tensor, old: torch.Tensor, response_mask: torch.
             "check that rollouts are not empty and that the mask is not filtered away"
         )
     return valid
+
+
+def _check_input(setting: str, what: str, x: torch.Tensor | None, valid: np.ndarray) -> None:
+    """Check what a setting needs beside the log-probs.
+
+    Args:
+        setting: for messages.
+        what: name and meaning of the input, for messages.
+        x: (batch, response_length).
+        valid: the mask, as bool.
+
+    Raises:
+        ValueError: it is missing, has another shape, or is not finite under a valid token; names the first one.
+    """
+    if x is None:
+        raise ValueError(f"{setting} needs {what}, and there is none")
+    if tuple(x.shape) != valid.shape:
+        raise ValueError(f"{setting} needs {what}: it has the shape {tuple(x.shape)} and the log-probs {valid.shape}")
+    bad = ~torch.isfinite(x).cpu() & torch.from_numpy(valid)
+    for row, position in bad.nonzero().tolist()[:1]:
+        raise ValueError(
+            f"NaN or inf under a valid token: row {row}, position {position}: {what}, is {x[row, position].item()} "
+            f"({int(bad.sum())} such tokens in the batch); nothing was updated"
+        )
 
 
 @dataclass
@@ -597,6 +636,19 @@ class _Segments:
         by_row = Sums.concatenate([Sums.of_pieces(block.k, block.sizes) for block in blocks])
         return by_row.merge(self.of_row, self.number)
 
+    def variance(self, blocks: list[_Block], sums: Sums) -> np.ndarray:
+        """Return the variance of each segment.
+
+        Args:
+            blocks: all rows.
+            sums: those of the segments.
+        """
+        variance, mean = sums.variance, sums.mean
+        if (variance >= LEAST_SHARE_OF_SQUARED_MEAN * mean**2).all():
+            return variance
+        # The squared mean has swallowed it: a second pass, over what the mean leaves.
+        return self.add_up([replace(block, k=block.k - self.spread(mean, block)) for block in blocks]).variance
+
     def spread(self, values: np.ndarray, block: _Block) -> np.ndarray:
         """Return the value, of (segments,), of each token of a block."""
         return values if self.number == 1 else np.repeat(values[self.of_row[block.rows]], block.sizes)
@@ -645,7 +697,7 @@ def _center_and_scale(
     elif signal.scale != "none":
         shared = segments(signal.scale)
         sums = sums or shared.add_up(blocks)
-        variance = sums.variance
+        variance = shared.variance(blocks, sums)
         if signal.scale == "ema" and state is not None and sums.count[0]:
             variance = np.array([state.update(float(variance[0]), signal.ema_decay)])
         # One token has no spread to scale by.
@@ -673,10 +725,7 @@ def _baseline(
     if kind == "none":
         return None, bounded.sums
     if kind == "kl":
-        if kl is None:
-            raise ValueError(
-                "algorithm.gndpo.baseline=kl needs the KL divergence of student and teacher at each response token (kl)"
-            )
+        assert kl is not None, "compute_advantages checks it"
         divergence = _on_host(kl)
         # The mean of D over all tokens that the student might have sampled is -KL(student || teacher).
         return lambda block: -divergence[block.rows][block.counted], None

@@ -27,6 +27,10 @@ TOP_PART = 0.01
 
 PARTS = 10
 
+# Up to this value the sum of a batch's squares stays in float32. The lowest float32, by which some models ban tokens,
+# goes beyond it.
+FLOAT32_ROOM = 1e14
+
 
 class Tokens:
     """The valid tokens of a batch, row after row, and what is derived from them; in numpy, on the host."""
@@ -35,12 +39,9 @@ class Tokens:
         self._trace = trace
         self.valid = trace.valid
         """(batch, response_length) bool, their places."""
-        self.d = trace.log_ratio
-        """(tokens,) float32, D = log pi_T - log pi_old, nats."""
-        self.k = trace.bounded
-        """(tokens,) float32, the bounded signal, in the bound's unit."""
-        self.a = trace.advantages
-        """(tokens,) float32, the advantage."""
+        self.d, self.k, self.a = _with_room(trace.log_ratio, trace.bounded, trace.advantages)
+        """(tokens,) each, all float32 or all float64: D = log pi_T - log pi_old, nats; the bounded signal, in the
+        bound's unit; the advantage."""
         self.clips_at = trace.clips_at
         """|D|, nats, beyond which a token counts as clipped; inf: none does."""
 
@@ -140,8 +141,9 @@ def describe_signal(tokens: Tokens) -> dict[str, float]:
     # numpy sorts float32 in less time than any two quantiles take to select.
     ordered = np.sort(d)
     low, high = float(ordered[0]), float(ordered[-1])
-    below = {nats: int(np.searchsorted(ordered, np.float32(-nats), "left")) for nats in (*BEYOND, tokens.clips_at)}
-    above = {nats: n - int(np.searchsorted(ordered, np.float32(nats), "right")) for nats in below}
+    number = ordered.dtype.type
+    below = {nats: int(np.searchsorted(ordered, number(-nats), "left")) for nats in (*BEYOND, tokens.clips_at)}
+    above = {nats: n - int(np.searchsorted(ordered, number(nats), "right")) for nats in below}
     return {
         "gndpo/log_ratio/mean": mean,
         "gndpo/log_ratio/std": std,
@@ -171,7 +173,7 @@ def _k3(d: np.ndarray, scratch: np.ndarray) -> float:
 
 def _describe_sizes(a: np.ndarray, magnitude: np.ndarray, scratch: np.ndarray) -> dict[str, float]:
     """Describe how unevenly the gradient is spread over the tokens. The weight of a token is |A|."""
-    n, largest = a.size, float(magnitude.max())
+    n, largest, number = a.size, float(magnitude.max()), a.dtype.type
     shares = {
         "gndpo/advantage_kurtosis": 0.0,
         "gndpo/effective_sample_share": 0.0,
@@ -179,9 +181,9 @@ def _describe_sizes(a: np.ndarray, magnitude: np.ndarray, scratch: np.ndarray) -
     }
     if largest > NO_ADVANTAGE:
         # In units of the largest, so that no power leaves float32.
-        unit = np.multiply(a, np.float32(1 / largest), out=scratch)
+        unit = np.multiply(a, number(1 / largest), out=scratch)
         squares, total = _squares(unit), float(magnitude.sum())
-        unit -= np.float32(_mean(unit))
+        unit -= number(_mean(unit))
         variance = _squares(unit)
         fourth = _squares(np.multiply(unit, unit, out=unit))
         top = max(int(TOP_PART * n), 1)
@@ -232,7 +234,7 @@ def sum_parts(tokens: Tokens, lengths: np.ndarray) -> Parts:
     if holes.size:
         inside = tokens.valid[holes].reshape(-1).view(np.int8)
         count[holes] = _segment_sums(inside, np.diff(edges[holes], axis=1), np.int64)
-    return Parts(count, *(_segment_sums(x, count, np.float32) for x in (tokens.d, tokens.magnitude)))
+    return Parts(count, *(_segment_sums(x, count, x.dtype.type) for x in (tokens.d, tokens.magnitude)))
 
 
 def describe_positions(parts: Parts) -> dict[str, float]:
@@ -352,11 +354,17 @@ def _means(count: float, d: np.floating, magnitude: np.floating) -> dict[str, fl
 
 def _segment_sums(x: np.ndarray, sizes: np.ndarray, dtype: type) -> np.ndarray:
     """Return sums over consecutive pieces of x, which together are all of it, in the shape of `sizes`."""
-    sums = np.zeros(sizes.size, np.result_type(dtype, np.float64 if dtype is np.float32 else dtype))
+    sums: np.ndarray = np.zeros(sizes.size, np.float64 if dtype is np.float32 else dtype)
     flat = sizes.reshape(-1)
     full = flat > 0
     sums[full] = np.add.reduceat(x, (flat.cumsum() - flat)[full], dtype=dtype)
     return sums.reshape(sizes.shape)
+
+
+def _with_room(*tokens: np.ndarray) -> list[np.ndarray]:
+    """Return float32 arrays in a type that holds the sums of their squares, too."""
+    largest = max(max(x.max(initial=0), -x.min(initial=0)) for x in tokens)
+    return [x.astype(np.float64) for x in tokens] if largest > FLOAT32_ROOM else [*tokens]
 
 
 def _mean(x: np.ndarray) -> float:
@@ -371,4 +379,4 @@ def _squares(x: np.ndarray) -> float:
 def _mean_and_std(x: np.ndarray, scratch: np.ndarray) -> tuple[float, float]:
     """Return mean and standard deviation (Bessel-corrected, 0 for one value). Overwrites `scratch`, of x's size."""
     mean = _mean(x)
-    return mean, math.sqrt(_squares(np.subtract(x, np.float32(mean), out=scratch)) / max(x.size - 1, 1))
+    return mean, math.sqrt(_squares(np.subtract(x, x.dtype.type(mean), out=scratch)) / max(x.size - 1, 1))
