@@ -17,9 +17,11 @@ from verl_gndpo.teacher.rows import (
     NAMES,
     check_image_tokens,
     check_log_probs,
+    check_number,
     check_positions,
     check_rows,
     check_token_ids,
+    explain_lack_of_memory,
     image_inputs,
     name_of,
     rows_with_images_in_response,
@@ -195,3 +197,21 @@ def test_log_probs_are_counted_and_must_be_finite():
         message = f"row 1 (prompt b): the teacher's log-prob of token 1 of the response (id 5) is {shown}, and 2 of 3"
         with pytest.raises(ValueError, match=re.escape(message)):
             check_log_probs(data, [good[0], wrong])
+
+
+@pytest.mark.parametrize("found", [2, 4])
+def test_a_pass_returns_a_log_prob_for_each_response_token(found):
+    data = batch(([1], [2, 3], [1, 1], {}), ([1], [4], [1], {}), uid=NonTensorStack("a", "b"))
+    check_number(data, [0, 1], [2, 1], 3)
+    message = f"{found} log-probs of 3 response tokens for 2 rows, from row 0 (prompt a) to row 1 (prompt b)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_number(data, [0, 1], [2, 1], found)
+
+
+def test_a_teacher_without_memory_says_what_to_lower():
+    data = batch(([1], [2, 3], [1, 1], {}), ([1], [4], [1], {}))
+    message = (
+        r"2 rows of 5 tokens, the longest of 3\. Lower teacher\.max_token_len_per_gpu \(now 64\).*CUDA out of memory"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=message), explain_lack_of_memory(data, 64):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -24,6 +24,7 @@ from verl_gndpo.teacher.architecture import try_teacher, why_weights_are_refused
 from verl_gndpo.teacher.packing import concatenable, group_by_prompt, plan
 from verl_gndpo.teacher.rows import (
     check_log_probs,
+    check_number,
     check_positions,
     image_inputs,
     rows_with_images_in_response,
@@ -222,7 +223,9 @@ class TeacherEngine(FSDPEngineWithLMHead):
                 dtype=self._autocast_dtype,
                 process_group=self._row_group,
             )
-            for row, of_row in zip(step.rows, scored.split([rows.lengths[row] for row in step.rows]), strict=True):
+            lengths = [rows.lengths[row] for row in step.rows]
+            check_number(data, step.rows, lengths, len(scored))
+            for row, of_row in zip(step.rows, scored.split(lengths), strict=True):
                 columns[row] = of_row
         self._scorer.forget()
         scores = [of_row[:, 0] for of_row in columns]

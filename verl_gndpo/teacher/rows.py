@@ -6,6 +6,8 @@ without an embedding, an image placeholder without an image, or a placeholder th
 an index error on the device, or as an image in another one's place.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -161,6 +163,24 @@ def check_image_tokens(data: TensorDict, hf_config: Any) -> None:
                 )
 
 
+def check_number(data: TensorDict, rows: Sequence[int], lengths: Sequence[int], found: int) -> None:
+    """Check that a forward pass has returned as many log-probs as its rows have response tokens.
+
+    Args:
+        rows: of the batch, those of the pass.
+        lengths: of their responses.
+        found: number of log-probs.
+
+    Raises:
+        ValueError: there are more or fewer; names the first and the last row.
+    """
+    if found != sum(lengths):
+        raise ValueError(
+            f"the teacher returned {found} log-probs of {sum(lengths)} response tokens for {len(rows)} rows, from "
+            f"{name_of(data, rows[0])} to {name_of(data, rows[-1])}"
+        )
+
+
 def check_log_probs(data: TensorDict, log_probs: list[torch.Tensor]) -> None:
     """Check that the teacher has returned a finite number for each response token.
 
@@ -188,3 +208,26 @@ def check_log_probs(data: TensorDict, log_probs: list[torch.Tensor]) -> None:
                 f"{scores[wrong[0]].item()}, and {len(wrong)} of {len(scores)} are not finite. A teacher in float16 "
                 "overflows where bfloat16 does not, and weights that were not all loaded do so in any dtype"
             )
+
+
+@contextmanager
+def explain_lack_of_memory(rows: TensorDict, limit: int) -> Iterator[None]:
+    """Say what to do when the accelerator has no memory left.
+
+    Args:
+        rows: what is being scored.
+        limit: `teacher.max_token_len_per_gpu`.
+
+    Raises:
+        torch.OutOfMemoryError: instead of torch's.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        lengths = rows["input_ids"].offsets().diff()
+        raise torch.OutOfMemoryError(
+            f"the teacher has no memory left for {len(lengths)} rows of {int(lengths.sum())} tokens, the longest of "
+            f"{int(lengths.max())}. Lower teacher.max_token_len_per_gpu (now {limit}) or teacher.logits_chunk_tokens, "
+            "or take more GPUs for it; `verl-gndpo plan` computes what scoring takes. The last checkpoint can be "
+            f"resumed. {error}"
+        ) from error

@@ -22,7 +22,7 @@ from verl_gndpo.platforms import without_accelerator
 from verl_gndpo.teacher.architecture import model_config
 from verl_gndpo.teacher.engine import TeacherEngineConfig
 from verl_gndpo.teacher.routing import Routing
-from verl_gndpo.teacher.rows import NAMES, check_rows
+from verl_gndpo.teacher.rows import NAMES, check_rows, explain_lack_of_memory
 from verl_gndpo.verl_patches import apply
 
 # Fields of a batch that the teacher reads. `response_mask` has the response lengths; NAMES are for errors. verl skips
@@ -73,6 +73,7 @@ class TeacherWorker(Worker):
         # Before verl's workers, which would take torch's default time-out.
         initialize_global_process_group_ray(timeout_second=config.nccl_timeout)
         self._routing = Routing(config)
+        self._limit = config.max_token_len_per_gpu
         # Offloading the weights frees torch's cache, too.
         self._frees_cache = config.placement == "colocated" and not config.fsdp.param_offload
         self.models: dict[str, TrainingWorker] = {}
@@ -126,7 +127,7 @@ class TeacherWorker(Worker):
             taken = rows or [int(data["input_ids"].offsets().diff().argmin())]
             part = data if len(taken) == len(data) else tu.index_select_tensor_dict(data, taken)
             check_rows(part, model.model_config.hf_config)
-            with model.engine.eval_mode():
+            with model.engine.eval_mode(), explain_lack_of_memory(part, self._limit):
                 output = model.engine.infer_batch(part)["model_output"]
             for name, scored in output.items():
                 sums = scores.setdefault(name, [None] * len(data))
