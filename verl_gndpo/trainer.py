@@ -10,6 +10,7 @@ in verl's registry. They differ from verl's only when `algorithm.adv_estimator` 
 import logging
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,24 @@ from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
+from verl.utils import tracking
 from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_to_nested
 
 from verl_gndpo.advantage import SignalState, Trace
-from verl_gndpo.checkpoint import describe_run, explain_full_disk, load_state, save_run, save_state, step_folder
+from verl_gndpo.checkpoint import (
+    describe_run,
+    explain_full_disk,
+    fingerprint,
+    keep_previous,
+    load_state,
+    log_of,
+    mend_tracker,
+    save_run,
+    save_state,
+    step_folder,
+    warn_of_other_data,
+)
 from verl_gndpo.config import (
     GNDPOConfig,
     Signal,
@@ -43,6 +57,7 @@ from verl_gndpo.student.run import share_prompts
 from verl_gndpo.teacher.client import TeacherClient, score_while_generating
 from verl_gndpo.teacher.server import ServerTeacher, use_servers
 from verl_gndpo.verl_patches.actor import apply_in_actor, divide_by_real_rows, freeze_tower_in_actor
+from verl_gndpo.verl_patches.file_logger import go_on_with_log
 from verl_gndpo.verl_patches.policy_loss import keep_policy_loss
 from verl_gndpo.verl_patches.replay_buffer import poll_often
 from verl_gndpo.verl_patches.resource_pools import place_when_created
@@ -102,6 +117,9 @@ class GNDPOTrainerMixin(_Trainer):
         self._shares_prompts = share_prompts(config)
         super().__init__(config)
         if self.uses_gndpo:
+            # Of what this run reads: the files may be replaced while it lasts.
+            self._data = fingerprint(config.data.train_files)
+            self._saved: Path | None = None
             poll_often(self.replay_buffer)
             self._lost_prompts = LostPrompts(
                 self.replay_buffer,
@@ -167,6 +185,7 @@ class GNDPOTrainerMixin(_Trainer):
         if not self.uses_gndpo:
             return
         divide_by_real_rows(self.actor_rollout_wg)
+        go_on_with_log(tracking, log_of(self.config.trainer), self.global_steps)
         self.monitor = SignalMonitor(self.config, self._gndpo, self.tokenizer, self.processor)
         if isinstance(self.teacher, ServerTeacher):
             return
@@ -321,19 +340,27 @@ class GNDPOTrainerMixin(_Trainer):
         folder = step_folder(self.config.trainer, self.global_steps)
         with explain_full_disk(folder):
             # Before verl's files, the last of which says that the checkpoint is complete.
-            save_run(folder, describe_run(self.config, self._gndpo.signal))
+            save_run(folder, describe_run(self.config, self._gndpo.signal, self._data))
             if self.signal_state is not None:
                 save_state(folder, self.signal_state)
-            super()._save_checkpoint()
+            with keep_previous(self.config.trainer, self._saved):
+                super()._save_checkpoint()
+        self._saved = folder
 
     def _load_checkpoint(self) -> None:
+        trainer = self.config.trainer
+        if self.uses_gndpo and trainer.resume_mode == "auto":
+            mend_tracker(Path(trainer.default_local_dir))
         super()._load_checkpoint()
         # verl leaves the step at 0 where there is nothing to resume.
-        if self.signal_state is None or self.global_steps == 0:
+        if not self.uses_gndpo or self.global_steps == 0:
             return
-        folder = step_folder(self.config.trainer, self.global_steps)
-        if self.config.trainer.resume_mode == "resume_path":
-            folder = self.config.trainer.resume_from_path
+        folder = step_folder(trainer, self.global_steps)
+        if trainer.resume_mode == "resume_path":
+            folder = Path(trainer.resume_from_path)
+        warn_of_other_data(folder, self._data)
+        if self.signal_state is None:
+            return
         state = load_state(folder)
         if state is None:
             logger.warning("%s holds no state of scale=ema, whose average starts anew", folder)

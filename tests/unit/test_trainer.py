@@ -255,6 +255,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_says_so(make_checkpointing, 
     monkeypatch.setattr(Checkpointing, "_save_checkpoint", save)
     trainer = make_checkpointing("algorithm.adv_estimator=gndpo")
     trainer.global_steps = 7
+    (tmp_path / "global_step_6" / "actor").mkdir(parents=True)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("6")
     with pytest.raises(CheckpointError, match=r"global_step_7 could not be written.*GB free.*global_step_6$"):
         trainer._save_checkpoint()

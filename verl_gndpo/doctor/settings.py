@@ -19,6 +19,7 @@ from verl_gndpo.config import (
 )
 from verl_gndpo.doctor.check import Check, describe_error, select
 from verl_gndpo.doctor.inputs import Inputs
+from verl_gndpo.export.folders import TRACKER
 from verl_gndpo.hydra_groups import RECIPE_OVERRIDE, as_override
 from verl_gndpo.observe.worst_tokens import why_not_writable
 from verl_gndpo.platforms import HOST_BACKEND, without_accelerator
@@ -95,6 +96,7 @@ def check_settings(inputs: Inputs) -> list[Check]:
         found += _check_separate_async(config)
     if select(config, "critic.enable"):
         error("critic.enable=True: this estimator does not use a critic", "critic.enable=False or null")
+    found += _check_checkpoints(config.trainer)
     found += _check_frozen_tower(config.actor_rollout_ref.actor)
     found += _check_sampling(config.actor_rollout_ref.rollout)
     found += _check_engine(config.actor_rollout_ref.actor.strategy)
@@ -246,6 +248,16 @@ def _check_ranks(config: Any, teacher: TeacherConfig) -> list[Check]:
         )
         return [Check("settings", "warning", detail, "fewer GPUs for the teacher, or a larger batch, cost less")]
     return []
+
+
+def _check_checkpoints(trainer: Any) -> list[Check]:
+    """Check that checkpoints can be written, before the first of them ends a run."""
+    folder = trainer.default_local_dir
+    problem = why_not_writable(Path(folder).expanduser() / TRACKER) if trainer.save_freq > 0 else None
+    if problem is None:
+        return []
+    remedy = "a folder that can be written to, or trainer.save_freq=-1"
+    return [Check("settings", "error", f"trainer.default_local_dir={folder}: {problem}", remedy)]
 
 
 def _check_worst_tokens(worst: WorstTokens) -> list[Check]:

@@ -325,6 +325,19 @@ PATCHES = index(
         where="trainer",
         on_import=False,
     ),
+    Patch(
+        name="file_logger",
+        module="verl.utils.tracking",
+        changes="FileLogger of the trainer's process",
+        applied_by="verl_gndpo.verl_patches.file_logger:go_on_with_log",
+        breaks="A resumed run deletes the metrics of all steps before, and a full disk ends a run with an error "
+        "that names no file.",
+        since="verl 0.7.0",
+        upstream="none known",
+        remove_when="verl's file logger appends to the log of the run that is resumed, and names its file in errors",
+        where="trainer",
+        on_import=False,
+    ),
     # Hydra, which composes verl's config.
     Patch(
         name="recipe_override",

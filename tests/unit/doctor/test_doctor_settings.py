@@ -73,6 +73,15 @@ def test_flash_attention_does_not_support_float32(make_config, monkeypatch):
     assert not errors(check_settings(Inputs(make_config("teacher.dtype=float32"))))
 
 
+def test_checkpoints_need_a_folder_that_can_be_written_to(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    folder = f"trainer.default_local_dir={tmp_path / 'file' / 'checkpoints'}"
+    checks = check_settings(Inputs(make_config("trainer.save_freq=2", folder)))
+    expect(checks, "error", folder, "file is not a folder", "trainer.save_freq=-1")
+    assert not errors(check_settings(Inputs(make_config("trainer.save_freq=-1", folder))))
+    assert not errors(check_settings(Inputs(make_config("trainer.save_freq=2"))))
+
+
 def test_what_verl_itself_refuses_is_told_in_one_line(make_config):
     config = make_config("actor_rollout_ref.actor.use_dynamic_bsz=False")
     check = expect(check_verl_settings(config), "error", "verl refuses this config", "ppo_micro_batch_size_per_gpu")

@@ -63,6 +63,7 @@ NOT_HERE = {
     "teacher.sharing": "tests/unit/doctor/test_doctor_models.py",
     "teacher.from_distillation": "tests/unit/doctor/test_doctor_settings.py",
     "distillation.enabled": "tests/unit/doctor/test_doctor_settings.py",
+    "trainer.save_freq": "tests/unit/doctor/test_doctor_settings.py",
     "data.max_prompt_length": "tests/unit/doctor/test_doctor_rows.py",
     "data.filter_overlong_prompts": "tests/unit/doctor/test_doctor_rows.py",
     "student.share_prompts": "turns off what the finding is about",
