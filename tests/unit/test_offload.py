@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offloaded weights are what they were, although the transfer to the host ends after `Module.to` has returned."""
+"""Offloaded weights are what they were, although the transfer to the host ends after `Module.to` has returned; and if
+some are not, the first upload says so."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
 import verl
+from verl.utils import fsdp_utils
+
+from verl_gndpo.verl_patches import offload
 
 # One process plays rank 7 of 8. Each asynchronous copy returns host memory full of NaN, which gets its values when the
 # device is waited for, as with a busy accelerator.
@@ -78,3 +83,55 @@ def test_uneven_shards_arrive_before_they_are_padded(which):
     else:
         # Even shards are not waited for.
         assert wrong == [] and waits == "2"
+
+
+class Poisoned(torch.nn.Sequential):
+    """A model of which a value changes whenever it moves to the host."""
+
+    poison: tuple[str, int] | None = None
+
+    def to(self, *args, **kwargs):
+        if args[0] == "cpu" and self.poison is not None:
+            name, place = self.poison
+            with torch.no_grad():
+                # The last bit of one number.
+                self.get_parameter(name).view(-1).view(torch.int16)[place] += 1
+        return super().to(*args, **kwargs)
+
+
+def round_trip(model):
+    fsdp_utils.offload_fsdp_model_to_cpu(model)
+    fsdp_utils.load_fsdp_model_to_gpu(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("poison", [("0.weight", 0), ("1.weight", 23), ("1.bias", -1)])
+def test_one_changed_bit_is_noticed_at_the_first_upload(monkeypatch, dtype, poison):
+    monkeypatch.setattr(offload, "CHECKED_AT_A_TIME", 7)
+    model = Poisoned(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6)).to(dtype)
+    model.poison = poison
+    fsdp_utils.offload_fsdp_model_to_cpu(model)
+    with pytest.raises(RuntimeError, match=rf"1 of 4 parameters of Poisoned on rank 0 .*first of them {poison[0]}: "):
+        fsdp_utils.load_fsdp_model_to_gpu(model)
+
+
+def test_only_the_first_round_trip_is_checked(monkeypatch):
+    """Later ones cost nothing, and weights may change between them."""
+    taken = []
+    monkeypatch.setattr(offload, "checksums", lambda model, real=offload.checksums: taken.append(1) or real(model))
+    model = Poisoned(torch.nn.Linear(6, 4))
+    round_trip(model)
+    assert len(taken) == 2
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    round_trip(model)
+    assert len(taken) == 2
+    # Each model is checked for itself.
+    round_trip(Poisoned(torch.nn.Linear(2, 2)))
+    assert len(taken) == 4
+
+
+def test_checksums_of_nothing():
+    """A shard may be empty, and so may a model."""
+    assert offload.checksums(torch.nn.Module()).tolist() == []
+    assert offload.checksums(torch.nn.Linear(0, 2, bias=False)).tolist() == [0]

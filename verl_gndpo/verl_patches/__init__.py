@@ -179,6 +179,18 @@ PATCHES = index(
         diff="0007-wait-for-uneven-fsdp2-shards.patch",
     ),
     Patch(
+        name="offload_check",
+        module="verl.utils.fsdp_utils",
+        changes="offload_fsdp_model_to_cpu and load_fsdp_model_to_gpu",
+        applied_by="verl_gndpo.verl_patches.offload:check_first_round_trip",
+        breaks="Weights that are damaged on their way to the host and back go unnoticed, because all that is computed "
+        "with them agrees with itself.",
+        since="every version of verl",
+        upstream="none known",
+        remove_when="transfers have long been proven right, as by a released test of verl on accelerators",
+        where="every process",
+    ),
+    Patch(
         name="freeze_vision_tower",
         module=_ENGINE,
         changes="FSDPEngineWithLMHead._build_module and _build_lora_module",
