@@ -6,6 +6,7 @@ of the teacher). Logits are made for response tokens only, some at a time (`proj
 optimizer, checkpoints, offload, weight sync, LoRA, gradient checkpointing and losses.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ class StudentEngine(FSDPEngineWithLMHead):
     """Of the micro-batch that runs."""
 
     _layout: Layout
+    _inputs: dict[str, Any]
+    """Of the model, for the micro-batch that runs."""
+
     use_remove_padding: bool
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any):
@@ -164,7 +168,8 @@ class StudentEngine(FSDPEngineWithLMHead):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         if self._attention is None:
             return super().forward_step(micro_batch, loss_function, forward_only)
-        micro_batch = micro_batch.to(get_device_id())
+        # From the host's copy of the batch, because values on an accelerator would have to be waited for.
+        self._inputs = self._model_inputs(micro_batch)
         with self._head.answering(self._request(micro_batch)):
             return super().forward_step(micro_batch, loss_function, forward_only)
 
@@ -178,32 +183,40 @@ class StudentEngine(FSDPEngineWithLMHead):
                 "needs all logits",
                 "student.share_prompts=False",
             )
-        lengths = _response_lengths(micro_batch)
+        lengths = self._lengths()
         temperature = micro_batch["temperature"]
         if isinstance(temperature, torch.Tensor):
             temperature = temperature.float().repeat_interleave(torch.tensor(lengths, device=temperature.device))
         rows = zip(micro_batch["input_ids"].unbind(), lengths, strict=True)
         return Request(
             rows=self._layout.predicting,
-            ids=torch.cat([ids[len(ids) - length :] for ids, length in rows]),
+            ids=torch.cat([ids[len(ids) - length :] for ids, length in rows]).to(get_device_id()),
             temperature=temperature,
             entropy=bool(entropy),
             sum_pi_squared=bool(squares),
             top_k=tu.get_non_tensor_data(micro_batch, REQUEST, None),
         )
 
-    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
-        if self._attention is None:
-            return super().prepare_model_inputs(micro_batch)
+    def _lengths(self) -> list[int]:
+        """Return the lengths of the responses of the micro-batch that runs, in tokens."""
+        return [length for group in self._groups for length in group.responses]
+
+    def _model_inputs(self, micro_batch: TensorDict) -> dict[str, Any]:
+        """Return the inputs of the model for a micro-batch."""
         images = image_inputs(micro_batch)
-        inputs = {
-            "input_ids": concatenate(self._groups, micro_batch["input_ids"].unbind()).unsqueeze(0),
+        ids, positions = (concatenate(self._groups, micro_batch[n].unbind()) for n in ("input_ids", "position_ids"))
+        return {
+            "input_ids": ids.unsqueeze(0).to(get_device_id()),
             "attention_mask": None,
-            "position_ids": concatenate(self._groups, micro_batch["position_ids"].unbind()).unsqueeze(-2),
+            "position_ids": positions.unsqueeze(-2).to(get_device_id()),
             # Images of a prompt come once, as its placeholders do.
             **extract_multi_modal_inputs([images[group.rows[0]] for group in self._groups]),
         }
-        return inputs, {}
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self._attention is None:
+            return super().prepare_model_inputs(micro_batch)
+        return self._inputs, {}
 
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
@@ -211,11 +224,11 @@ class StudentEngine(FSDPEngineWithLMHead):
         if self._attention is None:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         scores = output.logits
-        offsets, lengths = micro_batch["input_ids"].offsets(), _response_lengths(micro_batch)
+        offsets, lengths = micro_batch["input_ids"].offsets(), self._lengths()
+        ends = list(itertools.accumulate(group.prompt + n for group in self._groups for n in group.responses))
         # As in verl, the score of a token stands at the place that predicts it.
-        ends = zip(offsets[1:].tolist(), lengths, strict=True)
-        places = torch.cat([torch.arange(end - length - 1, end - 1) for end, length in ends]).to(scores.device)
-        whole = scores.new_zeros(int(offsets[-1]), scores.shape[1]).index_copy(0, places, scores)
+        runs = [torch.arange(end - length - 1, end - 1) for end, length in zip(ends, lengths, strict=True)]
+        whole = scores.new_zeros(ends[-1], scores.shape[1]).index_copy(0, torch.cat(runs).to(scores.device), scores)
         result = {
             name: torch.nested.nested_tensor_from_jagged(column, offsets)
             for name, column in zip(self._head.columns, whole.unbind(1), strict=True)

@@ -153,8 +153,10 @@ class _TokenScores(torch.autograd.Function):
                 slope = shifted.mul_(-of_entropy[tokens].unsqueeze(1)).add_(slope)
             slope = log_probs.exp_().mul_(slope)
             place = ids[tokens] - columns.start
-            row = ((place >= 0) & (place < slope.shape[1])).nonzero().squeeze(1)
-            slope[row, place[row]] += of_log_prob[tokens][row]
+            # Tokens of other blocks add 0 somewhere, because to pick those of this one would wait for the device.
+            inside = (place >= 0) & (place < slope.shape[1])
+            place = place.clamp(0, slope.shape[1] - 1).unsqueeze(1)
+            slope.scatter_add_(1, place, torch.where(inside, of_log_prob[tokens], 0.0).unsqueeze(1))
             if inverse is not None:
                 slope.mul_(inverse[tokens].unsqueeze(1))
             if to_bias is not None:

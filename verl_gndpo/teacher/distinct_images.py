@@ -2,6 +2,7 @@
 """A vision tower encodes each distinct image of a call once, although prompts that share an image each bring a copy."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +55,10 @@ class DistinctImages:
         grid = {} if grid_thw is None else {"grid_thw": grid_thw}
         if any(not isinstance(value, bool | int | str | None) for value in options.values()):
             return self._encode(pixel_values, **grid, **options)
-        rows: list[int] = [1] * len(pixel_values) if grid_thw is None else grid_thw.prod(-1).tolist()
+        shapes: list = [()] * len(pixel_values) if grid_thw is None else grid_thw.tolist()
+        rows = [math.prod(shape) for shape in shapes]
         images = pixel_values.split(rows)
-        distinct, which = _distinct(images, [()] * len(images) if grid_thw is None else grid_thw.tolist())
+        distinct, which = _distinct(images, shapes)
         if len(distinct) == len(images):
             return self._encode(pixel_values, **grid, **options)
         if grid_thw is not None:
@@ -91,17 +93,22 @@ def _repeat(encoded: Any, sizes: dict[int, list[int]], which: list[int]) -> Any:
 
 
 def _distinct(images: Sequence[torch.Tensor], shapes: list) -> tuple[list[int], list[int]]:
-    """Return the indices of the distinct images, and for each image the position of its equal among them."""
-    distinct: list[int] = []
-    which: list[int] = []
-    seen: dict[tuple, list[int]] = {}
-    for i, (image, shape) in enumerate(zip(images, shapes, strict=True)):
-        # The sum finds candidates; only equality makes two images one.
-        candidates = seen.setdefault((*shape, image.sum(dtype=torch.float64).item()), [])
-        position = next((p for p in candidates if torch.equal(images[distinct[p]], image)), None)
-        if position is None:
-            position = len(distinct)
-            distinct.append(i)
-            candidates.append(position)
-        which.append(position)
-    return distinct, which
+    """Return the indices of the distinct images, and for each image the position of its equal among them.
+
+    An accelerator is waited for twice, whatever the number of images.
+    """
+    if not images:
+        return [], []
+    # The sum finds candidates; only equality makes two images one.
+    sums = torch.stack([image.sum(dtype=torch.float64) for image in images]).tolist()
+    first: dict[tuple, int] = {}
+    candidates = [
+        first.setdefault((*shape, of_image), i) for i, (shape, of_image) in enumerate(zip(shapes, sums, strict=True))
+    ]
+    again = [(i, candidate) for i, candidate in enumerate(candidates) if candidate != i]
+    equal = torch.stack([(images[i] == images[j]).all() for i, j in again]).tolist() if again else []
+    # An image with the sum of another one, but other pixels, is so rare that it may as well be encoded again.
+    same = {i: j for (i, j), is_equal in zip(again, equal, strict=True) if is_equal}
+    distinct = [i for i in range(len(images)) if i not in same]
+    position = {i: number for number, i in enumerate(distinct)}
+    return distinct, [position[same.get(i, i)] for i in range(len(images))]

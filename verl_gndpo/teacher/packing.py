@@ -346,35 +346,53 @@ class Layout:
         length = -(-self.tokens // ranks)
         self.part = slice(rank * length, (rank + 1) * length)
         """The tokens of the padded row that this rank runs through the decoder."""
-        self.places: list[GroupPlaces] = []
-        """One per group."""
-        predicting = []
+        predicting: list[torch.Tensor] = []
+        slices: list[slice] = []
+        batches: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         start = 0
+        # On the host, because an accelerator would have to be waited for wherever a shape depends on a value.
         for group in groups:
-            end = start + group.prompt
-            lengths = torch.tensor(group.responses, device=device)
+            end, stop = start + group.prompt, start + group.tokens
+            lengths = torch.tensor(group.responses)
             starts = end + lengths.cumsum(0) - lengths
-            within = torch.arange(max(group.responses), device=device)
+            within = torch.arange(max(group.responses))
             valid = within < lengths.unsqueeze(1)
             places = torch.where(valid, starts.unsqueeze(1) + within, end)
             # The prompt's last token predicts the first of each response, and each token but the last the next one.
             before = torch.cat([torch.full_like(places[:, :1], end - 1), places[:, :-1]], 1)
             predicting.append(before[valid])
-            stop = start + group.tokens
-            batches = []
-            # Looked up once, not in every layer, because the host has to wait for an accelerator to answer.
-            for members in alike(group.responses, group.prompt):
+            single = len(group.responses) == 1
+            slices.append(slice(start, stop if single else end))
+            batches.append([])
+            for members in [] if single else alike(group.responses, group.prompt):
                 longest = max(group.responses[member] for member in members)
                 inside = valid[members, :longest].flatten().nonzero().squeeze(1)
-                batches.append(ResponsePlaces(places[members, :longest], inside))
-            single = len(group.responses) == 1
-            self.places.append(GroupPlaces(slice(start, stop if single else end), () if single else tuple(batches)))
+                batches[-1].append((places[members, :longest], inside))
             start = stop
-        self.predicting = torch.cat(predicting)
+        every = torch.cat(predicting)
+        here = ((every >= self.part.start) & (every < self.part.stop)).nonzero().squeeze(1)
+        indices = [
+            every,
+            here,
+            every[here] - self.part.start,
+            *(x for of_group in batches for b in of_group for x in b),
+        ]
+        moved = iter(_upload(indices, device))
+        self.predicting = next(moved)
         """(response tokens,), the place whose output predicts each response token, response by response."""
+        self._predicted_here = next(moved), next(moved)
+        self.places = [
+            GroupPlaces(prompt, tuple(ResponsePlaces(next(moved), next(moved)) for _ in of_group))
+            for prompt, of_group in zip(slices, batches, strict=True)
+        ]
+        """One per group."""
 
     def predicted_here(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which response tokens this rank's part predicts, (tokens,), and the places in the part that do."""
-        here = (self.predicting >= self.part.start) & (self.predicting < self.part.stop)
-        tokens = here.nonzero().squeeze(1)
-        return tokens, self.predicting[tokens] - self.part.start
+        return self._predicted_here
+
+
+def _upload(tensors: Sequence[torch.Tensor], device: torch.device | int | str) -> list[torch.Tensor]:
+    """Move integer tensors to a device, all of them in one transfer."""
+    whole = torch.cat([x.flatten() for x in tensors]).to(device)
+    return [part.view(x.shape) for part, x in zip(whole.split([x.numel() for x in tensors]), tensors, strict=True)]

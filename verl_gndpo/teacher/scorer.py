@@ -347,8 +347,6 @@ class Scorer:
             cache: of the tokens before these; the model adds these tokens to it.
         """
         inputs = self._concatenate_inputs(images)
-        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-        ids, positions, sampled = ids.to(device), positions.to(device), sampled.to(device)
         if self._kinds and inputs:
             placeholders = list(family_of(self._config).placeholder_ids(self._config).values())
             kinds = (torch.isin(ids, ids.new_tensor(placeholders)) & ~sampled).long()
@@ -362,14 +360,16 @@ class Scorer:
         inputs |= {"input_ids": ids, "attention_mask": None, "position_ids": positions, "use_cache": cache is not None}
         if cache is not None:
             inputs["past_key_values"] = cache
+        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        # Asked before anything moves, because the answer of an accelerator would have to be waited for.
         if bool(sampled.any()):
             # A model puts image features wherever it sees the placeholder's id, so it is shown another id. It still
             # embeds the placeholder's own row there, as the rollout engine did when it continued from that token.
             # (verl's own engines, and therefore the student's, fail on such a row.)
             taken = set(family_of(self._config).placeholder_ids(self._config).values())
             other = next(token_id for token_id in range(len(taken) + 1) if token_id not in taken)
-            inputs["input_ids"] = ids.masked_fill(sampled, other)
-            self._embedded_ids = ids
+            inputs["input_ids"] = ids.masked_fill(sampled, other).to(device)
+            self._embedded_ids = ids.to(device)
         kind = torch.device(device).type
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(kind, dtype=dtype)
         try:
