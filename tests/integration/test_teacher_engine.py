@@ -108,9 +108,9 @@ class Rank:
         else:
 
             class Shifted(scorer.Layout):
-                def __init__(self, *arguments, **options):
-                    super().__init__(*arguments, **options)
-                    self.predicting = (self.predicting - 1).clamp(min=0)
+                def predicted_here(self):
+                    tokens, places = super().predicted_here()
+                    return tokens, (places - 1).clamp(min=0)
 
             scorer.Layout = Shifted
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.unit.packed import SHAPES, groups_of, sequences, tiny
+from verl_gndpo.teacher import attention
 from verl_gndpo.teacher.attention import FlexKernel, SharedPromptAttention, attend_by_prompt
 from verl_gndpo.teacher.packing import Layout
 
@@ -63,6 +64,24 @@ def test_a_models_output_is_that_of_each_sequence_alone(name, flex):
     assert torch.equal(plain, expected[0])
 
 
+def test_a_sliding_window_repeats_no_keys(monkeypatch):
+    seen = []
+
+    def attend(query, key, value, **options):
+        seen.append((query, key, value))
+        return scaled_dot_product_attention(query, key, value, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", attend)
+    query, key, value = torch.randn(1, 6, 40, 8), *torch.randn(2, 1, 2, 40, 8)
+    attend_by_prompt(Layout(groups_of([(10, [10, 10, 9, 1])]), CPU), query, key, value, None, 5)
+    assert len(seen) > 2
+    for heads, *shared in seen:
+        assert heads.shape[1] == 3
+        assert all(x.shape[1] == 3 and x.stride(1) == 0 for x in shared)
+    # The prompt's are the model's own.
+    assert seen[0][1].untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+
+
 def test_two_models_attend_by_layouts_of_their_own():
     one, other = tiny("Qwen2"), tiny("Qwen2")
     groups = groups_of([(3, [2])])
@@ -82,10 +101,10 @@ def test_a_model_that_shares_prompts_does_not_run_without_a_layout():
 
 
 def test_bounded_scores_and_attention_sinks_are_refused():
-    attention, query = SharedPromptAttention(tiny("Qwen2")), torch.randn(1, 1, 3, 4)
+    shared, query = SharedPromptAttention(tiny("Qwen2")), torch.randn(1, 1, 3, 4)
     for option in ({"softcap": 30.0}, {"s_aux": torch.zeros(1)}):
         with pytest.raises(NotImplementedError, match="bounds its scores or has attention sinks"):
-            attention.attention(None, query, query, query, None, **option)
+            shared.attention(None, query, query, query, None, **option)
 
 
 def test_a_layer_with_an_attention_of_its_own_is_noticed():

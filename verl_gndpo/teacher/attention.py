@@ -83,10 +83,15 @@ def _causal(
         ahead = (
             torch.arange(reach, device=query.device) - torch.arange(reach - length, reach, device=query.device)[:, None]
         )
-        # With a mask as a tensor, no kernel but the slowest takes fewer heads of keys than of queries.
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        # With a mask as a tensor, no kernel but the slowest takes fewer heads of keys than of queries. A view repeats
+        # them without a copy: each head of keys becomes a sequence of its own, seen by all of its heads of queries.
+        batch, heads, shared = query.shape[0], query.shape[1], key.shape[1]
+        key, value = (
+            x.reshape(batch * shared, 1, reach, x.shape[-1]).expand(-1, heads // shared, -1, -1) for x in (key, value)
+        )
+        query = query.reshape(batch * shared, heads // shared, length, query.shape[-1])
         out = attend(query, key, value, attn_mask=(ahead <= 0) & (ahead > -sliding_window))
+        out = out.reshape(batch, heads, length, out.shape[-1])
     elif length == reach:
         out = attend(query, key, value, is_causal=True, enable_gqa=True)
     else:
