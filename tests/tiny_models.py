@@ -126,6 +126,12 @@ def _qwen3(path: Path, seed: int, layers: int) -> None:
     _text_only(Qwen3ForCausalLM, Qwen3Config(**_TEXT, num_hidden_layers=layers, head_dim=64), seed, path)
 
 
+def _uneven(path: Path, seed: int, layers: int) -> None:
+    # Two and three ranks get shards of different sizes of every layer's norms and of three of its projections.
+    sizes = _TEXT | {"hidden_size": 67, "intermediate_size": 131}
+    _text_only(Qwen3ForCausalLM, Qwen3Config(**sizes, num_hidden_layers=layers, head_dim=64), seed, path)
+
+
 def _text_only(model_class: type[PreTrainedModel], config: Qwen2Config | Qwen3Config, seed: int, path: Path) -> None:
     tokenizer = build_tokenizer(vocab=VOCAB)
     config.vocab_size = len(tokenizer)
@@ -164,4 +170,5 @@ FAMILIES = {
     "internvl": _internvl,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "uneven": _uneven,
 }

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher's engine on four gloo ranks, against plain Hugging Face forwards: ranks that share a row, shardings,
-the self-check, sampled placeholders, a tool's images, and errors that name their row.
+the self-check, sampled placeholders, a tool's images, and errors that name their row. And on two and three, weights
+that they share unevenly.
 
 The ranks are processes that live as long as this module's tests: importing verl takes longer than all scoring here.
 """
 
 import contextlib
+import hashlib
 import io
 import multiprocessing
 import pickle
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tensordict.tensorclass import NonTensorStack
 
 from tests.integration import helpers
@@ -91,6 +94,36 @@ class Rank:
         """Turn on `param_offload`, which the worker ignores without an accelerator."""
         self.engine._is_offload_param = True
 
+    def round_trip(self, poisoned=None):
+        """Move the weights to the host and back, and on one rank change a value on the way."""
+        from verl.utils import fsdp_utils
+
+        module = self.engine.module
+        fsdp_utils.offload_fsdp_model_to_cpu(module)
+        if torch.distributed.get_rank() == poisoned:
+            local = next(x for p in module.parameters() if (x := getattr(p, "_local_tensor", p)).numel())
+            local.detach().view(-1)[0] += 1
+        fsdp_utils.load_fsdp_model_to_gpu(module)
+
+    def weights(self):
+        """Return a digest of each whole parameter by its name, as it would be sent to a rollout engine."""
+        parameters, _ = self.engine.get_per_tensor_param()
+        return {name: digest(value) for name, value in parameters}
+
+    def shapes(self):
+        """Return the number of elements of each parameter that this rank holds."""
+        return [getattr(p, "_local_tensor", p).numel() for p in self.engine.module.parameters()]
+
+    def save(self, path):
+        self.engine.save_checkpoint(path)
+
+    def restore(self, path):
+        """Forget the weights, and load a checkpoint."""
+        with torch.no_grad():
+            for parameter in self.engine.module.parameters():
+                getattr(parameter, "_local_tensor", parameter).zero_()
+        self.engine.load_checkpoint(path, del_local_after_load=False)
+
     def gathered(self):
         """Return the bytes of weights that this rank holds beyond its shards."""
         module = self.engine.module
@@ -118,6 +151,12 @@ class Rank:
         from verl_gndpo.teacher import attention, scorer
 
         attention._causal, scorer.Layout = self.intact
+
+
+def digest(tensor):
+    """Return a digest of a float32 tensor's bits and shape."""
+    assert tensor.dtype == torch.float32
+    return hashlib.sha256(repr(tuple(tensor.shape)).encode() + tensor.detach().cpu().numpy().tobytes()).hexdigest()
 
 
 class Ranks:
@@ -194,7 +233,7 @@ class Family:
         from transformers import AutoProcessor
 
         self.path = build_tiny(name, path, seed=3)
-        self.sees = name != "qwen3"
+        self.sees = name not in ("qwen3", "uneven")
         self.processor = AutoProcessor.from_pretrained(self.path)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         # Its attention is not the one of the engine's own plain forward pass.
@@ -475,3 +514,45 @@ def test_a_row_that_cannot_be_scored_is_named_before_anything_runs(family, ranks
 def test_heads_that_cannot_be_dealt_out_are_refused(family, ranks):
     with pytest.raises(RuntimeError, match=r"parallel_size=3 does not fit a model with 4 attention heads and 1 of"):
         ranks("start", family("qwen2_5_vl").path, {"ulysses_sequence_parallel_size": 3})
+
+
+# --- two and three ranks, which share the weights unevenly ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def few_ranks(request):
+    ranks = Ranks(request.param)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_uneven_shards_keep_every_bit(family, few_ranks, strategy, tmp_path):
+    """On their way to the host and back, between scores, into a checkpoint and out of it."""
+    model = family("uneven")
+    rows = [row for _ in range(3) for row in model.rows()][: 6 * 2]
+    expected = {name: digest(value) for name, value in load_file(model.path / "model.safetensors").items()}
+    few_ranks("start", model.path, {"fsdp": {"strategy": strategy}})
+    shapes = few_ranks("shapes")
+    # FSDP1 flattens the parameters of a layer and pads them, so that its shards cut through parameters instead.
+    assert (shapes[0] != shapes[-1]) == (strategy == "fsdp2")
+    resident = few_ranks.score(rows)
+    assert_equal(resident, [model.log_probs(row) for row in rows])
+    assert all(weights == expected for weights in few_ranks("weights"))
+    for _ in range(2):
+        few_ranks("round_trip")
+        assert all(weights == expected for weights in few_ranks("weights"))
+        assert all(map(np.array_equal, few_ranks.score(rows), resident))
+
+    few_ranks("save", str(tmp_path))
+    few_ranks("restore", str(tmp_path))
+    assert all(weights == expected for weights in few_ranks("weights"))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_a_weight_that_changes_on_its_way_ends_the_run(family, few_ranks, strategy):
+    few_ranks("start", family("uneven").path, {"fsdp": {"strategy": strategy}})
+    with pytest.raises(RuntimeError) as failed:
+        few_ranks("round_trip", 1)
+    (error,) = str(failed.value).splitlines()
+    assert "1 of " in error and "on rank 1 are not what they were before they were offloaded to the host" in error

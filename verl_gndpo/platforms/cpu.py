@@ -40,6 +40,13 @@ _MISSING_IN_TORCH_CPU: dict[str, Callable] = {
 }
 
 
+class _Host(str):
+    """The name of the device "cpu", which is also its number where verl writes "cpu:NUMBER"."""
+
+    def __format__(self, spec: str) -> str:
+        return "0"
+
+
 class PlatformCPU(PlatformBase):
     """Device "cpu", process groups over gloo, no device memory to manage."""
 
@@ -58,7 +65,7 @@ class PlatformCPU(PlatformBase):
 
     def current_device(self) -> str:
         # verl hands this to .to() and device=, where a number would mean an accelerator.
-        return "cpu"
+        return _Host("cpu")
 
     def device_count(self) -> int:
         return 1
