@@ -490,4 +490,87 @@ TRAP_OUTPUTS = [
     ("math", "x<2", NONE, "The solution is $x<2$.", True),
     ("math", "x<2", NONE, "Thus x < 2.", True),
     ("math", "x<2", NONE, "Thus x > 2.", False),
+    ("choice", "B", HEIGHTS, "I think it's B.", True),
+    ("choice", "B", HEIGHTS, "I think that it's B, since tan 45° = 1.", True),
+    ("choice", "B", HEIGHTS, "I don't think it's B.", False),
+    ("choice", "B", HEIGHTS, "I'm not sure if it is B.", False),
+    ("choice", "B", HEIGHTS, "<think>It's B.</think>\n\n➡️ **B**", True),
+    ("choice", "B", HEIGHTS, "✅ B", True),
+    ("choice", "B", HEIGHTS, "❌ B", False),
+    ("choice", "C", HEIGHTS, "A. 16 m ❌\nB. 18 m ✅\nC. 20 m ❌", False),
+    ("choice", "B", HEIGHTS, "→ B", True),
+    ("choice", "B", HEIGHTS, "B is our final answer.", True),
+    ("choice", "B", HEIGHTS, "综上所述，答案为选项 B。", True),
+    ("choice", "B", HEIGHTS, "我不选B", False),
+    ("multi_choice", "A, C", NONE, "Therefore, A and C are correct.", True),
+    ("multi_choice", "A, C", NONE, "Therefore, A and D are correct.", False),
+    ("math", "45", NONE, "So the angle is 45°, i.e. half of a right angle.", True),
+    ("math", "45", NONE, "x = 45 (since 135 is too large)", True),
+    ("math", "135", NONE, "x = 45 (since 135 is too large)", False),
+    ("choice", "B", HEIGHTS, "A. 16 m ❌\nB. 18 m ✅\nC. 20 m ❌\nD. 24 m ❌\n\n**Answer: B**", True),
+    ("choice", "B", HEIGHTS, "【答案】B\n\n【解析】由题意得塔高为 18 m。", True),
+    ("choice", "B", HEIGHTS, "【答案】C", False),
+    ("choice", "B", HEIGHTS, "【分析】先求塔高。\n【解答】塔高 18 m。\n故选：B．", True),
+    ("choice", "B", HEIGHTS, "应选B项", True),
+    ("choice", "B", HEIGHTS, "B选项不符合题意", False),
+    ("choice", "B", HEIGHTS, "选项C正确，选项B错误。", False),
+    ("choice", "B", HEIGHTS, "不选B，选C。", False),
+    ("choice", "B", HEIGHTS, "18 m is the answer.", True),
+    ("choice", "B", HEIGHTS, "18 m is not the answer.", False),
+    ("choice", "B", HEIGHTS, "<CONCLUSION>\nB\n</CONCLUSION>", True),
+    (
+        "choice",
+        "B",
+        HEIGHTS,
+        "To find the height, use the tangent.\n\nThe correct choice is:\n\n\\[ \\text{B. } 18 \\text{ m} \\]",
+        True,
+    ),
+    ("choice", "B", HEIGHTS, "The student chose B. That is wrong; the answer is D.", False),
+    ("choice", "B", HEIGHTS, "\\boxed{C \\text{ (not B)}}", False),
+    ("choice", "B", VERDICTS, "No. The sides differ.", True),
+    ("choice", "A", VERDICTS, "No. Yes would need equal sides.", False),
+    ("math", "3.5", NONE, "Therefore, x = 3.5.", True),
+    ("math", "3.5", NONE, "Therefore, x = 5.3.", False),
+    ("math", "3.5", NONE, "3.5 cm is the answer.", True),
+    ("math", "3.5", NONE, "I get 3.5.", True),
+    ("math", "3.5", NONE, "【答案】3.5", True),
+    ("math", "2\\sqrt{3}", NONE, "Thus, $BC = \\sqrt{12} = 2\\sqrt{3} \\approx 3.46$.", True),
+    ("math", "24", NONE, "It has 24 sides, so each angle is 165°.", False),
+    ("math", "24", NONE, "The answer is twice 24.", False),
+    ("math", "24", NONE, "24 people were asked, and 12 said yes.", False),
+    ("math", "120", NONE, "The supplementary angle of 120° is 60°.", False),
 ]
+
+
+def count(reward) -> tuple[int, int]:
+    """Return how many verdicts of a reward are right, and how many accept wrongly.
+
+    Args:
+        reward: takes response, ground truth, answer type and choices; returns True if it accepts.
+    """
+    rows = CHOICE_OUTPUTS + FREE_OUTPUTS + TRAP_OUTPUTS
+    accepted = [reward(response, truth, kind, choices) for kind, truth, choices, response, _ in rows]
+    right = sum(given == row[4] for given, row in zip(accepted, rows, strict=True))
+    return right, sum(given and not row[4] for given, row in zip(accepted, rows, strict=True))
+
+
+if __name__ == "__main__":
+    # The figures in docs/data.md: python -m tests.unit.model_outputs
+    from mathruler.grader import extract_boxed_content, grade_answer
+    from verl.utils.reward_score import geo3k
+
+    from verl_gndpo.rewards import compute_score
+
+    rewards = {
+        "verl_gndpo": lambda response, truth, kind, choices: (
+            compute_score("any", response, truth, {"answer_type": kind, "choices": choices})["acc"] == 1.0
+        ),
+        "verl's geo3k": lambda response, truth, *_: geo3k.acc_reward(response, truth, use_boxed=True) == 1.0,
+        # Without a box, the whole response is the answer.
+        "mathruler": lambda response, truth, *_: grade_answer(
+            extract_boxed_content(response) if "boxed" in response else response, truth
+        ),
+    }
+    print(len(CHOICE_OUTPUTS + FREE_OUTPUTS + TRAP_OUTPUTS), "outputs")
+    for name, reward in rewards.items():
+        print(name, *count(reward))

@@ -499,6 +499,10 @@ def test_whatever_is_placed_has_as_many_placeholders_as_images(parts, images):
         (7.0, "7"),
         (0.25, "0.25"),
         (-3, "-3"),
+        ("y" * 70 + ".\nTherefore, it is: 25°.", "25°"),
+        ("y" * 70 + ". Therefore, the correct options are 2, 3, 4.", "2, 3, 4"),
+        ("y" * 70 + ". So the answer is $$\\frac{1}{2}$$.", "$$\\frac{1}{2}$$"),
+        ("y" * 70 + ". Therefore, it is a square.", "y" * 70 + ". Therefore, it is a square"),
     ],
 )
 def test_answers_are_unwrapped(answer, plain):

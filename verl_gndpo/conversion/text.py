@@ -44,6 +44,13 @@ STATED_PRECISION = re.compile(
 )
 # A word, or a time of day, which DynaMath writes as 5:0.
 NO_FORMULA = re.compile(r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b)[a-zA-Z]{2,}|\d\s*:\s*\d")
+# The end of an explanation, after at least a sentence. What it states holds no words.
+CONCLUSION = re.compile(
+    r".{60,}[.;。∴\n]\s*(?:∴\s*)?(?:(?:therefore|thus|hence|so)\b,?\s*)?"
+    r"(?:it is|the (?:final |correct )?(?:answer|option|statement|conclusion)s? (?:is|are)|故?答案[为是])\s*[:：]?\s*"
+    r"(?P<answer>(?=[^\n]*[\dA-Z])(?:(?!(?<![\\a-zA-Z])[a-z]{4})[^\n;。]){1,40}?)[.。]?\s*",
+    re.DOTALL | re.IGNORECASE,
+)
 LATEX_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # "(A) x (B) y", "A. x; B. y", "A) x B) y", or "A:40°" at the start of a line. White space or punctuation goes before.
 CHOICE_MARK = re.compile(
@@ -127,7 +134,8 @@ def place_images(question: str, images: list[T], repairs: list[str], expected: b
 def plain_answer(value: object, repairs: list[str]) -> str:
     """Return an answer as bare text.
 
-    Numbers become text. `$$6$$`, `\\boxed{6}`, `<answer> 6 </answer>` and a final full stop are removed.
+    Numbers become text. `$$6$$`, `\\boxed{6}`, `<answer> 6 </answer>` and a final full stop are removed. An explanation
+    that ends in "Therefore, the answer is 6." becomes 6.
 
     Args:
         value: the source's answer.
@@ -147,6 +155,9 @@ def plain_answer(value: object, repairs: list[str]) -> str:
         raise DroppedRow("no answer", answer[:40])
     if bare != answer:
         repairs.append("answer unwrapped")
+    if conclusion := CONCLUSION.fullmatch(bare):
+        repairs.append("answer taken from the end of an explanation")
+        bare = conclusion["answer"].strip()
     return bare
 
 

@@ -18,12 +18,26 @@ _OTHER_LABEL = re.compile(r"(?<![a-zA-Z])(?:\(([A-Z])\)|([A-Z])\s*[.):])|^\s*([A
 _LABEL_AND_TEXT = re.compile(
     _LABEL_WORD + r"(?:[(\[]\s*([A-Z])\s*[)\]]|([A-Z])[.:]?)(?:\s*,\s*|\s+(?:-\s+)?)(?P<text>\S.*)", re.S
 )
-_OPERATORS = {r"\times": "*", r"\cdot": "*", r"\div": "/"}
+_OPERATORS = {
+    r"\times": "*",
+    r"\cdot": "*",
+    r"\div": "/",
+    "plus": "+",
+    "minus": "-",
+    "times": "*",
+    "divided by": "/",
+} | {
+    "addition": "+",
+    "subtraction": "-",
+    "multiplication": "*",
+    "division": "/",
+}
 _OWN_LABEL = re.compile(r"\s*\(?([A-Z])\s*[.:)]\s*(?=\S)")
 _LABELLED_TRUTH = re.compile(r"\(([A-Z])\)|([A-Z])[.)]\s.*", re.S)
 # Small letters only in alphabetical order: "ac" names two choices, "cab" is a word.
 _LETTERS = re.compile(r"[A-Z]{2,26}|(?=..)a?b?c?d?e?f?g?h?")
 _BEFORE_LETTERS = re.compile(r"^(?:both|options|choices|answers)\b\s*:?\s*", re.I)
+_BOTH = re.compile(r"^both\s+", re.I)
 _BETWEEN_LETTERS = re.compile(r"\s*(?:[,;&/+]|\band\b)\s*|\s+|(?<=\))(?=\()", re.I)
 _BETWEEN_CHOICES = re.compile(r"\s*[;\n]\s*")
 
@@ -66,6 +80,9 @@ def chosen(text: str, texts: list[str]) -> int | None:
     for index, choice in enumerate(cleaned):
         if same_words(text, choice):
             return index
+    without_both = [index for index, choice in enumerate(cleaned) if same_words(text, _BOTH.sub("", choice))]
+    if len(without_both) == 1:
+        return without_both[0]
     return _index(named) if named else None
 
 
@@ -101,8 +118,8 @@ def truth_label(cleaned: str) -> str | None:
 
 
 def _read(text: str) -> str:
-    text = clean(text)
-    return _OPERATORS.get(text, text)
+    text = re.sub(r"\s*\\?&\s*", " and ", clean(text))
+    return _OPERATORS.get(text.lower(), text)
 
 
 def _names_others(rest: str, named: str, texts: list[str]) -> bool:

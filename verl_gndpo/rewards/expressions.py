@@ -15,7 +15,7 @@ Leaf = Callable[[str, str, float], bool]
 """Decides what nothing else could: (answer, truth, tolerance), both cleaned."""
 
 _GEOMETRIC = re.compile(r"\\(?:angle|triangle)(?![a-zA-Z])|\bangles?\b|\\(?:overline|widehat)\s*(?=\{)")
-_PRIMED = re.compile(r"([A-Za-z)}\]])\s*('+)(?![a-z])(?<![a-z]{2}')")
+_PRIMED = re.compile(r"([A-Za-z\d)}\]])\s*('+)(?![a-z])(?<![a-z]{2}')")
 _POINT = re.compile(r"^([A-Z]'?)\s*(?=\([^(),]*,[^()]*\)$)")
 # Two different names of one kind name two different things. The first five kinds can also be values: the number of an
 # angle, a letter, a Greek letter, a segment, an angle or triangle. The others, functions and ratios, are only names.
@@ -29,11 +29,17 @@ _NAME_KINDS = [
         r"(?:[A-Z]'*){3}",
         r"\\[a-zA-Z]+'*",
         r"[a-zA-Z]'*\([^()]+\)",
+        r"[a-zA-Z]'*_(?:[a-zA-Z]|[A-Z]{2,4})",
         r"[^:]+:[^:]+",
     )
 ]
 _VALUE_KINDS = 5
+_LETTER_KIND = 1
 _POINTS_KINDS = (3, 4)
+_AREA_KIND, _RATIO_KIND = 7, 8
+_EQUATED_KINDS = (_LETTER_KIND, *_POINTS_KINDS, _AREA_KIND, _RATIO_KIND)
+_FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_VARIABLE = re.compile(r"\s*([a-zA-Z])\s*\(\s*([nxyzt])\s*\)\s*")
 _INDEX = re.compile(r"_?\{?\d+\}?$")
 _CAPITAL = re.compile(r"[A-Z]'*")
 _LETTER_RUN = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
@@ -71,8 +77,11 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
     equated, equated_truth = _equated_names(answer), _equated_names(truth)
     if equated and equated_truth:
         return equated == equated_truth
-    if equated_truth and not equated and all(kind in _POINTS_KINDS for kind, _ in equated_truth):
+    if equated_truth and not equated and all(kind in _EQUATED_KINDS for kind, _ in equated_truth):
         # CD alone doesn't say AB = CD.
+        return False
+    answer, truth = _name_first(answer), _name_first(truth)
+    if _is_false(answer):
         return False
     answer, truth = (_POINT.sub(r"\1=", _GEOMETRIC.sub(" ", text).strip()) for text in (answer, truth))
     if canonical(answer) == canonical(truth):
@@ -98,6 +107,10 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
         return _same_elements(answers, truths, truths is blanks, tolerance, leaf)
     for one, several in ((answers, truths), (truths, answers)):
         # The point (3, 5) is x = 3, y = 5.
+        chain = _chain(one[0], several) if len(one) == 1 else []
+        if chain:
+            pair = (chain, several) if one is answers else (several, chain)
+            return _same_elements(*pair, False, tolerance, leaf)
         point = read_group(one[0]) if len(one) == 1 else None
         coordinates = sorted(map(split_name, several))
         if (
@@ -126,6 +139,14 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
 
     (name, value), (name_truth, value_truth) = split_name(answer), split_name(truth)
     if name and name_truth:
+        argument, argument_truth = _VARIABLE.fullmatch(name), _VARIABLE.fullmatch(name_truth)
+        if argument and argument_truth and argument[1] == argument_truth[1]:
+            # f(n) = 2n is f(x) = 2x.
+            renamed = re.sub(rf"(?<![\\a-zA-Z]){argument[2]}(?![a-zA-Z])", argument_truth[2], value)
+            return same(renamed, value_truth, tolerance, leaf)
+        if name in value_truth and name_truth in value:
+            # y = 2x is x = y/2.
+            return leaf(answer, truth, tolerance)
         return not _other_name(answer, truth) and same(value, value_truth, tolerance, leaf)
     if name and not EQUALS.search(truth):
         return same(value, truth, tolerance, leaf)
@@ -144,6 +165,35 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
     return leaf(answer, truth, tolerance)
 
 
+def _name_first(cleaned: str) -> str:
+    """Write x = 3 for 3 = x."""
+    value, equals, name = cleaned.partition("=")
+    if not equals or "=" in name or not name.strip() or quantity(value, glued_units=True) is None:
+        return cleaned
+    kind = _read_name(name)
+    return f"{name.strip()} = {value.strip()}" if kind and 0 < kind[0] < _VALUE_KINDS else cleaned
+
+
+def _is_false(cleaned: str) -> bool:
+    """Return True for 6 = 5, whose sides are different numbers."""
+    sides = [quantity(side) for side in EQUALS.split(cleaned)]
+    numbers = [side for side in sides if side is not None]
+    return len(numbers) == len(sides) == 2 and not agree(numbers[0], numbers[1])
+
+
+def _chain(text: str, several: list[str]) -> list[str]:
+    """Return the equations of x = y = 2 or (p, q) = (3, 2), if several equations are compared with them; else []."""
+    *names, value = (side.strip() for side in text.split("="))
+    if not all(split_name(side)[0] for side in several):
+        return []
+    if len(names) == 1:
+        groups = read_group(names[0]), read_group(value)
+        if groups[0] and groups[1] and len(groups[0].elements) == len(groups[1].elements) == len(several):
+            return [f"{name} = {one}" for name, one in zip(groups[0].elements, groups[1].elements, strict=True)]
+        return []
+    return [f"{name} = {value}" for name in names] if len(names) == len(several) else []
+
+
 def _without_member(text: str, other: str) -> str:
     """Remove "x in" before an interval if the other side is a relation of x or says nothing of the kind."""
     member = _MEMBER.match(text)
@@ -160,7 +210,9 @@ def _imaginary(cleaned: str) -> str:
 def _other_name(answer: str, truth: str) -> bool:
     """Return True if x = 5 is compared with y = 5. "h = 5" and "height = 5" may be the same."""
     name, name_truth = (_read_name(split_name(side)[0]) for side in (answer, truth))
-    return name is not None and name_truth is not None and name[0] == name_truth[0] and name != name_truth
+    if name is None or name_truth is None or name == name_truth:
+        return False
+    return name[0] == name_truth[0] or _RATIO_KIND in (name[0], name_truth[0])
 
 
 def _read_name(text: str) -> tuple[int, str] | None:
@@ -168,9 +220,18 @@ def _read_name(text: str) -> tuple[int, str] | None:
 
     A segment, angle or triangle can be named in two directions, which have one normal form.
     """
-    name = canonical(_GEOMETRIC.sub(" ", text)).replace("{", "").replace("}", "")
+    text = _FRACTION.sub(r"\1:\2", _GEOMETRIC.sub(" ", text))
+    name = re.sub(r"/|\\div", ":", canonical(text)).replace("{", "").replace("}", "")
     for kind, pattern in enumerate(_NAME_KINDS):
         if pattern.fullmatch(name):
+            if kind == _RATIO_KIND:
+                terms = (_read_name(term) or (0, term) for term in name.split(":"))
+                return kind, ":".join(term[1] for term in terms)
+            if variable := _VARIABLE.fullmatch(name):
+                return kind, f"{variable[1]}(x)"
+            if kind == _AREA_KIND:
+                # The area of ABC is that of BAC.
+                return kind, name[: name.index("_")] + "".join(sorted(name[name.index("_") :]))
             backwards = "".join(reversed(_CAPITAL.findall(name)))
             return kind, min(name, backwards) if kind in _POINTS_KINDS else name
     return None
@@ -184,10 +245,15 @@ def _equated_names(cleaned: str) -> list[tuple[int, str]] | None:
     names = []
     for side in sides:
         name = _read_name(side)
-        if name is None or name[0] >= _VALUE_KINDS:
+        if name is None or (name[0] >= _VALUE_KINDS and name[0] != _AREA_KIND and not _is_ratio_of_names(name)):
             return None
         names.append(name)
     return sorted(names)
+
+
+def _is_ratio_of_names(name: tuple[int, str]) -> bool:
+    """Return True for AB:CD, but not for 2:3."""
+    return name[0] == _RATIO_KIND and all((_read_name(term) or (0,))[0] for term in name[1].split(":"))
 
 
 def _other_letters(answer: str, truth: str) -> bool:

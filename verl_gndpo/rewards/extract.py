@@ -4,7 +4,7 @@
 import json
 import re
 
-from .prose import final_value, join_formulas, readings, stated
+from .prose import final_value, join_formulas, join_sentence, readings, stated
 
 # Only this much of the end is searched: answers come last.
 TAIL_CHARS = 100_000
@@ -48,7 +48,7 @@ def answers_of(text: str) -> list[str]:
 
     1. the `\\boxed{...}` or `\\fbox{...}` that ends last, with balanced braces; a truncated box doesn't count. Several
        boxes of one statement, such as `x=\\boxed{3}` or `x=\\boxed{5}`, are joined by semicolons. A value after "the
-       final answer is" that comes later counts instead;
+       final answer is" that comes later counts instead. All boxes of the last sentence are one more reading;
     2. the word after the last `\\boxed` without braces;
     3. the last "answer" of a JSON object;
     4. the last `<answer>...</answer>`;
@@ -63,7 +63,9 @@ def answers_of(text: str) -> list[str]:
     boxes = _boxes(text)
     if boxes:
         corrected = final_value(text[boxes[-1][3] :])
-        return readings(corrected or join_formulas(text, boxes))
+        of_boxes = readings(corrected or join_formulas(text, boxes))
+        together = join_sentence(text, boxes)
+        return of_boxes if corrected or ";" not in together or together in of_boxes else [*of_boxes, together]
     bare = _BARE_BOX.findall(text)
     if bare:
         return [bare[-1]]

@@ -20,6 +20,10 @@ MAX_DEPTH = 30
 
 _BETWEEN_BRACKETS = re.compile(r"[)）]\s*[(（]")
 
+_OR = re.compile(r"(?<![a-z])or(?![a-z])")
+_TIME = re.compile(r"(\d{1,2})\s*:\s*(\d{1,2})")
+_LETTER_SET = re.compile(r"[A-Z](?:\s*,\s*[A-Z])+")
+
 # Words and times of day are no mathematics.
 _NO_MATHEMATICS = re.compile(r"(?<![\\a-zA-Z])(?!(?:and|or|sin|cos|tan|log)\b)[a-zA-Z]{4,}|\d:\d|^\W*$")
 
@@ -62,6 +66,10 @@ def _math(answer: str, truth: str, choices: list[str], tolerance: float) -> bool
     A ground truth such as `35/4 (or 8.75)` accepts both forms. An answer with two forms must be right in both.
     """
     truths = split_alternatives(truth)
+    if len(truths) == 1 and len(forms := _OR.split(truth)) == 2:
+        # 5/2 or 2.5 is one value.
+        first, second = (quantity(clean(form)) for form in forms)
+        truths = forms if first and second and agree(first, second) else truths
     return all(any(_same(form, wanted, tolerance) for wanted in truths) for form in split_alternatives(answer))
 
 
@@ -114,8 +122,15 @@ def _list(answer: str, truth: str, choices: list[str], tolerance: float) -> bool
 
 def _text(answer: str, truth: str, choices: list[str], tolerance: float) -> bool:
     """Grade words. Case, spacing, punctuation and articles don't count. Mathematics is graded as such."""
-    if same_words(clean(answer), clean(truth)):
+    answer, truth = clean(answer), clean(truth)
+    if same_words(answer, truth):
         return True
+    times = _TIME.fullmatch(answer), _TIME.fullmatch(truth)
+    if times[0] and times[1]:
+        # 5:0 is five o'clock.
+        return [*map(int, times[0].groups())] == [*map(int, times[1].groups())]
+    if _LETTER_SET.fullmatch(truth) and answer.isalpha() and answer.isupper():
+        return sorted(answer) == sorted(re.findall("[A-Z]", truth))
     return not any(map(_NO_MATHEMATICS.search, (answer, truth))) and _math(answer, truth, choices, tolerance)
 
 

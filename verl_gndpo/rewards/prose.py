@@ -22,10 +22,10 @@ _PHRASE = re.compile(
     rf"(?:\banswers?\b[\w ]{{0,40}}?|\b(?:option|choice)\b|\b(?:correct|right|best)\s+(?:one|{_OPTION}|statements?"
     rf"|figure)\b[\w ]{{0,40}}?){_IS}[:：\s]{{0,5}}"
     # A formula right after the word, or a heading.
-    r"|\bAnswers?\s*(?=\$|\\[(\[])"
+    r"|\bAnswers?\s*(?=\$|\\[(\[])|<conclusion>\s*"
     r"|^[#>\s]*(?:the\s+)?(?:final\s+)?answers?\s*[:：]?\s*\n+"
-    r"|(?:答案|结果|正确的?选项)\s*(?:应?该?[是为]|选)?\s*[:：]?\s*"
-    r"|(?:故|应|因此|所以|综上)?(?:本题)?(?:应)?选择?\s*[:：]?\s*(?=[(（]?[A-J](?![a-zA-Z]))",
+    r"|(?:答案|结果|正确的?选项)\s*】?\s*(?:应?该?[是为]|选)?\s*(?:选项)?\s*[:：]?\s*"
+    r"|(?:故|应|因此|所以|综上)?(?:本题)?(?:应)?(?<![不没])选择?\s*[:：]?\s*(?=[(（]?[A-J](?![a-zA-Z]))",
     re.I | re.M,
 )
 # Each pattern has the label in its only group.
@@ -36,27 +36,29 @@ _CHOOSES = [
         r"(?:correct|right|best|answer|one)\b",
         rf"(?:^|[,;:]|\b(?i:only|so|that|hence|thus|therefore))\s*({_LABEL})\s+(?:is|must\s+be|would\s+be)\s+"
         rf"(?:indeed\s+|clearly\s+|therefore\s+)*(?:the\s+(?:correct|right|best|closest)(?:\s+(?:answer|one|{_OPTION}))?"
-        r"|the\s+answer|(?:correct|right))(?=\s*[.,;]|\s*$|\s+(?:because|since|as|here)\b)",
+        r"|(?:the|our|my)\s+(?:final\s+)?answer|(?:correct|right))(?=\s*[.,;]|\s*$|\s+(?:because|since|as|here)\b)",
         rf"\b(?i:choose|select|pick|go\s+with|opt\s+for)\s+(?:the\s+)?(?:{_OPTION}|answer)?\s*({_LABEL})(?!\s+(?!(?:because|since|over)\b)[a-z])",
         rf"\bmak(?:es|ing)\s+(?:{_OPTION}\s+)?({_LABEL})\s+the\s+(?:correct|right|best)\b",
         rf"\b(?:correspond(?:s|ing)?\s+to|match(?:es|ing)?|is|as|with|by|in)\s+(?:the\s+)?{_OPTION}\s+({_LABEL})",
         rf"\bshould\s+be\s+(?:{_OPTION}\s+)?({_LABEL})(?=\s*(?:[.,;:]|$))",
         rf"\b(?i:so|thus|therefore|hence)\b,?\s+(?:it\s+is\s+|it's\s+)?(?:{_OPTION}\s+)?({_LABEL})(?=\s*(?:[.,;:]|$))",
         rf"({_LABEL})\s*(?:选项)?(?:是)?正确",
+        rf"^(?i:i\s+(?:think|believe|guess|say)\s+(?:that\s+)?)(?:it\s+is|it's)\s+({_LABEL})(?=\s*(?:[.,;]|$))",
     )
 ]
 _LABEL_ALONE = re.compile(_LABEL)
 _ANY_LABEL = re.compile(rf"\b(?i:{_OPTION})\s+({_LABEL})|(?<![\w)}}\\])(\((?:[A-J])\))")
-_ONLY_LABEL = re.compile(rf"(?:{_OPTION}\s+)?({_LABEL})[.:)]?(?:\s+\S.{{0,60}})?")
+_ONLY_LABEL = re.compile(rf"(?![AI]\s+[a-z])(?:{_OPTION}\s+)?({_LABEL})[.:)]?(?:\s+\S.{{0,60}})?")
 _DOUBT = re.compile(
     r"\b(?:not|n't|cannot|unlikely|doubtful|tempting|neither"
     r"|nor|unable|impossible|incorrect|wrong|false|unclear|let'?s|let us|suppose|assume"
-    r"|if|whether|check|wait|maybe|perhaps|might|try|(?:answer|option|choice|it)\s+could|but|however|except)\b|n't\b|[?？]|不",
+    r"|if|whether|check|wait|maybe|perhaps|might|try|(?:answer|option|choice|it)\s+could|but|however|except)\b|n't\b|[?？]|不|[\u274c\u2716-\u2718]",
     re.I,
 )
+_CROSSED = re.compile("[\u274c\u2716-\u2718]")
 _REASON = re.compile(
     r"\s*(?:[,;–—]|\s-)?\s+(?:because|since|as|which|where|due\s+to|based\s+on|given\s+that|so\s+that|according\s+to)\b.*"
-    r"|\s*,\s*(?:not|rather\s+than|instead\s+of|with|while|whereas|although|though|but|so|and\s+(?:the|it|this|therefore))\b.*|,?\s*\bi\.e\..*|\s+and\s+not\b.*|，?因为.*|(?<=[A-J])\s*选项.*",
+    r"|\s*,\s*(?:not|rather\s+than|instead\s+of|with|while|whereas|although|though|but|so|and\s+(?:the|it|this|therefore))\b.*|,?\s*\bi\.e\..*|\s+and\s+not\b.*|，?因为.*|(?<=[A-J])\s*(?:选项|项)(?![^。]*[不错]).*",
     re.I | re.S,
 )
 # What a sentence adds to its conclusion: "12, not 13" and "-4, reached at x = 2".
@@ -72,7 +74,7 @@ _MATH = re.compile(
     r"(?P<dollars>\$\$?)(?P<a>[^$]+?)(?P=dollars)|\\\[(?P<b>.+?)\\\]|\\\((?P<c>.+?)\\\)|(?P<d>\\begin\{([a-z]*matrix)\}.*?\\end\{\6\})",
     re.S,
 )
-_VERDICT = re.compile(r"(yes|no|true|false)\s*[,，;]", re.I)
+_VERDICT = re.compile(r"(yes|no|true|false)\s*(?:[,，;]|\.\s+(?=[A-Z]))", re.I)
 _QUOTED = re.compile(r"[\"'“‘]([^\"'“”‘’]+)[\"'”’]")
 # "increases by 100%", but not "is divided by 3".
 _CHANGES = (
@@ -89,11 +91,16 @@ _GIVES = re.compile(
     rf"(?:{_CHANGES}|\b(?:is|are|was|equals|equal\s+to|it's|get|have|obtain|gives|yields|costs|weighs|measures)\b|(?<!\d)(?<!\d\s)=|[:：])\s*(?=[-(√]*\d)",
     re.I,
 )
+# "45 (since 135 is too large)" and "45°, i.e. half of a right angle".
+_ASIDE = re.compile(
+    r"\s*\((?:since|because|as|given|where|note)\b[^()\n]{0,100}\)|(?<=[\d°%]),?\s+i\.e\.[^\n\d]{0,100}$", re.I
+)
 # "started 3 hours ago", without another number.
 _TIME = re.compile(r"\D*?(?P<time>\d[\d.]*\s+[a-z]+)\s+(?:ago|later|earlier)\s*\.?")
 # "not 10 but 12", "isn't 10; it is 12".
 _CORRECTED = re.compile(
-    r"(?:\bnot|n't)\s(?:\S{1,20}\s){0,2}?\S{1,20}?[,;]?\s(?:but(?:\s+rather)?|(?:rather\s+)?(?:it's|it\s+is))\s+"
+    r"(?:\bnot|n't)\s(?!(?:\S{1,20}\s){0,2}?(?:if|whether|sure|certain|clear|known|think|believe|guess|say)\b)"
+    r"(?:\S{1,20}\s){0,2}?\S{1,20}?[,;]?\s(?:but(?:\s+rather)?|(?:rather\s+)?(?:it's|it\s+is))\s+"
     r"(?=[-$\\(]*\d|\$|\\[(\[]|\(?[A-J]\b)"
 )
 _THEREFORE = re.compile(r"\b(?:so|thus|therefore|hence)\b,?\s*", re.I)
@@ -109,7 +116,16 @@ _FINAL = re.compile(
 _CLOSING = re.compile(
     r"\s+(?:I\s+hope|Hope\s+(?:this|it|that)|Let\s+me\s+know|Feel\s+free|If\s+you\s+have)\b[^\n]{0,200}\s*$"
 )
-_FENCE = re.compile(r"```\w*\n?|`|\*\*|__")
+# Marks that praise a line, unlike a cross.
+_FENCE = re.compile(
+    r"^\s*(?:[-=]>|[→⇒])|```\w*\n?|`|\*\*|__|[\u2705\u27a1\u2714\u2611\u2b50\ufe0f\U0001f3af\U0001f4a1\U0001f4cc\U0001f449\U0001f539]"
+)
+_IS_THE_ANSWER = re.compile(
+    rf"(?:both\s+|options?\s+|statements?\s+)?({_LABEL}(?:\s*,\s*{_LABEL})*,?\s+and\s+{_LABEL})"
+    r"\s+are\s+(?:all\s+)?(?:correct|right|true)\.?"
+    r"|(.{1,60}?)\s+is\s+(?:the|our|my)\s+(?:final\s+|correct\s+|right\s+)?answer\.?",
+    re.I,
+)
 
 # Between two boxes or formulas of one statement.
 _NAME = r"(?:[a-zA-Z]|\\[a-z]+|\\?angle\s*)[\w\\{}'^ ]{0,20}?\s*=\s*"
@@ -127,6 +143,7 @@ _PART_IN_PROSE = re.compile(
     rf"[^\n]{{0,40}}?[.;,]?\s*\n\s*[-*#]*\s*(?P<part>(?:part\s*)?(?:{_PART}|[2-9]\.)|{_NEXT_PART}:?)(?=\s)[^\n]{{0,120}}",
     re.I,
 )
+_SAME_SENTENCE = re.compile(r"(?!.*[.!?]\s)(?=.*(?:\band\b|[,;和]))[^\n。]{1,100}")
 _NAME_BEFORE = re.compile(rf"(?<![\w\\])(?P<name>{_NAME})$")
 
 
@@ -141,12 +158,15 @@ def stated(text: str) -> list[str]:
     3. the whole text, if it is short, and the last sentence: its label, its last formulas, or what follows its last
        verb, unless it expresses a doubt.
     """
-    tail = _CORRECTED.sub(" is ", _CLOSING.sub("", _FENCE.sub("", text[-PHRASE_CHARS:])))
+    tail = _ASIDE.sub("", _CLOSING.sub("", _FENCE.sub("", text[-PHRASE_CHARS:])))
+    tail = _CORRECTED.sub(" is ", tail)
     for phrase in reversed(list(_PHRASE.finditer(tail))):
         statement = _statement(tail[phrase.end() :])
         if statement and len(statement) <= STATEMENT_CHARS:
             return readings(statement)
-    sentences = [sentence for sentence in re.split(r"(?<=[.!?。])\s+|\n", tail.strip()) if sentence.strip()]
+    sentences = [
+        sentence for sentence in re.split(r"(?<=[.!?。])(?<!i\.e\.)(?<!e\.g\.)\s+|\n", tail.strip()) if sentence.strip()
+    ]
     for sentence in reversed(sentences):
         # Most sentences hold no label, and searching for one is cheaper than for the rest.
         if _LABEL_ALONE.search(sentence) and not _DOUBT.search(sentence):
@@ -210,6 +230,18 @@ def join_formulas(text: str, spans: Sequence[tuple[int, int, int, int]]) -> str:
     return "; ".join(dict.fromkeys(pieces))
 
 
+def join_sentence(text: str, spans: Sequence[tuple[int, int, int, int]]) -> str:
+    """Return the contents of all formulas in the sentence of the last one, as for two questions asked at once.
+
+    Args:
+        text, spans: as for `join_formulas`.
+    """
+    first = len(spans) - 1
+    while first > 0 and _SAME_SENTENCE.fullmatch(text[spans[first - 1][3] : spans[first][0]]):
+        first -= 1
+    return "; ".join(text[start:end].strip() for _, start, end, _ in spans[first:])
+
+
 def final_value(text: str) -> str | None:
     """Return the formula or number after the last "the final answer is" of a text, None if there is none."""
     found = None
@@ -228,7 +260,7 @@ def _statement(rest: str) -> str:
 
 def _from_last_line(text: str, sentence: str) -> list[str]:
     line = text.rpartition("\n")[2].strip()
-    if _ONLY_LABEL.fullmatch(line):
+    if _ONLY_LABEL.fullmatch(line) and not _CROSSED.search(line):
         return [line]
     sentence = _CONTRAST.sub("", sentence)
     clause = _clause(sentence)
@@ -259,7 +291,10 @@ def _gives_several(clause: str) -> bool:
 
 def _after_verb(sentence: str) -> str:
     """Return what follows the verb of a sentence, or the sentence if it starts with a label or gives several values."""
+    sentence = _UNWRAP.sub(r" \1 ", sentence)
     clause = _clause(sentence)
+    if subject := _IS_THE_ANSWER.fullmatch(clause):
+        return subject[1] or subject[2]
     if time := _TIME.fullmatch(clause):
         return time["time"]
     verb = _VERB.match(clause)
@@ -270,7 +305,7 @@ def _after_verb(sentence: str) -> str:
     after = _RELATIVE.sub("", clause[verb.end() :])
     # The name in x = 3 belongs to the answer.
     named = verb[0].rstrip().endswith("=") and len(verb[0].split()) < 5
-    return after if after and not named else sentence
+    return after if after and not named else clause
 
 
 def _span(formula: re.Match[str]) -> tuple[int, int, int, int]:

@@ -104,11 +104,14 @@ _PLAIN = re.compile(r"[+-]?\d[\d, ]*(?:\.(\d+))?")
 _NAME = re.compile(
     r"(?:[^\W\d]|[\\ '{}|():]|(?<=[\w}{ ])\d|(?<=[a-zA-Z])\.|(?<=[\w}\)]),(?=[^()]*\))|(?<=[a-zA-Z]\()\d)*"
 )
+# AB/CD = 2 and S_1/S_2 = 4.
+_RATIO_NAME = re.compile(r"\s*(?:[A-Z]'*_?\{?\s*(?:\d|[A-Z]'*){1,4}\}?\s*(?:/|\\div|$)\s*){2}")
+_INVERSE = re.compile(r"\s*[a-z]\s*\^\s*\{?\s*-\s*1\s*\}?\s*\(\s*[a-z]\s*\)\s*")
 _NUMERIC_NAME = re.compile(r"(?:\\(?:frac|sqrt|pi)(?![a-zA-Z])|[\W\d_])+")
 _OPERATION = re.compile(r"\\(?:cup|cap|times|cdot|div|pm|perp|parallel)(?![a-zA-Z])")
 # xy = 12, |x| = 3 and \\sqrt{x} = 3 are equations, while AB, |AB| and |z| are names of what is asked for.
 _EQUATED = re.compile(
-    r"\s*(?:(?:[a-z](?:_\{?\w\}?)?\s*){2}|(?:[xyz]\s*){2,}|\\sqrt\s*\{?\s*[a-z]\s*\}?|\|\s*[t-y]\s*\|)\s*"
+    r"\s*(?:[a-z]\s*/\s*[a-z]|\\frac\s*\{?\s*[a-z]\s*\}?\s*\{?\s*[a-z]\s*\}?|(?:[a-z](?:_\{?\w\}?)?\s*){2}|(?:[xyz]\s*){2,}|\\sqrt\s*\{?\s*[a-z]\s*\}?|\|\s*[t-y]\s*\|)\s*"
 )
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
 # Not inside the braces of a sum's limits.
@@ -143,9 +146,9 @@ def split_name(cleaned: str) -> tuple[str, str]:
     if (
         not equals
         or len(name) > 40
-        or not _NAME.fullmatch(name)
+        or not any(pattern.fullmatch(name) for pattern in (_NAME, _RATIO_NAME, _INVERSE))
         or _NUMERIC_NAME.fullmatch(name)
-        or _OPERATION.search(name)
+        or (_OPERATION.search(name) and not _RATIO_NAME.fullmatch(name))
         or _EQUATED.fullmatch(name)
         or _RELATION.search(value)
     ):
@@ -153,8 +156,13 @@ def split_name(cleaned: str) -> tuple[str, str]:
     if "=" in value and _SEPARATOR.search(value):
         # x = 3 or x = 5
         return "", cleaned
-    # x = 3 + 4 = 7
-    return name, EQUALS.split(value)[-1].strip()
+    # x = 3 + 4 = 7. In x = 2√3 = 3.46, the last one is rounded.
+    sides = [side.strip() for side in EQUALS.split(value)]
+    if len(sides) > 1:
+        exact, rounded = (quantity(side) for side in sides[-2:])
+        if exact and rounded and exact.exact and not rounded.exact and agree(exact, rounded):
+            return name, sides[-2]
+    return name, sides[-1]
 
 
 def quantity(cleaned: str, glued_units: bool = False) -> Quantity | None:

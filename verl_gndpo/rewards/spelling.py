@@ -59,6 +59,8 @@ _SYMBOLS = str.maketrans(
         "、": ",",
         "。": ".",
         "\0": " ",
+        "∅": r"\emptyset ",
+        "`": "",
     }
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")
 )
@@ -78,12 +80,12 @@ _ENDS_OPEN = re.compile(
 )
 _PRODUCT_ITEMS = re.compile(r"\s*(?:\(\d{1,2}\)\s*){2,}")
 # Unicode's normal form would make a letter and an accent of these.
-_DEGREE_SIGNS = str.maketrans("º˚", "°°")
+_DEGREE_SIGNS = str.maketrans("º˚ᵒ", "°°°")
 CIRCLED = re.compile(r"[①-⑳](?:[\s,;，、；]*[①-⑳])*")
-# Simultaneous equations, one per line.
+# Simultaneous equations, one per line. A matrix is a system only after a brace.
 _SYSTEM = re.compile(
-    r"\s*(?:\\left)?(?:\\\{)?\s*\\begin\{(?P<env>cases|array)\}(?:\{[lcr]*\})?(?P<lines>[^&]*)\\end\{(?P=env)\}"
-    r"\s*(?:\\right\s*\.)?\s*"
+    r"\s*(?:\\left)?(?P<brace>\\\{)?\s*\\begin\{(?P<env>cases|array|aligned|(?(brace)matrix|cases))\}"
+    r"(?:\{[lcr*\d{}]{0,20}\}(?=[^}]))?(?P<lines>[^&]*)\\end\{(?P=env)\}\s*(?:\\right\s*\.)?\s*"
 )
 _REPEATING = re.compile(
     r"(?P<whole>\d{1,15})\.(?P<fixed>\d{0,15})\\(?:overline|bar|dot)\s*(?:\{\s*(?P<group>\d{1,15})\s*\}|(?P<digit>\d))"
@@ -93,16 +95,35 @@ _REWRITES: list[_Rewrite] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"&(?:[a-zA-Z]{2,8}|#\d{1,7});", lambda m: html.unescape(m[0])),
+        # A word between two formulas, and the dollars of a price.
+        (r"(?<=\$)\s*(and|or)\s*(?=\$)", r" \1 "),
+        (r"\\\$\s*(\d[\d,]*(?:\.\d+)?)(?=[^$\d]*$)|^\s*\$\s*(\d[\d,]*(?:\.\d+)?)(?=[^$]*$)", r"\1\2 dollars "),
         (r"\\\$|\$", ""),
+        (r"^\s*(?i:(?:final\s+)?ans(?:wer)?|答案?)\s*[:：]\s*(?=\S)", ""),
         (r"^\s*(?:\\therefore(?![a-zA-Z])|∴)\s*", ""),
         (r"\s*\((?:the\s+)?answers?\b[^()]*\b(?:unique|vary|varies)\)|\(?答案不唯一\)?", ""),
         # LaTeX that was escaped for JSON, or that lost its backslash.
         (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|[lg]eq?|times|cdot|pi|text|mathrm|circ|left|right|pm)(?![a-z]))", r"\\"),
         (r"\\?textdegree(?:\{\})?|(?<=\d)\s*\\deg(?![a-zA-Z])", "°"),
         (r"(?<![\\a-zA-Z])(?=[dtc]?frac\s*\{)", r"\\"),
+        # Conversion tools write \\text{ } as a space, {{x}^{2}} for x^2 and {{\\log}_{2}} for \\log_2.
+        (r"\\(?:text|mathrm|rm|[hv]?phantom)\s*\{\s*\}", " "),
+        (r"\\(?:text|mathrm)\s*\{\s*([cdkm23])\s*\}(?=\s*[{}])", r"\1"),
         (r"\{\s*\}", ""),
+        (r"\{\s*\{\s*(\\[a-z]{2,3})\s*\}\s*([_^])\s*(\{[^{}]*\}|\w)\s*\}", r"\1\2\3"),
+        (r"\\overset\s*\{\s*\\(?:long)?(?:to|rightarrow|rightharpoonup)\s*\}\s*(?=\{)", r"\\vec"),
+        (r"\\(?:ensuremath|mathop)\s*\{([^{}]*)\}", r"\1"),
+        (r"\\big(cup|cap)(?![a-z])", r"\\\1 "),
+        (r"\\varnothing(?![a-z])", r"\\emptyset"),
+        (r"\\lt(?![a-z])", "<"),
+        (r"\\gt(?![a-z])", ">"),
+        (r"\\lg(?![a-z])", r"\\log_{10}"),
+        (r"\{\s*([^{}\\]{1,20})\\choose(?![a-z])\s*([^{}\\]{1,20}?)\s*\}", r"\\binom{\1}{\2}"),
+        (r"\\binom\s*(\w)\s*(\w)", r"\\binom{\1}{\2}"),
         (r"\\textcolor\s*\{\w*\}", r"\\text"),
+        (r"\\color\s*\{\w*\}", " "),
         (r"\{\s*\\(?:rm|bf|it|sf)(?![a-zA-Z])", r"\\text{"),
+        (r"\\(?:rm|bf|it|sf)(?![a-zA-Z])", " "),
         (r"\^\s*(?P<group>\{\s*)?((?:\\prime(?![a-zA-Z])\s*)+)(?(group)\})", lambda m: "'" * m[2].count("p")),
         # Two backslashes end a row of a matrix.
         (r"(?<!\\)\\[()\[\]]", ""),
@@ -112,7 +133,7 @@ _REWRITES: list[_Rewrite] = [
         (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s+([a-zA-Z])\s*([a-zA-Z\d])", r"\\frac{\1}{\2}"),
+        (r"\\frac(?:\s*(\d)|\s+([a-zA-Z]))\s*([a-zA-Z\d])", r"\\frac{\1\2}{\3}"),
         (r"\\frac\s*(\{[^{}]*\})\s*([a-zA-Z\d])", r"\\frac\1{\2}"),
         (r"\\(?:leq|leqslant)(?![a-zA-Z])", r"\\le"),
         (r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge"),
@@ -121,13 +142,27 @@ _REWRITES: list[_Rewrite] = [
         (r"[\s,]*(?<=[\d}),\s])(?:or\s+)?(?:approximately|approx\.?|about|roughly)\s+(?=[-\d.])", "="),
         (r"\(\s*(?:or\s+)?(?:(?:approximately|approx\.?|about|roughly)\s+(?=[-\d.])|=)\s*([^()]*)\)$", r"=\1"),
         (
-            r"\^\s*(?:\{\s*\^?\s*(?:\\?circ|[°o])\s*\}|\\circ(?!led)|circ(?![a-zA-Z])|°|o(?![a-zA-Z]))|\\degree(?![a-zA-Z])",
+            r"\^\s*(?:\{\s*\^?\s*(?:\\?circ|[°o]|\\(?:text|mathrm)\s*\{\s*[°o]\s*\})\s*\}|\\circ(?!led)|circ(?![a-zA-Z])|°"
+            r"|o(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*[°o]\s*\})|\\degree(?![a-zA-Z])",
             "°",
         ),
+        # 30^0 is an angle, unlike 2^0, 10^0 and the power in 5\\cdot 20^0.
+        (
+            r"(?<![\w.*/^}])(?<!\\cdot )(?<!\\times )(?<!\{)(?P<angle>\{*\s*(?!100?\D)[1-9]\d{1,2}\s*\}?)"
+            r"\s*\^\s*(?:\{\s*0\s*\}|0(?!\d))",
+            r"\g<angle>°",
+        ),
         (r"\\%", "%"),
-        (r"(?<=[\d)}])\s*(and|or)\s*(?=[\d(\\A-Z-])", r" \1 "),
+        (r"(?<=[\d)}°%'])\s*(and|or)\s*(?=[\d(\\A-Z-])", r" \1 "),
         # Braces round an angle, unless they hold an argument.
         (r"(?<![\\a-zA-Z^_}\]])\{\s*(?:\{\s*(\d+(?:\.\d+)?)\s*\}|([^{}]*))°\s*\}", r"\1\2°"),
+        (r"(?<=\{)\{\s*(\d+(?:\.\d+)?)\s*\}\s*°", r"\1°"),
+        (
+            r"(?<![\d.])(\d{1,3})°\s*\{?\s*([0-5]?\d)\s*\}?\s*'(?!')(?:\s*\{?\s*([0-5]?\d)\s*\}?\s*(?:''|\"))?",
+            lambda m: rf"\frac{{{int(m[1]) * 3600 + int(m[2]) * 60 + int(m[3] or 0)}}}{{3600}}°",
+        ),
+        # cm^2 as c{{m}^{2}}.
+        (r"(?<=[\d\s}])([cdk]?)\s*\{\s*\{\s*m\s*\}\s*\^\s*\{\s*([23])\s*\}\s*\}", r" \1m^{\2}"),
         (r"\*\*(?=\S)(?<=\S\*\*)", "^"),
         (r"^\*+(?=[^*])|(?<=[^*])\*+$", ""),
         (r"(?<![\\a-zA-Z])sqrt(?![a-zA-Z])", r"\\sqrt"),
@@ -142,6 +177,8 @@ _UPRIGHT = re.compile(
     r"|underline)"
     r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
+# The set of all x with a condition.
+_CONDITION = re.compile(r"^\\\{\s*([a-z])\s*(?:\||:|\\mid(?![a-z]))\s*((?=[^{}|]*\1)[^{}|,;]*)\\\}$")
 _BRACED_LIST = re.compile(r"\{[^{}]*,[^{}]*\}")
 _UNITARY_GROUP = re.compile(r"\{([^\\{}])\}")
 _SPACE_BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
@@ -175,7 +212,7 @@ def clean(text: str) -> str:
     while unwrapped != text:
         # Innermost first. The spaces keep the unit in `3\mathrm{m}` from becoming a variable.
         unwrapped, text = text, _UPRIGHT.sub(r" \1 ", text)
-    text = text.strip().rstrip(".,; \n")
+    text = _CONDITION.sub(r"\2", text.strip().rstrip(".,; \n"))
     return text[1:-1].strip() if _BRACED_LIST.fullmatch(text) else text
 
 

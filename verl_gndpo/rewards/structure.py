@@ -15,8 +15,9 @@ _BRACKET = re.compile(r"\\[{}]|[()\[\]{}]")
 
 # (1) 120 (2) 70, or one part per line. Capital letters label choices.
 _PART = re.compile(
-    r"(?:\b(?:part|blank)\s*)?"
-    r"(?:\(\s*(?P<round>\d{1,2}|[a-h]|[ivx]{1,4})\s*\)|(?<![\w(])(?P<half>\d{1,2}|[a-h])\)|^\s*(?P<line>\d{1,2})\.\s)"
+    r"(?:\b(?:part|blank)\s*(?=\())?"
+    r"(?:\(\s*(?P<round>\d{1,2}|[a-h]|[ivx]{1,4})\s*\)|(?<![\w(])(?P<half>\d{1,2}|[a-h])\)|^\s*(?P<line>\d{1,2})\.\s"
+    r"|\b(?:part|blank)\s+(?P<bare>\d{1,2}|[a-h])(?=\s*[:.]))"
     r"\s*[:.]?\s*",
     re.I | re.M,
 )
@@ -25,7 +26,7 @@ _CONTENT = re.compile(r"(?!(?:and|or|to)\b\W*$)(?=[^a-zA-Z\d]*[a-zA-Z\d])(?![-+*
 _ALTERNATIVE = re.compile(
     r"(?P<first>.*\S)\s*[(（]\s*(?:(?:or|also)\b|或者?)\s*(?:fill in|write|written as|equivalently|填|写成|[:,])?"
     r"\s*(?P<second>\S.*)[)）]"
-    r"\s*\.?",
+    r"\s*[.$]*",
     re.S,
 )
 
