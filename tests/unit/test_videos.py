@@ -17,18 +17,22 @@ from verl_gndpo.conversion import DroppedRow, Problem
 from verl_gndpo.conversion.images import ImageStore
 from verl_gndpo.conversion.videos import place_frames, video_frames
 
+needs_h264 = pytest.mark.skipif("libx264" not in av.codecs_available, reason="FFmpeg without an H.264 encoder")
 
-def video(frames: int, *, container="mp4", size=(64, 48)) -> bytes:
-    """Encode a video whose frame k is grey, 10 k + 5 bright."""
+
+def video(frames: int, *, container="mp4", size=(64, 48), codec="mpeg4", cut=0) -> bytes:
+    """Encode a video whose frame k is grey, 10 k + 5 bright. Players skip the first `cut` frames."""
     buffer = BytesIO()
-    with av.open(buffer, "w", format=container) as output:
-        stream = output.add_stream("mpeg4", rate=10)
+    with av.open(buffer, "w", format=container, options={"avoid_negative_ts": "disabled"}) as output:
+        stream = output.add_stream(codec, rate=10)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
-        for number in range(frames):
-            pixels = np.full((size[1], size[0], 3), 10 * number + 5, np.uint8)
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        output.mux(stream.encode())
+        images = (np.full((size[1], size[0], 3), 10 * number + 5, np.uint8) for number in range(frames))
+        shown = [av.VideoFrame.from_ndarray(pixels, format="rgb24") for pixels in images]
+        for packet in [packet for frame in (*shown, None) for packet in stream.encode(frame)]:
+            start = round(cut / 10 / packet.time_base)
+            packet.pts, packet.dts = packet.pts - start, packet.dts - start
+            output.mux(packet)
     return buffer.getvalue()
 
 
@@ -37,14 +41,29 @@ def numbers_of(frames: list[bytes]) -> list[int]:
     return [round((np.asarray(Image.open(BytesIO(frame))).mean() - 5) / 10) for frame in frames]
 
 
-@pytest.mark.parametrize("container", ["mp4", "matroska", "avi"])
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [
+        ("mp4", "mpeg4"),
+        ("matroska", "mpeg4"),
+        ("avi", "mpeg4"),
+        # Its frames are stored in another order than they are shown in.
+        pytest.param("mp4", "libx264", marks=needs_h264),
+        pytest.param("matroska", "libx264", marks=needs_h264),
+    ],
+)
 @pytest.mark.parametrize(
     ("length", "count", "shown"), [(21, 5, [0, 5, 10, 15, 20]), (21, 1, [0]), (3, 8, [0, 1, 2]), (1, 8, [0])]
 )
-def test_frames_are_spread_evenly(container, length, count, shown):
-    frames = video_frames(video(length, container=container), "", count)
+def test_frames_are_spread_evenly(container, codec, length, count, shown):
+    frames = video_frames(video(length, container=container, codec=codec), "", count)
     assert numbers_of(frames) == shown
     assert {Image.open(BytesIO(frame)).size for frame in frames} == {(64, 48)}
+
+
+@needs_h264
+def test_a_clip_that_was_cut_without_encoding_it_again():
+    assert numbers_of(video_frames(video(21, codec="libx264", cut=5), "", 4)) == [5, 10, 15, 20]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def video_frames(data: bytes, name: str, count: int) -> list[bytes]:
         raise DroppedRow("video does not decode", f"{where}it is none of MP4, Matroska, WebM and AVI")
     try:
         with av.open(BytesIO(data), format=kind) as container:
-            total = sum(packet.size > 0 for packet in container.demux(video=0))
+            # A clip that was cut without encoding it again holds frames that players skip.
+            total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
         count = min(count, total)
         wanted = {round(place * (total - 1) / max(count - 1, 1)) for place in range(count)}
         with av.open(BytesIO(data), format=kind) as container:
