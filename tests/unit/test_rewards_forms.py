@@ -351,6 +351,12 @@ MATH = [
     ("30°20'", "30.2°", 0),
     ("30°", "30'", 0),
     # Equations: which side is the name, and which name it is.
+    ("$$\\angle 1={{30}^{\\circ }}$$", "30", 1),
+    ("\\angle 1=30^\\circ", "\\angle 2=30^\\circ", 0),
+    ("\\angle 1=30°, \\angle 2=60°", "\\angle 2=60°, \\angle 1=30°", 1),
+    ("\\angle 1=30°, \\angle 2=60°", "\\angle 1=60°, \\angle 2=30°", 0),
+    ("AB\\text{//}CD", "AB \\parallel CD", 1),
+    ("AB//CD", "AC // CD", 0),
     ("3=x", "3", 1),
     ("3=x", "x=3", 1),
     ("3", "3=AB", 1),

@@ -15,6 +15,8 @@ Leaf = Callable[[str, str, float], bool]
 """Decides what nothing else could: (answer, truth, tolerance), both cleaned."""
 
 _GEOMETRIC = re.compile(r"\\(?:angle|triangle)(?![a-zA-Z])|\bangles?\b|\\(?:overline|widehat)\s*(?=\{)")
+# The name of a value, unlike in a list of angles.
+_NUMBERED_ANGLE = re.compile(r"(?:^|(?<=[,;\s]))\\angle\s*(\d{1,2})(?=\s*=\s*(?!\\angle)[^=\s])")
 _PRIMED = re.compile(r"([A-Za-z\d)}\]])\s*('+)(?![a-z])(?<![a-z]{2}')")
 _POINT = re.compile(r"^([A-Z]'?)\s*(?=\([^(),]*,[^()]*\)$)")
 # Two different names of one kind name two different things. The first five kinds can also be values: the number of an
@@ -31,6 +33,7 @@ _NAME_KINDS = [
         r"[a-zA-Z]'*\([^()]+\)",
         r"[a-zA-Z]'*_(?:[a-zA-Z]|[A-Z]{2,4})",
         r"[^:]+:[^:]+",
+        r"angle\d+",
     )
 ]
 _VALUE_KINDS = 5
@@ -83,6 +86,7 @@ def same(answer: str, truth: str, tolerance: float, leaf: Leaf) -> bool:
     answer, truth = _name_first(answer), _name_first(truth)
     if _is_false(answer):
         return False
+    answer, truth = (_NUMBERED_ANGLE.sub(r"angle\1", text) for text in (answer, truth))
     answer, truth = (_POINT.sub(r"\1=", _GEOMETRIC.sub(" ", text).strip()) for text in (answer, truth))
     if canonical(answer) == canonical(truth):
         return bool(truth)

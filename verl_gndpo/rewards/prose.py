@@ -164,9 +164,7 @@ def stated(text: str) -> list[str]:
         statement = _statement(tail[phrase.end() :])
         if statement and len(statement) <= STATEMENT_CHARS:
             return readings(statement)
-    sentences = [
-        sentence for sentence in re.split(r"(?<=[.!?。])(?<!i\.e\.)(?<!e\.g\.)\s+|\n", tail.strip()) if sentence.strip()
-    ]
+    sentences = [sentence for sentence in re.split(r"(?<=[.!?。])\s+|\n", tail.strip()) if sentence.strip()]
     for sentence in reversed(sentences):
         # Most sentences hold no label, and searching for one is cheaper than for the rest.
         if _LABEL_ALONE.search(sentence) and not _DOUBT.search(sentence):

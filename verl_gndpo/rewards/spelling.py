@@ -152,6 +152,7 @@ _REWRITES: list[_Rewrite] = [
             r"\s*\^\s*(?:\{\s*0\s*\}|0(?!\d))",
             r"\g<angle>°",
         ),
+        (r"(?<=[\sa-zA-Z'{])//(?=[\s}]*[a-zA-Z\\])", r"\\parallel "),
         (r"\\%", "%"),
         (r"(?<=[\d)}°%'])\s*(and|or)\s*(?=[\d(\\A-Z-])", r" \1 "),
         # Braces round an angle, unless they hold an argument.
