@@ -54,6 +54,7 @@ PATCHES = index(
         upstream="none known",
         remove_when="verl unpacks the output of GLM-4.1V's vision tower",
         where="every process",
+        diff="0008-unpack-glm4v-vision-output.patch",
     ),
     Patch(
         name="fsdp2_wrap_targets",
@@ -66,6 +67,7 @@ PATCHES = index(
         upstream="none known",
         remove_when="verl shards no embedding of a vision tower by itself, and lets an engine choose what it shards",
         where="every process",
+        diff="0009-shard-no-embedding-of-a-vision-tower.patch",
     ),
     Patch(
         name="qwen3_5_cache",
@@ -77,6 +79,7 @@ PATCHES = index(
         upstream="none known",
         remove_when="verl's forward of the layer reads the caches of transformers 5",
         where="every process",
+        diff="0010-qwen3_5-linear-attention-cache.patch",
     ),
     Patch(
         name="internvl_processor",
