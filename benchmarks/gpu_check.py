@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the teacher's scoring on one GPU of a bare machine, and measure errors, seconds and memory.
+"""Run the teacher's scoring and the student's update on one GPU of a bare machine: errors, seconds and memory.
 
     python benchmarks/gpu_check.py [PART ...] [--json OUT]     # torch and transformers suffice: no verl, Ray or weights
 
@@ -26,8 +26,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from verl_gndpo.teacher.packing import PackedPass, PromptGroup
-from verl_gndpo.teacher.scorer import Rows, Scorer
+from verl_gndpo.student.projection import Request, ResponseHead
+from verl_gndpo.teacher.attention import SharedPromptAttention, attend_by_prompt
+from verl_gndpo.teacher.distinct_images import encode_distinct_images
+from verl_gndpo.teacher.packing import Layout, PackedPass, PromptGroup, concatenate
+from verl_gndpo.teacher.scorer import Rows, Scorer, concatenate_inputs
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -315,7 +318,7 @@ def part_grouped_query(*_: Any) -> None:
 
 
 def part_varlen(*_: Any) -> None:
-    """Attend to one long response among short ones: padded to the longest, one call per response, and packed."""
+    """Attend to one long response among short ones: one call each, padded to the longest, grouped, and packed."""
     heads, shared, prompt = (28, 4, 600) if CUDA else (4, 2, 40)
     lengths = [500] * 15 + [16384] if CUDA else [12] * 15 + [400]
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -354,6 +357,16 @@ def part_varlen(*_: Any) -> None:
             out.append(attended)
         return torch.cat(out, 2)
 
+    # As a run attends: responses of similar length as one batch, behind their prompt, which attends to itself.
+    layout = Layout([PromptGroup(tuple(range(len(lengths))), prompt, tuple(lengths))], DEVICE)
+    row = (
+        torch.cat([random(heads, prompt), query], 2),
+        *(torch.cat([b, x], 2) for b, x in zip(before, (key, value), strict=True)),
+    )
+
+    def grouped() -> torch.Tensor:
+        return attend_by_prompt(layout, *row, None, None)[:, :, prompt:]
+
     def packed() -> torch.Tensor:
         from inspect import signature
 
@@ -376,7 +389,7 @@ def part_varlen(*_: Any) -> None:
         return out.transpose(0, 1)[None]
 
     expected = None
-    for name, attend in {"one by one": one_by_one, "padded": padded, "packed": packed}.items():
+    for name, attend in {"one by one": one_by_one, "padded": padded, "grouped": grouped, "packed": packed}.items():
         try:
             figures, out = fastest(attend)
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
@@ -441,6 +454,63 @@ def part_full_logits(model: Any, scorer: Scorer) -> None:
         speedup=round(reference["seconds"] / figures["seconds"], 2),
         mean_diff=difference.mean().item(),
         max_diff=difference.max().item(),
+    )
+
+
+def part_student(*_: Any) -> None:
+    """Run an update of a student with few layers: row by row with all logits, and with shared prompts."""
+    model = build_model(layers=4, vision_layers=4).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    groups, rows = make_rows([(600, [1400] * 4)] if CUDA else [(60, [35] * 4)])
+    advantages = torch.randn(sum(rows.lengths), generator=torch.Generator().manual_seed(2)).to(DEVICE) / len(rows.ids)
+    targets = torch.cat([ids[len(ids) - n :] for ids, n in zip(rows.ids, rows.lengths, strict=True)]).to(DEVICE)
+
+    def inputs(ids: torch.Tensor, positions: torch.Tensor, images: list[dict[str, Any]]) -> dict[str, Any]:
+        found = {"input_ids": ids[None], "position_ids": positions.expand(4, 1, -1)} | concatenate_inputs(images)
+        return {name: value.to(DEVICE) for name, value in found.items()} | {"use_cache": False}
+
+    def row_by_row() -> torch.Tensor:
+        model.zero_grad()
+        parts = []
+        each = zip(rows.ids, rows.positions, rows.images, rows.lengths, strict=True)
+        weights = advantages.split(rows.lengths)
+        for (ids, positions, images, length), weight in zip(each, weights, strict=True):
+            logits = model(**inputs(ids, positions, [images])).logits[0]
+            log_probs = logits[:-1].float().log_softmax(-1).gather(-1, ids[1:, None].to(DEVICE))[-length:, 0]
+            (log_probs * weight).sum().backward()
+            parts.append(log_probs.detach())
+        return torch.cat(parts)
+
+    reference, expected = fastest(row_by_row, rounds=2)
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    head = ResponseHead(model.get_output_embeddings(), 256)
+    shared = SharedPromptAttention(model)
+    encode_distinct_images(model)
+
+    def update() -> torch.Tensor:
+        model.zero_grad()
+        layout = Layout(groups, DEVICE)
+        images = [rows.images[group.rows[0]] for group in groups]
+        packed = inputs(concatenate(groups, rows.ids), concatenate(groups, rows.positions), images)
+        with shared.attending(layout), head.answering(Request(layout.predicting, targets, 1.0)):
+            log_probs = model(**packed).logits[:, 0]
+            (log_probs * advantages).sum().backward()
+        return log_probs.detach()
+
+    figures, scored = fastest(update, rounds=2)
+    say("student", way="row by row, all logits", **reference)
+    ours = [p.grad for p in model.parameters() if p.grad is not None]
+    apart = [(one.float() - other.float()).norm() for one, other in zip(ours, gradients, strict=True)]
+    whole = torch.stack([gradient.float().norm() for gradient in gradients]).norm()
+    difference = (scored - expected).abs()
+    say(
+        "student",
+        way="ours",
+        **figures,
+        speedup=round(reference["seconds"] / figures["seconds"], 2),
+        mean_diff=difference.mean().item(),
+        max_diff=difference.max().item(),
+        gradient_diff=(torch.stack(apart).norm() / whole).item(),
     )
 
 
@@ -516,6 +586,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "grouped_query": part_grouped_query,
     "varlen": part_varlen,
     "precision": part_precision,
+    "student": part_student,
     "score": part_score,
     "full_logits": part_full_logits,
     "chunks": part_chunks,
@@ -523,7 +594,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "flex": part_flex,
     "offload": part_offload,
 }
-WITHOUT_MODEL = {"race", "grouped_query", "varlen", "precision"}
+WITHOUT_MODEL = {"race", "grouped_query", "varlen", "precision", "student"}
 
 
 def main() -> None:

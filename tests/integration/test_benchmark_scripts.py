@@ -67,13 +67,17 @@ def test_gpu_check(tmp_path):
     reference, ours = by_part["full_logits"]
     assert ours["max_diff"] < 1e-4
     assert ours["speedup"] == pytest.approx(reference["seconds"] / ours["seconds"], rel=0.05)
+    reference, ours = by_part["student"]
+    assert ours["max_diff"] < 1e-4 and 0 < ours["gradient_diff"] < 1e-4
+    assert ours["speedup"] == pytest.approx(reference["seconds"] / ours["seconds"], rel=0.05)
     assert all(line["mean_diff"] < 1e-5 for line in by_part["flex"])
     assert all(line["max_diff"] < 1e-5 for line in by_part["offload"]) and len(by_part["offload"]) == 6
     bfloat16, float32 = by_part["precision"][:2]
     assert float32["mean_diff"] < 1e-5 < bfloat16["mean_diff"]
     for name in ("grouped_query", "varlen"):
-        one, other = by_part[name][:2]
-        assert one["max_diff"] == 0 and other["max_diff"] < 1e-5
+        one, *others = by_part[name][: 3 if name == "varlen" else 2]
+        assert one["max_diff"] == 0 and all(other["max_diff"] < 1e-5 for other in others)
+    assert [line["way"] for line in by_part["varlen"]] == ["one by one", "padded", "grouped", "packed"]
     assert len(by_part["chunks"]) == 5 and len(by_part["kernels"]) == 12
 
 

@@ -24,7 +24,10 @@ import {module}
 """
 
 
-@pytest.mark.parametrize("module", [f"verl_gndpo.teacher.{name}" for name in MODULES] + ["verl_gndpo.advantage"])
+OTHERS = ["verl_gndpo.advantage", "verl_gndpo.student.projection"]
+
+
+@pytest.mark.parametrize("module", [f"verl_gndpo.teacher.{name}" for name in MODULES] + OTHERS)
 def test_it_is_imported_without_verl_and_its_dependencies(module):
     # -I leaves out plugins of the environment; the tree comes first.
     script = f"import sys; sys.path.insert(0, {str(REPO)!r})\n" + SCRIPT.format(absent=set(ABSENT), module=module)
