@@ -131,6 +131,9 @@ def plan(
     flash_attn: Annotated[
         bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether the actor runs flash-attn without padding.")
     ] = True,
+    share_prompts: Annotated[
+        bool, typer.Option("--share-prompts", help="The actor runs with student.share_prompts=True.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoints.")
     ] = False,
@@ -143,7 +146,7 @@ def plan(
     from verl_gndpo.plan import GB, Machine, PlanError, Run, describe, make_plan, read_model
 
     machine = Machine(gpus, nodes, memory * GB, None if host_memory is None else host_memory * GB)
-    run = Run(max_prompt, max_response, tokens, freeze_vision, padding_removed=flash_attn)
+    run = Run(max_prompt, max_response, tokens, freeze_vision, padding_removed=flash_attn, share_prompts=share_prompts)
     try:
         sizes = [read_model(path, trust_remote_code) for path in (student, teacher)]
         made = make_plan(sizes[0], sizes[1], machine, run)

@@ -200,6 +200,25 @@ def update_bytes_per_token(model: ModelSize, logits: int = 1) -> float:
     return BFLOAT16 * (kept + max(head, layer)) + _POSITIONS
 
 
+def shared_update_bytes(model: ModelSize, tokens: int, responses: int, chunk_tokens: int) -> float:
+    """Return the peak of an update with `student.share_prompts=True`, whose logits are made block by block.
+
+    The inputs of the layers are kept, as in `update_bytes_per_token`. Beside these stand either what a layer keeps, or
+    the hidden states of the response tokens with their gradients, and a block of logits with what its gradient takes.
+
+    Args:
+        tokens: of the micro-batch, in which a prompt counts once.
+        responses: tokens of these that belong to responses.
+        chunk_tokens: `student.logits_chunk_tokens`.
+    """
+    kept = model.layers * model.hidden
+    layer = max(6 * model.inner + 11 * model.hidden, 16.5 * model.hidden) + 2 * model.key_value
+    # The final norm's two tensors and their gradients; of responses a copy, its gradient in float32, and that again.
+    head = 5 * model.hidden * tokens + 4 * model.hidden * responses
+    blocks = (2 * FLOAT32 + BFLOAT16) * chunk_tokens * model.vocabulary
+    return (BFLOAT16 * kept + _POSITIONS) * tokens + max(BFLOAT16 * layer * tokens, BFLOAT16 * head + blocks)
+
+
 _POSITIONS = 2000
 """Bytes per token of positions and of their rotary embeddings, in float32."""
 
@@ -266,6 +285,9 @@ class Run:
     logits_chunk_tokens: int = 256
     padding_removed: bool = True
     """The actor runs flash-attn without padding."""
+
+    share_prompts: bool = False
+    """The actor makes logits of response tokens only, some at a time (`student.share_prompts`)."""
 
     @property
     def per_gpu(self) -> int:
@@ -345,7 +367,7 @@ def place(student: ModelSize, teacher: ModelSize, machine: Machine, run: Run, ch
         "optimizer states": optimizer,
         "gradients": gradients,
         "gathered weights and gradients": _gathered(student) + _gathered_gradients(student),
-        "activations and logits": run.per_gpu * update_bytes_per_token(student, 1 if run.padding_removed else 3),
+        "activations and logits": _update(student, run),
         "CUDA contexts": contexts,
     }
     phases = {"generate": generate, "score": resident | score if colocated else score, "update": update}
@@ -364,6 +386,14 @@ def place(student: ModelSize, teacher: ModelSize, machine: Machine, run: Run, ch
         short={phase: missing for phase, missing in short.items() if missing > 0},
         cached_tokens=cached_tokens,
     )
+
+
+def _update(student: ModelSize, run: Run) -> float:
+    """Return the bytes of activations and logits of a micro-batch of the update."""
+    if run.share_prompts:
+        # Where most tokens are of responses, the more is kept.
+        return shared_update_bytes(student, run.per_gpu, run.per_gpu, run.logits_chunk_tokens)
+    return run.per_gpu * update_bytes_per_token(student, 1 if run.padding_removed else 3)
 
 
 def _generate(
@@ -434,6 +464,8 @@ def _settings(choice: Choice, run: Run) -> dict[str, str]:
         "teacher.placement": choice.placement,
         "teacher.max_token_len_per_gpu": str(run.per_gpu),
     }
+    if run.share_prompts:
+        settings["+student.share_prompts"] = "True"
     if run.freeze_vision:
         settings["actor_rollout_ref.actor.freeze_vision_tower"] = "True"
     if choice.placement == "dedicated":
@@ -587,6 +619,8 @@ def _notes(plan: Plan) -> list[str]:
         )
     if plan.student.experts or plan.teacher.experts:
         notes.append("activations of mixtures of experts are estimates, which nothing has been compared with")
-    if plan.run.padding_removed:
+    if plan.run.share_prompts:
+        notes.append("in a micro-batch a prompt counts once for its responses, so that more rows fit into it")
+    elif plan.run.padding_removed:
         notes.append("without flash-attn the actor holds all logits three times: see it with --no-flash-attn")
     return ["", *(f"note: {note}" for note in notes)]

@@ -6,10 +6,14 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import verl  # noqa: F401  # makes torchvision importable
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
@@ -17,8 +21,10 @@ from tests.tensor_count import TensorCount
 from verl_gndpo import plan
 from verl_gndpo.cli import app
 from verl_gndpo.plan import GB, Choice, Machine, Run, make_plan, measure, pinned_bytes, place
+from verl_gndpo.student import projection
 from verl_gndpo.teacher import attention
-from verl_gndpo.teacher.packing import PackedPass, PromptGroup
+from verl_gndpo.teacher.attention import SharedPromptAttention
+from verl_gndpo.teacher.packing import Layout, PackedPass, PromptGroup, causal_pairs
 from verl_gndpo.teacher.scorer import Rows, Scorer
 
 PAGE = Path(__file__).parents[2] / "docs" / "teacher.md"
@@ -71,7 +77,7 @@ class CrossEntropy(torch.autograd.Function):
         return ctx.saved_tensors[0].mul_(1)
 
 
-def build(size: str, layers: int, kernel: str):
+def build(size: str, layers: int, kernel: str, vocabulary: int | None = None):
     """Build the decoder of a released size, with fewer layers, on tensors without storage.
 
     As a text model: verl's changes of multimodal classes, which other tests in this process apply, need real tensors.
@@ -79,6 +85,7 @@ def build(size: str, layers: int, kernel: str):
     config = memory.config(size)
     text = config.text_config
     text.num_hidden_layers = layers
+    text.vocab_size = vocabulary or text.vocab_size
     text.layer_types = text.layer_types[:layers]
     shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     plain = Qwen2Config(
@@ -100,6 +107,56 @@ def per_token(model, tokens: int, run) -> float:
     return count.peak / tokens
 
 
+class ScoringCount:
+    """The real scorer, which plans on real numbers and runs a model on tensors without storage."""
+
+    def __init__(self, size: str, layers: int, vocabulary: int | None = None):
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._fake:
+            self._model, self.sizes = build(size, layers, "sdpa", vocabulary)
+            self._scorer = Scorer(self._model, chunk_tokens=256, temperature=1.0)
+
+    def of(self, prompts) -> tuple[int, int, int]:
+        """Return tokens of a pass, its peak in bytes, and the pairs of query and key that each layer computes.
+
+        Args:
+            prompts: lengths of prompts, each with those of its responses.
+        """
+        groups, lengths, found = [], [], []
+        for prompt, responses in prompts:
+            rows = range(len(lengths), len(lengths) + len(responses))
+            groups.append(PromptGroup(tuple(rows), prompt, tuple(responses)))
+            lengths += [(prompt + response, response) for response in responses]
+        rows = Rows(
+            ids=[torch.zeros(length, dtype=torch.long) for length, _ in lengths],
+            positions=[torch.arange(length) for length, _ in lengths],
+            lengths=[response for _, response in lengths],
+            images=[{}] * len(lengths),
+            sampled=[torch.zeros(length, dtype=torch.bool) for length, _ in lengths],
+        )
+        pairs = [0]
+
+        def attend(query, key, value, **_):
+            batch, length, reach = len(query), query.shape[2], key.shape[2]
+            pairs[0] += batch * causal_pairs(length, reach - length)
+            return Kernel.apply(query, key, value)
+
+        def without_storage(**inputs):
+            moved = {name: self._fake.from_tensor(x) if torch.is_tensor(x) else x for name, x in inputs.items()}
+            outputs: list = []
+            with self._fake:
+                found.append(per_token(self._model, 1, lambda: outputs.append(self._model(**moved))))
+            return outputs.pop()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "scaled_dot_product_attention", attend)
+            # A mask in name only, which can't be made on tensors without storage.
+            patch.setattr(attention, "causal_lower_right", lambda *_: None)
+            self._scorer.score(without_storage, PackedPass(tuple(groups)), rows, device="cpu", dtype=torch.bfloat16)
+        (peak,) = found
+        return sum(group.tokens for group in groups), peak, pairs[0] // self._model.config.num_hidden_layers
+
+
 LAYOUTS = {
     "equal": [(600, [1400] * 16)],
     "one long response": [(600, [500] * 15 + [16384])],
@@ -111,38 +168,56 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("size", "layout"), [*(("7B", layout) for layout in LAYOUTS), ("3B", "equal"), ("72B", "single")]
 )
-def test_the_peak_of_scoring_is_that_of_all_tensors(size, layout, monkeypatch):
-    """The real scorer plans on real numbers, and runs the model on tensors without storage."""
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda q, k, v, **_: Kernel.apply(q, k, v))
-    # A mask in name only, which can't be made on tensors without storage.
-    monkeypatch.setattr(attention, "causal_lower_right", lambda *_: None)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model, sizes = build(size, 2, "sdpa")
-        scorer = Scorer(model, chunk_tokens=256, temperature=1.0)
-    counted = []
+def test_the_peak_of_scoring_is_that_of_all_tensors(size, layout):
+    counted = ScoringCount(size, layers=2)
+    tokens, peak, _ = counted.of(LAYOUTS[layout])
+    assert peak / tokens == pytest.approx(plan.scoring_bytes_per_token(counted.sizes), rel=0.15)
 
-    def without_storage(**inputs):
-        moved = {name: fake.from_tensor(x) if torch.is_tensor(x) else x for name, x in inputs.items()}
-        tokens = moved["input_ids"].shape[1]
-        with fake:
-            counted.append(per_token(model, tokens, lambda: outputs.append(model(**moved))))
-        return outputs.pop()
 
-    outputs: list = []
-    groups, lengths = [], []
-    for prompt, responses in LAYOUTS[layout]:
-        rows = range(len(lengths), len(lengths) + len(responses))
-        groups.append(PromptGroup(tuple(rows), prompt, tuple(responses)))
-        lengths += [(prompt + response, response) for response in responses]
-    rows = Rows(
-        ids=[torch.zeros(length, dtype=torch.long) for length, _ in lengths],
-        positions=[torch.arange(length) for length, _ in lengths],
-        lengths=[response for _, response in lengths],
-        images=[{}] * len(lengths),
-        sampled=[torch.zeros(length, dtype=torch.bool) for length, _ in lengths],
-    )
-    scorer.score(without_storage, PackedPass(tuple(groups)), rows, device="cpu", dtype=torch.bfloat16)
-    assert counted == [pytest.approx(plan.scoring_bytes_per_token(sizes), rel=0.15)]
+@pytest.fixture(scope="module")
+def one_layer():
+    # With few logits: their peak is the same for all lengths, and their blocks take long to count.
+    return ScoringCount("7B", layers=1, vocabulary=512)
+
+
+def within(prompts, tokens=32_768):
+    """Leave out responses that do not fit into a micro-batch, as far as a prompt keeps one."""
+    kept = []
+    for prompt, lengths in prompts:
+        while len(lengths) > 1 and prompt + sum(lengths) > tokens // len(prompts):
+            lengths = lengths[:-1]
+        kept.append((prompt, lengths))
+    return kept
+
+
+# A truncated answer, or one of a few words, is in every real batch.
+MIXTURES = st.lists(
+    st.tuples(
+        st.sampled_from([20, 600, 3000, 8192]),
+        st.lists(st.one_of(st.integers(1, 40), st.integers(1, 3000), st.integers(1, 16384)), min_size=1, max_size=16),
+    ),
+    min_size=1,
+    max_size=4,
+).map(within)
+
+
+@given(MIXTURES)
+@settings(max_examples=10, deadline=None)
+@example([(600, [500] * 15 + [16368])])
+@example([(600, [900, 400, 700, 2500, 1200, 300, 5200, 800, 1500, 650, 2000, 1100, 450, 980, 3100, 600])])
+@example([(8192, [1] * 15 + [16369])])
+def test_no_mixture_of_lengths_costs_much_more_than_equal_ones(one_layer, prompts):
+    """At most 1.15 times the attention that is needed, and 1.3 times the peak of the same tokens in equal responses.
+
+    An image makes a prompt longer, and its tower runs before the decoder, whatever the lengths of the responses.
+    """
+    needed = sum(causal_pairs(p, 0) + sum(causal_pairs(n, p) for n in lengths) for p, lengths in prompts)
+    _, peak, pairs = one_layer.of(prompts)
+    assert needed <= pairs <= 1.15 * needed
+    equal = [(p, [len(part) for part in np.array_split(range(sum(ns)), len(ns))]) for p, ns in prompts]
+    tokens, of_equal, _ = one_layer.of(equal)
+    assert tokens == sum(p + sum(ns) for p, ns in prompts)
+    assert peak <= 1.3 * of_equal
 
 
 def update_peak(size: str, layers: int, tokens: int, log_probs) -> tuple[float, plan.ModelSize]:
@@ -194,6 +269,85 @@ def test_without_flash_attn_the_logits_exist_three_times():
 
     counted, sizes = update_peak("3B", 2, tokens, log_probs)
     assert counted == pytest.approx(plan.update_bytes_per_token(sizes, 3), rel=0.15)
+
+
+class EveryTokenHasAGradient(TorchDispatchMode):
+    """Answers the one question to values in the backward pass of the head."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.nonzero.default:
+            return torch.arange(len(args[0])).unsqueeze(1)
+        return function(*args, **(kwargs or {}))
+
+
+def shared_update_peak(size: str, layers: int, prompts) -> tuple[float, plan.ModelSize, int, int]:
+    """Return the peak of an update with shared prompts, the sizes of the model, all tokens, and those of responses.
+
+    Layout, attention and head are those of a run.
+    """
+    groups, count = [], 0
+    for prompt, responses in prompts:
+        groups.append(PromptGroup(tuple(range(count, count + len(responses))), prompt, tuple(responses)))
+        count += len(responses)
+    layout = Layout(groups, "cpu")
+    tokens, answered = layout.tokens, len(layout.predicting)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        model, sizes = build(size, layers, "sdpa")
+        shared = SharedPromptAttention(model)
+        head = projection.ResponseHead(model.get_output_embeddings(), 256)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.dim() == 1)
+        model.enable_input_require_grads()
+        request = projection.Request(fake.from_tensor(layout.predicting), torch.zeros(answered, dtype=torch.long), 1.0)
+
+        def step() -> None:
+            inputs = {name: torch.zeros(1, tokens, dtype=torch.long) for name in ("input_ids", "position_ids")}
+
+            def forward():
+                with torch.autocast("cpu", torch.bfloat16):
+                    return model(**inputs, use_cache=False).logits
+
+            with shared.attending(layout), head.answering(request), EveryTokenHasAGradient():
+                forward().mean().backward()
+
+        return per_token(model, 1, step), sizes, tokens, answered
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "layout"),
+    [
+        ("3B", 36, "equal"),
+        ("3B", 2, "one long response"),
+        ("7B", 4, "several prompts"),
+    ],
+)
+def test_the_peak_of_a_shared_update_is_that_of_all_tensors(size, layers, layout, monkeypatch):
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda q, k, v, **_: Kernel.apply(q, k, v))
+    monkeypatch.setattr(attention, "causal_lower_right", lambda *_: None)
+    # Blocks as on an accelerator.
+    for name in ("CPU_LOGITS", "CPU_TOKENS"):
+        monkeypatch.setattr(projection, name, 1 << 60)
+    counted, sizes, tokens, answered = shared_update_peak(size, layers, LAYOUTS[layout])
+    sizes = dataclasses.replace(sizes, layers=layers)
+    assert counted == pytest.approx(plan.shared_update_bytes(sizes, tokens, answered, 256), rel=0.15)
+
+
+def test_shared_prompts_take_the_logits_out_of_the_update(models):
+    """Of a 3B, whose logits are wider than its layers; of a 7B the layers decide either way."""
+    for size, least in (("3B", 0.25), ("7B", 0.0)):
+        plain, shared = (planned(models, size, "7B", 8, share_prompts=share).placements[0] for share in (False, True))
+        before, after = (p.phases["update"]["activations and logits"] for p in (plain, shared))
+        assert after <= (1 - least) * before
+        assert shared.settings["+student.share_prompts"] == "True"
+        assert not any("share_prompts" in key for key in plain.settings)
+        assert plain.phases["score"] == shared.phases["score"]
+    # Padding matters no longer.
+    assert (
+        planned(models, "3B", "7B", 8, share_prompts=True, padding_removed=False).placements[0].phases["update"]
+        == planned(models, "3B", "7B", 8, share_prompts=True).placements[0].phases["update"]
+    )
 
 
 def test_scoring_takes_what_an_h200_took(models):
@@ -320,7 +474,7 @@ def test_settings_are_keys_of_the_config(models):
     """Each override composes, with the teacher's group."""
     from tests.helpers import verl_config
 
-    for placement in planned(models, "7B", "32B", 8, 2, freeze_vision=True).placements:
+    for placement in planned(models, "7B", "32B", 8, 2, freeze_vision=True, share_prompts=True).placements:
         overrides = [f"{key}={value}" for key, value in placement.settings.items()]
         config = verl_config("algorithm.adv_estimator=gndpo", "+teacher=worker", *overrides)
         assert config.teacher.placement == placement.settings["teacher.placement"]
@@ -355,6 +509,14 @@ def test_the_command_prints_text_and_json(folders):
 def test_the_command_fails_where_nothing_fits(folders):
     result = run(folders / "7B", folders / "7B", "--gpus", 1, "--memory", 24)
     assert result.exit_code == 1 and "nothing fits" in result.stdout and "lora_rank" in result.stdout
+
+
+def test_the_command_plans_for_shared_prompts(folders):
+    pair = folders / "3B", folders / "7B"
+    plain, shared = (run(*pair, *options, "--json").stdout for options in ((), ("--share-prompts",)))
+    plain, shared = (json.loads(x)["placements"][0]["phases"]["update"] for x in (plain, shared))
+    assert shared["activations and logits"] < 0.75 * plain["activations and logits"]
+    assert "    +student.share_prompts=True\n" in run(*pair, "--share-prompts").stdout
 
 
 def test_a_folder_without_a_config_is_an_error(tmp_path):
