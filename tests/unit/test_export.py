@@ -203,6 +203,7 @@ def test_the_scale_of_rank_stabilised_adapters_is_that_of_peft(step, model, tmp_
     """verl notes rank and alpha alone, so the rest is from our note on the run, or from the user."""
     torch.manual_seed(0)
     settings = {"r": 16, "lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"0.self_attn.q_proj": 3}}
+    settings["rank_pattern"] = {"1.self_attn.v_proj": 4}
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **settings),
@@ -214,8 +215,14 @@ def test_the_scale_of_rank_stabilised_adapters_is_that_of_peft(step, model, tmp_
     if place == "adapter":
         save_run(step, {"lora_adapter": str(tmp_path / "adapter"), "teachers": []})
         line = refused(tmp_path / "out", step)
-        assert str(tmp_path / "adapter" / "adapter_config.json") in line and f"into {meta}" in line
+        assert str(tmp_path / "adapter" / "adapter_config.json") in line
+        assert f"write its use_rslora, rank_pattern, alpha_pattern into {meta}" in line
         adapted.save_pretrained(tmp_path / "adapter")
+    else:
+        meta.write_text(json.dumps(settings | {"rank_pattern": {}}))
+        line = refused(tmp_path / "out", step)
+        assert "1.self_attn.v_proj" in line and f"rank_pattern and alpha_pattern of the adapters into {meta}" in line
+        meta.write_text(json.dumps(settings))
     result = run(step, "--out", tmp_path / "out", "--dtype", "float32")
     assert result.exit_code == 0, result.output
     expected = adapted.merge_and_unload().state_dict()

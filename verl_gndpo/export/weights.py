@@ -101,6 +101,8 @@ def build(
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
+        if adapters and "lora_" in reason:
+            reason += f" -> write rank_pattern and alpha_pattern of the adapters into {checkpoint.actor / META}"
         raise ExportError(f"the weights in {checkpoint.actor} do not fit its config: {reason}") from error
     if alone:
         missing = [name for name in missing if ".lora_" in name]
@@ -137,7 +139,8 @@ def _lora_config(model: Any, checkpoint: Checkpoint, names: set[str], continued:
         if not config.is_file():
             raise ExportError(
                 f"the run continued the adapter {continued}, and {config} is not there to say how it is scaled -> "
-                f'write "use_rslora": true or false into {path}'
+                f"write its {', '.join(SCALING)} into {path}, at least "
+                '"use_rslora": true or false'
             )
         settings = read_json(config)
         scaling = {name: settings[name] for name in SCALING if settings.get(name)}
