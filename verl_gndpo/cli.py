@@ -219,7 +219,9 @@ def export(
 
 @app.command()
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folders or hub ids.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="Folders or hub ids; names that a server has, with --server.")
+    ],
     data_files: Annotated[
         list[Path],
         typer.Option("--data", metavar="FILE", help="Parquet file, as verl reads. Give the option once per file."),
@@ -239,28 +241,68 @@ def evaluate(
             help="Grades instead of verl_gndpo.rewards: the run's reward.custom_reward_function, path and name.",
         ),
     ] = None,
+    chat_template: Annotated[
+        str, typer.Option("--chat-template-kwargs", metavar="JSON", help="As data.apply_chat_template_kwargs.")
+    ] = "{}",
+    mm_processor: Annotated[
+        str, typer.Option("--mm-processor-kwargs", metavar="JSON", help="As data.mm_processor_kwargs.")
+    ] = "{}",
     dtype: Annotated[str, typer.Option("--dtype", help="Of the weights, as vLLM's option.")] = "auto",
     memory: Annotated[float, typer.Option("--gpu-memory-utilization", min=0.05, max=1, help="As vLLM's option.")] = 0.9,
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", min=1, help="GPUs per vLLM engine.")] = 1,
+    data_parallel: Annotated[
+        int | None,
+        typer.Option("--data-parallel", min=1, help="vLLM engines. Default: all visible GPUs, or 1 on CPUs."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the models.")
     ] = False,
+    servers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--server",
+            metavar="[MODEL=]URL",
+            help="An OpenAI-compatible server answers for the model, or for all models.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            help="With --server: folder or hub id of the training's tokenizer and processor. The server's prompts must "
+            "be those that they make. Default: MODEL if it is a folder here; else prompts are not compared.",
+        ),
+    ] = None,
+    key_from: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key-env", metavar="NAME", help="Environment variable with the server's key. Default: no key."
+        ),
+    ] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests to a server at a time.")] = 32,
 ) -> None:
     """Ask models the problems of benchmarks, grade the answers, and compare the models.
 
     Started again with the same arguments, it asks only what has no answer yet. Exit code 0: the page is written. 1: a
     model or a file can't be used, or answering failed.
     """
-    from verl_gndpo.evaluation.command import EvaluationError
+    from verl_gndpo.evaluation.command import EvaluationError, json_object, server_of
     from verl_gndpo.evaluation.command import evaluate as run
-    from verl_gndpo.evaluation.generate import Job, digest
+    from verl_gndpo.evaluation.job import Job, Means, digest
 
+    means = Means(data_parallel, tensor_parallel, memory, trust_remote_code, concurrency, key_from)
     files = [str(path.expanduser().absolute()) for path in data_files]
     # A file that is missing is named by what follows.
     contents = [digest(Path(file)) if Path(file).is_file() else "" for file in files]
-    settings = (answers, temperature, seed, limit, max_prompt, max_response, dtype, memory, trust_remote_code)
-    jobs = [Job(model, files, contents, *settings) for model in models]
     try:
-        run(jobs, out, typer.echo, reward)
+        template = json_object("--chat-template-kwargs", chat_template)
+        processor = json_object("--mm-processor-kwargs", mm_processor)
+        settings = (answers, temperature, seed, limit, max_prompt, max_response, dtype, template, processor)
+        jobs = [
+            Job(model, files, contents, *settings, *server_of(model, models, servers or [], tokenizer))
+            for model in models
+        ]
+        run(jobs, out, typer.echo, reward, means)
     except EvaluationError as error:
         typer.echo(f"error   {error}", err=True)
         raise typer.Exit(1) from error

@@ -23,6 +23,7 @@ from tests.end_to_end.test_training import (
     settings,
 )
 from tests.tiny_models import build_tiny
+from verl_gndpo.evaluation.job import Answers
 
 PARITY = """import zlib
 
@@ -118,8 +119,8 @@ def test_the_exported_model_answers_and_is_graded_as_in_verls_last_validation(ru
         "float32",
     ]
     command(*evaluation, "--max-prompt", LENGTHS["MAX_PROMPT"], "--max-response", LENGTHS["MAX_RESPONSE"])
-    answers = (tmp_path / "evaluation" / "models" / "model" / "answers.jsonl").read_text().splitlines()
-    answered = [json.loads(line)["answers"][0]["text"] for line in answers]
+    answers = Answers(tmp_path / "evaluation" / "models" / "model" / "answers.jsonl")
+    answered = [answers[row]["answers"][0]["text"] for row in range(VALIDATED)]
     questions = [info["question"] for info in pq.read_table(out / "val.parquet")["extra_info"].to_pylist()]
     dump = [json.loads(line) for line in (out / "validation" / "2.jsonl").read_text().splitlines()]
     validated = [next(one for one in dump if question in one["input"]) for question in questions]

@@ -13,7 +13,8 @@ from examples.quickstart import diagrams
 from tests.integration import helpers
 from tests.tiny_models import build_tiny
 from verl_gndpo.cli import app
-from verl_gndpo.evaluation.generate import Job, Prompts, digest
+from verl_gndpo.evaluation.job import Answers, Job, digest
+from verl_gndpo.evaluation.prompts import Prompts
 
 COUNT, TOKENS = 12, 8
 
@@ -32,18 +33,17 @@ def test_greedy_answers_are_those_of_transformers(tmp_path):
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
 
-    job = Job(str(model), [str(data)], [digest(data)], 1, 0.0, 0, None, 256, TOKENS, "float32", 0.1, False)
-    prompts, network, processor = Prompts(job), helpers.load(model), AutoProcessor.from_pretrained(model)
+    prompts = Prompts(Job(str(model), [str(data)], [digest(data)], max_prompt=256, max_response=TOKENS), False)
+    network, processor = helpers.load(model), AutoProcessor.from_pretrained(model)
     greedy = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
-    lines = (tmp_path / "out" / "models" / "model" / "answers.jsonl").read_text().splitlines()
-    assert len(lines) == COUNT
-    for line, made in zip(map(json.loads, lines), prompts.of(list(range(COUNT))), strict=True):
-        images = made["prompt"]["multi_modal_data"]["image"]
-        text = processor.tokenizer.decode(made["prompt"]["prompt_token_ids"], skip_special_tokens=False)
-        inputs = processor(text=[text], images=images, return_tensors="pt")
-        assert inputs["input_ids"].shape[1] == made["tokens"] == line["prompt_tokens"]
+    answers = Answers(tmp_path / "out" / "models" / "model" / "answers.jsonl")
+    for row in range(COUNT):
+        prompt, answer = prompts[row], answers[row]
+        text = processor.tokenizer.decode(prompts.for_vllm(prompt)["prompt_token_ids"], skip_special_tokens=False)
+        inputs = processor(text=[text], images=prompt.images, return_tensors="pt")
+        assert inputs["input_ids"].tolist() == [prompt.ids] and len(prompt.ids) == answer["prompt_tokens"]
         with torch.inference_mode():
-            output = network.generate(**inputs, generation_config=greedy)[0, made["tokens"] :]
-        assert line["answers"][0]["text"] == processor.tokenizer.decode(output, skip_special_tokens=True)
+            output = network.generate(**inputs, generation_config=greedy)[0, len(prompt.ids) :]
+        assert answer["answers"][0]["text"] == processor.tokenizer.decode(output, skip_special_tokens=True)
     (found,) = json.loads((tmp_path / "out" / "summary.json").read_text())["models"]["model"].values()
     assert found["problems"] == COUNT and 0 <= found["accuracy"][0] <= 1

@@ -3,6 +3,8 @@
 
 import base64
 import json
+import sys
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from verl_gndpo.cli import app
-from verl_gndpo.evaluation.generate import read_answers
+from verl_gndpo.evaluation import pool
+from verl_gndpo.evaluation.job import Answers, Job, digest
 
 PNG = b"\x89PNG\r\n\x1a\nnot a real one"
 
@@ -42,12 +45,7 @@ def model(tmp_path, name):
 
 def answer(out, path, data, texts, **more):
     """Write what a model answered, with a last line that a killed process left incomplete."""
-    from dataclasses import asdict
-
-    from verl_gndpo.evaluation.generate import Job, digest
-
-    settings = {"answers": 1, "temperature": 0.0, "seed": 0, "limit": None, "max_prompt": 8192, "max_response": 16384}
-    settings |= {"dtype": "auto", "memory": 0.9, "trust_remote_code": False} | more
+    settings = {"answers": 1} | more
     folder = out / "models" / path.name
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps(asdict(Job(str(path), [str(data)], [digest(data)], **settings))))
@@ -83,7 +81,11 @@ def test_answers_are_graded_compared_and_shown(tmp_path, data):
     (compared,) = summary["comparisons"]
     assert compared["different"] and (compared["only_first"], compared["only_second"]) == (32, 0)
     assert compared["p"] == pytest.approx(2 / 2**32)
+    settings = summary["settings"]
+    assert settings["limit"] is None and (settings["n"], settings["temperature"], settings["seed"]) == (1, 0.0, 0)
+    assert settings["data"] == [str(data)] and settings["data_sha256"] == [digest(data)]
     page = (out / "index.html").read_text()
+    assert "All problems." in page
     assert base64.b64encode(PNG).decode() in page and "&lt;b&gt;Which?" in page and "32, 30 shown" in page
     assert "http" not in page.replace("http-equiv", "")
 
@@ -91,8 +93,8 @@ def test_answers_are_graded_compared_and_shown(tmp_path, data):
 def test_a_torn_last_line_is_cut_off(tmp_path, data):
     answer(tmp_path / "out", model(tmp_path, "m"), data, ["a", "b"])
     path = tmp_path / "out" / "models" / "m" / "answers.jsonl"
-    assert sorted(read_answers(path)) == [0, 1]
-    assert path.read_text().endswith("}\n") and sorted(read_answers(path)) == [0, 1]
+    assert Answers(path).lacking(range(3)) == [2]
+    assert path.read_text().endswith("}\n") and Answers(path)[1]["answers"][0]["text"] == "b"
 
 
 def refused(*arguments):
@@ -123,6 +125,40 @@ def test_what_cannot_be_used_is_said_in_one_line(tmp_path, data):
     assert not out.exists()
     answer(out, one, data, [])
     assert "another --out" in refused(one, "--data", data, "--out", out, "--n", "2")
+
+
+def test_a_model_that_fails_does_not_keep_others_from_answering(tmp_path, data, monkeypatch):
+    first, second, third = (model(tmp_path, name) for name in ("first", "second", "third"))
+    out = tmp_path / "out"
+    answer(out, third, data, [r"\boxed{B}"] * 40)
+    answers = (out / "models" / "third" / "answers.jsonl").read_text().rpartition("\n")[0] + "\n"
+    # It stands in for vLLM: the second model is answered, and the first ends its process.
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "if '/first/' in sys.argv[1]: sys.exit(3)\n"
+        "out = os.fdopen(int(sys.argv[3]), 'w')\n"
+        "print(json.dumps({'ready': 99}), file=out, flush=True)\n"
+        f"lines = open({str(tmp_path / 'lines')!r}).readlines()\n"
+        "for row in sys.stdin:\n"
+        "    if row.strip() == 'end': break\n"
+        "    out.write(lines[int(row)]); out.flush()\n"
+    )
+    (tmp_path / "lines").write_text(answers)
+    monkeypatch.setattr(pool, "WORKER", [sys.executable, str(script)])
+    result = run(first, second, third, "--data", data, "--out", out)
+    assert result.exit_code == 1
+    line = result.output.splitlines()[-1]
+    assert "first: a process that answers ended with exit code 3; more is in" in line
+    assert line.endswith("; the 2 other model(s) are answered") and not (out / "summary.json").exists()
+    assert run(second, third, "--data", data, "--out", out).exit_code == 0
+    assert json.loads((out / "summary.json").read_text())["comparisons"][0]["different"] is False
+
+
+@pytest.mark.parametrize("option", ["--chat-template-kwargs", "--mm-processor-kwargs"])
+def test_an_option_that_is_no_json(tmp_path, data, option):
+    one = model(tmp_path, "one")
+    assert f"{option} [1] is no JSON object" in refused(one, "--data", data, "--out", tmp_path / "out", option, "[1]")
 
 
 def test_answers_to_what_a_file_had_before_are_not_graded(tmp_path, data):

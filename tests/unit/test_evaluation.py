@@ -38,6 +38,9 @@ def test_we_math_categories():
     assert found["categories", "complete mastery (loose)"] == (0.5, 10)
     assert found["categories", "rote memorisation (strict)"] == (round(2 / 6, 6), 6)
     assert found["categories", "rote memorisation (loose)"] == (round(1 / 6, 6), 6)
+    assert found["steps", "1-step questions (S1)"] == (round(17 / 25, 6), 25)
+    assert found["steps", "2-step questions (S2)"] == (round(4 / 7, 6), 7)
+    assert found["steps", "3-step questions (S3)"] == (round(2 / 3, 6), 3)
     assert found["", "score (strict)"] == (round(1 - 0.05 - 0.2 - 0.3, 6), 10)
     assert found["", "score (loose)"] == (round(1 - 0.05 - 0.1 - 0.3, 6), 10)
 

@@ -446,13 +446,13 @@ def test_where_the_teachers_accuracy_comes_from(tmp_path, report, undrawn, besid
     assert refused == (teacher is None and isinstance(beside, dict))
 
 
-def evaluation(**models):
+def evaluation(limit=None, **models):
     """What `verl-gndpo evaluate` writes, as far as the report reads it."""
     found = {
         name: {source: {"problems": 40, "accuracy": [share, 0.0, 1.0]} for source, share in sources.items()}
         for name, sources in models.items()
     }
-    return {"settings": {"n": 1, "temperature": 0.0}, "models": found}
+    return {"settings": {"n": 1, "temperature": 0.0, "limit": limit}, "models": found}
 
 
 @pytest.mark.parametrize(
@@ -461,6 +461,7 @@ def evaluation(**models):
         (evaluation(big={"geo": 0.7, "other": 0.2}), [], 0.7, "big, n=1, temperature 0.0, problems: 40 of geo"),
         (evaluation(big={"geo": 0.7}), ["--teacher-accuracy", "0.8"], 0.8, "summary.json: big"),
         (evaluation(big={"other": 0.7}), [], 0.95, "problems: 40 of other"),
+        (evaluation(limit=40, big={"geo": 0.7}), [], 0.95, "only the first 40 problems of each file"),
         (evaluation(big={"geo": 0.7}, small={"geo": 0.5}), [], 0.95, "no evaluation of one model"),
         ([], [], 0.95, "no evaluation of one model"),
         (None, [], 0.95, "can't be read (JSONDecodeError)"),

@@ -174,18 +174,31 @@ def four_categories(problems: Sequence[Problem], acc: np.ndarray) -> list[Figure
     return figures
 
 
+def by_steps(problems: Sequence[Problem], acc: np.ndarray) -> list[Figure]:
+    """Return We-Math's accuracies S1, S2 and S3 (accuracy.py): of all single steps, and of whole questions by steps."""
+    rows: dict[str, list[int]] = {}
+    for row, problem in enumerate(problems):
+        key = str(problem.meta.get("key", ""))
+        if key.endswith("_multi"):
+            rows.setdefault(f"{key[0]}-step questions (S{key[0]})", []).append(row)
+        elif key:
+            rows.setdefault("1-step questions (S1)", []).append(row)
+    return [Figure("steps", name, float(acc[rows[name]].mean()), len(rows[name])) for name in sorted(rows)]
+
+
 MATHVISTA, MATHVERSE, MATH_VISION = "AI4Math/MathVista", "AI4Math/MathVerse", "MathLLMs/MathVision"
 WE_MATH, LOGIC_VISTA, DYNAMATH = "We-Math/We-Math", "lscpku/LogicVista", "DynaMath/DynaMath_Sample"
 MMK12 = "FanqingM/MMK12"
 
 BREAKDOWNS: dict[str, tuple[Breakdown, ...]] = {
-    # VLMEvalKit's utils/mathvista.py reports tasks and skills. A problem with several skills counts for each.
+    # calculate_score.py. A problem with several skills counts for each.
     MATHVISTA: (by("task", "task"), by("context", "context"), by("skill", "skills")),
-    # VLMEvalKit's utils/mathverse.py.
+    # score_answer_s2.py, which also divides subjects into subfields.
     MATHVERSE: (by("version", "problem_version"), by("subject", "subject")),
+    # evaluate.py, which also crosses the two.
     MATH_VISION: (by("subject", "subject"), by("level", "level")),
-    WE_MATH: (four_categories, by("steps", "key")),
-    # VLMEvalKit's utils/logicvista.py, which counts a problem with several skills for each, too.
+    WE_MATH: (four_categories, by_steps),
+    # analyze_accuracy.py, which counts a problem with several skills for each, too.
     LOGIC_VISTA: (by("skill", "skill"),),
     DYNAMATH: (worst_case, by("subject", "subject"), by("level", "level")),
     # The MM-EUREKA paper (arXiv:2503.07365) reports MMK12 by its four subjects.

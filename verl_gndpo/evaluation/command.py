@@ -2,10 +2,8 @@
 """The steps of `verl-gndpo evaluate`."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+import urllib.parse
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -16,8 +14,9 @@ import pyarrow.parquet as pq
 
 from verl_gndpo.evaluation import certainty
 from verl_gndpo.evaluation.breakdowns import figures_of, group_of
-from verl_gndpo.evaluation.generate import Job, read_answers, write_job
 from verl_gndpo.evaluation.grading import COLUMNS, Graded, Row, grade, load_reward, read_rows
+from verl_gndpo.evaluation.job import Answers, Job, Means, key_of, write_job
+from verl_gndpo.evaluation.pool import AnsweringError, answer
 from verl_gndpo.export.folders import find_actor
 from verl_gndpo.rewards import compute_score, is_missing
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, NO_ANSWER
@@ -30,11 +29,15 @@ class EvaluationError(ValueError):
 
 
 def evaluate(
-    jobs: list[Job], out: Path, say: Callable[[str], None] = print, reward: str | None = None
+    jobs: list[Job],
+    out: Path,
+    say: Callable[[str], None] = print,
+    reward: str | None = None,
+    means: Means | None = None,
 ) -> dict[str, Any]:
     """Do what `_evaluate` does, and turn what the disk or a damaged file of `out` leads to into an EvaluationError."""
     try:
-        return _evaluate(jobs, out, say, reward)
+        return _evaluate(jobs, out, say, reward, means or Means())
     except EvaluationError:
         raise
     except OSError as error:
@@ -45,14 +48,17 @@ def evaluate(
         ) from error
 
 
-def _evaluate(jobs: list[Job], out: Path, say: Callable[[str], None], reward: str | None) -> dict[str, Any]:
+def _evaluate(
+    jobs: list[Job], out: Path, say: Callable[[str], None], reward: str | None, means: Means
+) -> dict[str, Any]:
     """Let models answer, grade the answers, and write `summary.json` and `index.html`.
 
     Args:
-        jobs: one per model, which differ in nothing else.
+        jobs: one per model, which differ in nothing else but where it runs.
         out: the folder. Each model has a folder in it, whose answers a second call goes on with.
         say: takes lines for the user.
         reward: PATH:NAME of the function that grades; None for `verl_gndpo.rewards.compute_score`.
+        means: with what models answer.
 
     Returns:
         what summary.json holds.
@@ -62,9 +68,12 @@ def _evaluate(jobs: list[Job], out: Path, say: Callable[[str], None], reward: st
     """
     from verl_gndpo.evaluation.page import render
 
+    if any(job.server for job in jobs):
+        _of_file(key_of, means.key_from)
     for job in jobs:
-        _check_model(job.model)
-        _check_length(job)
+        if job.server is None:
+            _check_model(job.model)
+            _check_length(job)
     for file in jobs[0].files:
         _check_file(Path(file), typed=reward is None)
     if len({job.model for job in jobs}) < len(jobs):
@@ -85,20 +94,33 @@ def _evaluate(jobs: list[Job], out: Path, say: Callable[[str], None], reward: st
                 f"{folder} has answers to other questions or settings, or --data has changed since "
                 "-> give another --out"
             )
-    graded: dict[str, dict[str, Graded]] = {}
+    numbers = sorted(number for found in by_source.values() for number, _ in found)
+    answers: dict[str, Answers] = {}
+    failures = []
     for label, job, folder in zip(labels, jobs, folders, strict=True):
-        answers = _of_file(read_answers, folder / "answers.jsonl")
-        if len(answers) < len(rows):
-            say(f"answering  {label}: {len(rows) - len(answers)} of {len(rows)} problems")
-            _generate(folder / "job.json")
-            answers = _of_file(read_answers, folder / "answers.jsonl")
-        graded[label] = {
-            source: _of_file(grade, found, answers, job.answers, function) for source, found in by_source.items()
+        lacking = _of_file(Answers, folder / "answers.jsonl").lacking(numbers)
+        if lacking:
+            say(f"answering  {label}: {len(lacking)} of {len(numbers)} problems")
+            try:
+                answer(folder / "job.json", lacking, len(numbers), means, job.server is not None)
+            except AnsweringError as error:
+                # The other models may take a night, which this one need not cost.
+                failures.append(f"{label}: {error}")
+                continue
+        answers[label] = _of_file(Answers, folder / "answers.jsonl")
+    if failures:
+        kept = f"; the {len(answers)} other model(s) are answered" if answers else ""
+        raise EvaluationError("; ".join(failures) + kept)
+    graded = {
+        label: {
+            source: _of_file(grade, found, answers[label], job.answers, function) for source, found in by_source.items()
         }
-    summary = _summarise(jobs[0], by_source, graded, reward)
+        for label, job in zip(labels, jobs, strict=True)
+    }
+    summary = _summarise(jobs, labels, by_source, graded, reward)
     for name, text in (
         ("summary.json", json.dumps(summary, indent=1) + "\n"),
-        ("index.html", render(summary, by_source, graded)),
+        ("index.html", render(summary, by_source, graded, answers)),
     ):
         temporary = out / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8", errors="replace")
@@ -112,7 +134,11 @@ def _evaluate(jobs: list[Job], out: Path, say: Callable[[str], None], reward: st
 
 
 def _summarise(
-    job: Job, by_source: dict[str, list[tuple[int, Row]]], graded: dict[str, dict[str, Graded]], reward: str | None
+    jobs: Sequence[Job],
+    labels: Sequence[str],
+    by_source: dict[str, list[tuple[int, Row]]],
+    graded: dict[str, dict[str, Graded]],
+    reward: str | None,
 ) -> dict:
     groups = {source: [group_of(row.problem) for _, row in rows] for source, rows in by_source.items()}
     models = {
@@ -131,8 +157,23 @@ def _summarise(
             )
     for entry, p in zip(comparisons, certainty.holm([entry["p"] for entry in comparisons]), strict=True):
         entry |= {"p_adjusted": p, "different": p < 1 - certainty.LEVEL}
-    settings = {"n": job.answers, "temperature": job.temperature, "seed": job.seed, "data": job.files}
-    settings["reward_function"] = reward
+    job = jobs[0]
+    settings = {
+        "n": job.answers,
+        "temperature": job.temperature,
+        "seed": job.seed,
+        "limit": job.limit,
+        "max_prompt": job.max_prompt,
+        "max_response": job.max_response,
+        "data": job.files,
+        "data_sha256": job.contents,
+        "reward_function": reward,
+        "servers": {label: one.server for label, one in zip(labels, jobs, strict=True) if one.server},
+        # Without a tokenizer, nobody knows which prompts a server made.
+        "prompts_unchecked": [
+            label for label, one in zip(labels, jobs, strict=True) if one.server and one.tokenizer is None
+        ],
+    }
     return {"format": FORMAT, "settings": settings, "models": models, "comparisons": comparisons}
 
 
@@ -168,15 +209,70 @@ def _labels(models: list[str]) -> list[str]:
     return [model if short.count(name) > 1 else name for model, name in zip(models, short, strict=True)]
 
 
-def _generate(job: Path) -> None:
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    log = job.with_name("log.txt")
-    # A process of its own, so that a model leaves nothing in the memory of a device.
-    with log.open("a") as sink:
-        command = [sys.executable, "-m", "verl_gndpo.evaluation.generate", str(job)]
-        code = subprocess.run(command, env=environment | os.environ, stdout=sink).returncode
-    if code:
-        raise EvaluationError(f"answering ended with exit code {code}, see above and {log} -> start again to go on")
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """Return the object that an option gives.
+
+    Raises:
+        EvaluationError: it is no JSON object.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise EvaluationError(f'{option} {text} is no JSON object -> write it as {{"key": value}}, in quotes')
+    return found
+
+
+def server_of(
+    model: str, models: Sequence[str], servers: Sequence[str], tokenizer: str | None
+) -> tuple[str | None, str | None]:
+    """Return the URL of the server that answers for a model, and the tokenizer that its prompts are compared with.
+
+    Args:
+        model: one of `models`.
+        servers: URL or MODEL=URL each.
+        tokenizer: as given; None if it was not.
+
+    Raises:
+        EvaluationError: a URL can't be used, two are for one model, or one is for none.
+    """
+    found = []
+    for given in servers:
+        named, separator, url = given.rpartition("=http")
+        if separator and named not in models:
+            raise EvaluationError(f"--server {named}=...: there is no model {named} -> correct the name")
+        if not separator or named == model:
+            found.append(_address(f"http{url}" if separator else given))
+    if len(found) > 1:
+        raise EvaluationError(f"{model} has {len(found)} servers -> give one --server for it")
+    if not found:
+        return None, None
+    if tokenizer is None and (Path(model) / "config.json").is_file():
+        tokenizer = model
+    return found[0], tokenizer
+
+
+def _address(url: str) -> str:
+    """Return the URL up to /v1, which is appended to a bare host.
+
+    Raises:
+        EvaluationError: it is no URL of a server, or has a password, which would be in files and messages.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        # A port that is no number is found when it is read.
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise EvaluationError("--server has no URL of a server -> give one such as http://localhost:8000/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise EvaluationError(
+            f"--server {parts.scheme}://{parts.hostname} has more than a host and a path -> name the variable that "
+            "holds its key with --api-key-env"
+        )
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
 def _check_model(model: str) -> None:
@@ -225,20 +321,29 @@ def _check_file(path: Path, typed: bool) -> None:
     if not path.is_file():
         raise EvaluationError(f"--data {path} does not exist -> write it with verl-gndpo data NAME")
     try:
-        schema = pq.read_schema(path)
-        missing = [name for name in ("prompt", *COLUMNS) if name not in schema.names]
-        if missing:
-            raise EvaluationError(f"--data {path} lacks {', '.join(missing)} -> convert it with verl-gndpo data NAME")
-        used = [name for name in ("data_source", "extra_info") if name in schema.names]
-        table = pq.read_table(path, columns=used)
+        with pq.ParquetFile(path) as parquet:
+            names = parquet.schema_arrow.names
+            missing = [name for name in ("prompt", *COLUMNS) if name not in names]
+            if missing:
+                raise EvaluationError(
+                    f"--data {path} lacks {', '.join(missing)} -> convert it with verl-gndpo data NAME"
+                )
+            if not parquet.metadata.num_rows:
+                raise EvaluationError(f"--data {path} has no rows -> convert it again with verl-gndpo data NAME")
+            used = [name for name in ("data_source", "extra_info") if name in names]
+            place = 0
+            for batch in parquet.iter_batches(columns=used) if typed else ():
+                for row in batch.to_pylist():
+                    _check_type(path, place, row)
+                    place += 1
     except (pa.ArrowException, OSError) as error:
         raise EvaluationError(f"--data {path} is no parquet file: {' '.join(str(error).split())[:120]}") from error
-    if not table.num_rows:
-        raise EvaluationError(f"--data {path} has no rows -> convert it again with verl-gndpo data NAME")
-    for place, row in enumerate(table.to_pylist() if typed else ()):
-        if not (row.get("extra_info") or {}).get("answer_type") and row["data_source"] not in ANSWER_TYPE_OF_SOURCE:
-            raise EvaluationError(
-                f"--data {path}: row {place} of {row['data_source']!r} has no extra_info.answer_type, so "
-                "that its answer can't be graded -> name the run's own function with --reward-function PATH:NAME, or "
-                "convert the file with verl-gndpo data NAME"
-            )
+
+
+def _check_type(path: Path, place: int, row: dict[str, Any]) -> None:
+    if not (row.get("extra_info") or {}).get("answer_type") and row["data_source"] not in ANSWER_TYPE_OF_SOURCE:
+        raise EvaluationError(
+            f"--data {path}: row {place} of {row['data_source']!r} has no extra_info.answer_type, so "
+            "that its answer can't be graded -> name the run's own function with --reward-function PATH:NAME, or "
+            "convert the file with verl-gndpo data NAME"
+        )

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from verl_gndpo.evaluation.breakdowns import Problem, problem_of
+from verl_gndpo.evaluation.job import Answers
 from verl_gndpo.rewards import compute_score, is_missing
 from verl_gndpo.rewards.extract import answers_of, well_formed
 
@@ -46,7 +47,6 @@ class Graded:
     truncated: np.ndarray
     found: np.ndarray
     """Whether any answer was found in the response."""
-    texts: list[list[str]]
     too_long: int
     """Problems that were not asked, because their prompts are too long. They count as wrong."""
 
@@ -97,14 +97,12 @@ def load_reward(named: str) -> Reward:
     return found
 
 
-def grade(
-    rows: Sequence[tuple[int, Row]], answers: dict[int, dict[str, Any]], count: int, reward: Reward = compute_score
-) -> Graded:
+def grade(rows: Sequence[tuple[int, Row]], answers: Answers, count: int, reward: Reward = compute_score) -> Graded:
     """Grade the answers to problems of one data source.
 
     Args:
         rows: number and problem.
-        answers: by number, from `generate.read_answers`.
+        answers: of all problems.
         count: answers per problem.
         reward: returns a number, or a dict with "acc" or, without that, "score", as for verl's validation.
 
@@ -113,20 +111,19 @@ def grade(
     """
     shape = (len(rows), count)
     acc, form, tokens, truncated, found = (np.zeros(shape) for _ in range(5))
-    too_long = sum(not answers[number]["answers"] for number, _ in rows)
-    graded = Graded(acc, form, tokens, truncated, found, [], too_long)
+    too_long = 0
     for place, (number, row) in enumerate(rows):
         entry = answers[number]
+        too_long += not entry["answers"]
         info = {**row.info, **SINGLE_TURN, **({"response_prefix": entry["prefix"]} if entry["prefix"] else {})}
-        graded.texts.append([answer["text"] for answer in entry["answers"]])
         for column, answer in enumerate(entry["answers"]):
             text = entry["prefix"] + answer["text"]
-            graded.acc[place, column] = _accuracy(reward, row, answer["text"], info)
-            graded.format[place, column] = well_formed(text)
-            graded.tokens[place, column] = answer["tokens"]
-            graded.truncated[place, column] = answer["truncated"]
-            graded.found[place, column] = bool(answers_of(text))
-    return graded
+            acc[place, column] = _accuracy(reward, row, answer["text"], info)
+            form[place, column] = well_formed(text)
+            tokens[place, column] = answer["tokens"]
+            truncated[place, column] = answer["truncated"]
+            found[place, column] = bool(answers_of(text))
+    return Graded(acc, form, tokens, truncated, found, too_long)
 
 
 def _accuracy(reward: Reward, row: Row, text: str, info: dict[str, Any]) -> float:

@@ -318,6 +318,12 @@ def _read_evaluated_teacher(path: Path) -> tuple[dict[str, float], list[str]]:
         problems = ", ".join(f"{figures['problems']} of {source}" for source, figures in sources.items())
         settings = summary["settings"]
         note = f"teacher accuracy from {path}: {name}, n={settings['n']}, temperature {settings['temperature']}"
+        limit = settings["limit"]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return {}, [f"{path} is no evaluation of one model: no teacher accuracy from it"]
+    if limit is not None:
+        return {}, [
+            f"{path} has only the first {limit} problems of each file (--limit), and validation has all: no teacher "
+            "accuracy from it"
+        ]
     return found, [f"{note}, problems: {problems}"]
