@@ -362,14 +362,16 @@ class TeacherSection:
     )
     timeout_s: float | None = setting(
         None,
-        "Seconds that the workers may take to score a batch. Then they count as lost.",
+        "Seconds that the workers may take to score a batch, or a server to answer any request. Then they count as "
+        "lost.",
         above=0,
         below=math.inf,
-        null="30 minutes for the first batch, then ten times what the slowest one has taken, and at least 10 minutes",
+        null="30 minutes for the first one, then ten times what the slowest one has taken, and at least 10 minutes",
     )
     max_restarts: int = setting(
         3,
-        "How often in a run lost workers are replaced. New ones load the weights and score the same rows again.",
+        "How often in a run lost workers or servers are replaced. New ones load the weights and score the same rows "
+        "again.",
         at_least=0,
     )
     fsdp: TeacherFSDPSection = field(default_factory=TeacherFSDPSection)
@@ -384,7 +386,7 @@ class TeacherSection:
 # Keys of `teacher` that only `backend=worker` reads.
 WORKER_SETTINGS = (
     *("dtype", "max_token_len_per_gpu", "logits_chunk_tokens", "ulysses_sequence_parallel_size"),
-    *("attention", "sharing", "self_check", "nccl_timeout", "timeout_s", "max_restarts", "fsdp"),
+    *("attention", "sharing", "self_check", "nccl_timeout", "fsdp"),
 )
 
 

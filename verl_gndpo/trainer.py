@@ -180,6 +180,12 @@ class GNDPOTrainerMixin(_Trainer):
         # It starts while the actor and the rollout engines do.
         place_when_created(pools, device_name, start_teacher)
 
+    def get_teacher_client(self) -> Any:
+        """Return what verl's agent loop asks for a teacher's log-probs."""
+        if self.uses_gndpo and isinstance(self.teacher, ServerTeacher):
+            return self.teacher.clients(self.config, self.teacher_model_manager)
+        return super().get_teacher_client()
+
     def _setup(self) -> None:
         super()._setup()
         if not self.uses_gndpo:
@@ -233,8 +239,7 @@ class GNDPOTrainerMixin(_Trainer):
             overlap = self.teacher.score(batch)
         if self.teacher_config.placement == "dedicated":
             metrics.update(overlap)
-        if not isinstance(self.teacher, ServerTeacher):
-            metrics["gndpo/teacher_restarts"] = float(self.teacher.restarts)
+        metrics["gndpo/teacher_restarts"] = float(self.teacher.restarts)
         if self._score_finished is not None:
             self._score_finished()
 

@@ -80,15 +80,22 @@ class Run:
             kill(process)
         return self
 
-    def finish_without(self, worker: str, step: int) -> "Run":
-        """Run to the end, but SIGKILL the processes of a Ray actor as soon as metrics of so many steps are written."""
+    def finish_without(self, name: str, step: int, only_first: bool = False) -> "Run":
+        """Run to the end, but SIGKILL processes as soon as metrics of so many steps are written.
+
+        Args:
+            name: part of their command lines.
+            step: how many steps.
+            only_first: kill only the one that was started first.
+        """
         process = self.start()
         try:
             self._wait_for(process, step)
             family = psutil.Process(process.pid).children(recursive=True)
-            killed = [member for member in family if f"ray::{worker}" in " ".join(member.cmdline())]
+            killed = [member for member in family if name in " ".join(member.cmdline())]
             assert killed
-            for member in killed:
+            killed.sort(key=psutil.Process.create_time)
+            for member in killed[:1] if only_first else killed:
                 member.kill()
             code = process.wait(START_UP_LIMIT_S)
         finally:

@@ -85,17 +85,22 @@ def test_several_teachers_on_gpus_of_their_own_score_while_others_are_generated(
 
 
 def test_verls_own_teacher_servers_feed_the_same_estimator(dice, tmp_path):
-    """As the recipe for Qwen3-VL starts its largest teacher."""
+    """As the recipe for Qwen3-VL starts its largest teacher. Its engine is killed after the first step."""
     models = {
         name: build_tiny("qwen3_vl", tmp_path / name, seed=seed) for seed, name in enumerate(("student", "teacher"))
     }
     arguments = overrides(2, tmp_path / "checkpoints", "trainer.save_freq=-1", "trainer.resume_mode=disable")
     environment = settings(tmp_path, dice, TEACHER_SIZE="30B-A3B", TEACHER_GPUS="1")
-    run = Run(tmp_path / "run", environment, arguments, "run_qwen3_vl_gndpo.sh").finish()
+    run = Run(tmp_path / "run", environment, arguments, "run_qwen3_vl_gndpo.sh")
+    # verl starts the student's engine after the teacher's.
+    run.finish_without("VLLM::EngineCore", step=1, only_first=True)
     assert_healthy(run, [1, 2])
     assert_policy_loss(run, 1)
+    assert [step["gndpo/teacher_restarts"] for step in run.steps] == [0, 1]
+    assert [step["gndpo/lost_prompts"] for step in run.steps] == [0, 0]
+    assert "the teacher was lost and is replaced (1 of 3 times): server " in run.log
     rows = run.captured(1)
-    for row in rows[:4]:
+    for row in (*rows[:4], *run.captured(2)[:4]):
         # A random model gives placeholders 1e-3 of the probability, a trained one none.
         expected = reference_log_probs(models["teacher"], row, without_placeholders=True)
         np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-4, rtol=0)

@@ -96,7 +96,7 @@ def killed_and_resumed(models, dice, tmp_path_factory):
     arguments = overrides(4, out / "checkpoints", "trainer.save_freq=2", "trainer.resume_mode=auto")
     arguments.append("algorithm.gndpo.rollout_seed=5")
     first = Run(out / "killed", settings(models, dice), arguments).kill_after(step=3)
-    second = Run(out / "resumed", settings(models, dice), arguments).finish_without("TeacherWorker", step=1)
+    second = Run(out / "resumed", settings(models, dice), arguments).finish_without("ray::TeacherWorker", step=1)
     return first, second
 
 

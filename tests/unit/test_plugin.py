@@ -18,7 +18,7 @@ from verl_gndpo.trainer import GNDPOTrainerMixin
 
 MODES = ("sync", "colocate_async", "separate_async")
 OVERRIDDEN = {"__init__", "_init_resource_pool_mgr", "_setup", "_balance_batch", "_compute_advantage"}
-OVERRIDDEN |= {"_compute_old_log_prob", "_save_checkpoint", "_load_checkpoint"}
+OVERRIDDEN |= {"_compute_old_log_prob", "_save_checkpoint", "_load_checkpoint", "get_teacher_client"}
 
 
 def test_an_existing_config_needs_two_overrides():
@@ -121,12 +121,16 @@ def test_no_teacher_is_started_for_other_estimators(make_trainer):
         def _load_checkpoint(self):
             calls.append("load")
 
+        def get_teacher_client(self):
+            return "clients"
+
     trainer = make_trainer("algorithm.adv_estimator=grpo", base=Stock)
     config = copy.deepcopy(trainer.config)
     trainer._setup()
     assert trainer._balance_batch("batch", {}, keep_minibatch=True) == "batch"
     assert trainer._compute_old_log_prob("batch", {}) == "batch"
     assert trainer._compute_advantage("batch", {}) == "batch"
+    assert trainer.get_teacher_client() == "clients"
     trainer._save_checkpoint()
     trainer._load_checkpoint()
     balance = ("balance", {"keep_minibatch": True})

@@ -20,28 +20,15 @@ from transfer_queue import KVBatchMeta
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
 from verl_gndpo.config import TeacherConfig
+from verl_gndpo.teacher.waiting import FIRST_LIMIT_S, FIRST_LINE_S, LEAST_LIMIT_S, LIMIT_FACTOR, TeacherLostError
 from verl_gndpo.teacher.worker import TeacherWorker
 
 logger = logging.getLogger(__name__)
-
-FIRST_LINE_S = 30.0
-"""After how long a wait is told. Each further line comes after twice the time of the one before."""
-
-FIRST_LIMIT_S = 1800.0
-"""Limit of the first scoring, which may compile kernels and compares scores."""
-
-LEAST_LIMIT_S = 600.0
-LIMIT_FACTOR = 10.0
-"""A later one may take this many times what the longest has taken, and at least LEAST_LIMIT_S."""
 
 GRACE_S = 10.0
 """How long to wait, after a worker has raised, for the news that another one has died."""
 
 LOST = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError)
-
-
-class TeacherLostError(RuntimeError):
-    """The teacher's workers died, or did not answer within their limit, more often than `teacher.max_restarts`."""
 
 
 class _LostError(Exception):

@@ -2,23 +2,30 @@
 """`teacher.backend=server`: verl's own teacher replicas (vLLM or SGLang), for our estimators.
 
 With `distillation.enabled`, verl's agent loop sends them each response as soon as it is finished. verl would put their
-log-probs into the actor's loss. Here they become advantages, like a worker's, and the actor keeps its policy loss.
+log-probs into the actor's loss. Here they become advantages, like a worker's, and the actor keeps its policy loss. A
+replica that is lost is replaced (`server_keeper.py`).
 """
 
 import math
 from dataclasses import fields
 from typing import Any
 
+import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.experimental.teacher_loop import teacher_model
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import RolloutConfig
 
 from verl_gndpo.config import ConfigError, TeacherConfig, as_dict
 from verl_gndpo.teacher.routing import Routing
+from verl_gndpo.teacher.server_client import KeptServerClient
+from verl_gndpo.teacher.server_keeper import keep_servers
+from verl_gndpo.teacher.waiting import TeacherLostError
+from verl_gndpo.verl_patches.server_start import limit_start_of_servers
 
 
 class ServerTeacher:
@@ -26,6 +33,24 @@ class ServerTeacher:
 
     def __init__(self, teacher: TeacherConfig):
         self.routing = Routing(teacher)
+        self.restarts = 0
+        """How often replicas had been replaced in this run when the last batch was scored."""
+
+        self._teacher = teacher
+        limit_start_of_servers(teacher_model, teacher)
+
+    def clients(self, config: Any, manager: Any) -> dict[str, KeptServerClient]:
+        """Return clients for verl's agent loop, by teacher's key, and have the replicas replaced from now on.
+
+        Args:
+            config: verl's whole config.
+            manager: verl's `MultiTeacherModelManager`, whose replicas are ready.
+        """
+        self._keeper = keep_servers(manager, self._teacher)
+        return {
+            key: KeptServerClient(config, balancer, key, self._keeper, self._teacher.timeout_s)
+            for key, balancer in manager.load_balancer_handle.items()
+        }
 
     def score(self, batch: KVBatchMeta) -> dict[str, float]:
         """Store `teacher_log_probs` of every row of a batch.
@@ -34,8 +59,14 @@ class ServerTeacher:
             gndpo/teacher_ahead_share: share of the rows that were scored before the step asked for them: 1.
 
         Raises:
+            TeacherLostError: replicas were lost more often than `teacher.max_restarts`, and prompts with them.
             ValueError: a replica has scored other tokens than the student's.
         """
+        try:
+            self.restarts = ray.get(self._keeper.restarts.remote())
+        except TeacherLostError as error:
+            # Without the traceback of the keeper's process.
+            raise TeacherLostError(str(getattr(error, "cause", error))) from None
         fields = ["input_ids", "response_mask", "teacher_logprobs", "teacher_ids"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         scores = response_log_probs(data, batch.keys)

@@ -278,6 +278,18 @@ PATCHES = index(
         on_import=False,
     ),
     Patch(
+        name="server_start",
+        module="verl.experimental.teacher_loop.teacher_model",
+        changes="TeacherModelManager._initialize_llm_servers",
+        applied_by="verl_gndpo.verl_patches.server_start:limit_start_of_servers",
+        breaks="verl waits for its first teacher servers without a word and for ever, if one of them hangs.",
+        since="verl 0.8.0, the first with teacher servers",
+        upstream="none known",
+        remove_when="verl limits the start of its servers",
+        where="trainer",
+        on_import=False,
+    ),
+    Patch(
         name="resource_pools",
         module="verl.single_controller.ray",
         changes="create_resource_pool of the trainer's ResourcePoolManager",
