@@ -3,16 +3,13 @@
 
 import contextlib
 import time
-import warnings
-from pathlib import Path
 from typing import Any
 
 from verl_gndpo.config import EVERY_SAMPLE
-from verl_gndpo.conversion.lengths import Measure, measure_of
 from verl_gndpo.conversion.sets import validation_only
 from verl_gndpo.data_facts import FactsError, read_facts
 from verl_gndpo.doctor.check import Check, Status, describe_error, select
-from verl_gndpo.doctor.inputs import Inputs
+from verl_gndpo.doctor.inputs import Inputs, local_path
 from verl_gndpo.doctor.media import Reading, read_rows
 from verl_gndpo.doctor.parquet import CANNOT_READ, ROWS_SHOWN, DataError, Label
 from verl_gndpo.rewards.answer_types import ANSWER_TYPE_OF_SOURCE, ANSWER_TYPES, NO_ANSWER
@@ -69,7 +66,7 @@ def _check_file(key: str, file: str, inputs: Inputs) -> tuple[Check, int | None]
         return Check("data", "error", f"{key} is empty", f"set {key} to a parquet file"), None
     if "://" in file:
         return Check("data", "ok", f"{name}: not local, not checked"), None
-    path = Path(file).expanduser()
+    path = local_path(file)
     again = "write it again, for example with verl-gndpo data geo3k --local_save_dir DIR"
     if not path.exists():
         remedy = f"correct {key}, or create the file: verl-gndpo data geo3k --local_save_dir {path.parent}"
@@ -83,8 +80,7 @@ def _check_file(key: str, file: str, inputs: Inputs) -> tuple[Check, int | None]
     except DataError as error:
         return Check("data", "error", f"{name}: {error}", f"repair these rows, or {again}"), None
     except CANNOT_READ as error:
-        reason = str(error).strip().splitlines()[0]
-        return Check("data", "error", f"{name} can't be read as parquet: {reason}", again), None
+        return Check("data", "error", f"{name} can't be read as parquet: {describe_error(error)}", again), None
     if summary.with_videos and key == "data.train_files":
         shown = ", ".join(map(str, summary.with_videos[:ROWS_SHOWN]))
         detail = (
@@ -111,40 +107,22 @@ def check_rows(inputs: Inputs) -> list[Check]:
                 files.setdefault(file, f"data.{key}: {file}")
     if not files:
         return []
-    measure, why = _measure(inputs)
+    measure, why = inputs.measure
     # `check_models` reports a student that can't be read.
     checks = [] if measure else [Check("prompts", "ok", f"lengths are not known: {why}")]
     end = time.monotonic() + READING_S
     for place, (file, name) in enumerate(files.items()):
         seconds = max(end - time.monotonic(), 0) / (len(files) - place)
         # `check_data` reports a file that can't be read, or whose placeholders and media differ.
-        with contextlib.suppress(DataError, *CANNOT_READ):
+        with contextlib.suppress(*CANNOT_READ):
             if inputs.file(file).summary:
-                reading = read_rows(Path(file).expanduser(), data, measure, seconds)
+                reading = read_rows(local_path(file), data, measure, seconds)
                 checks += [*_check_readable(name, reading, data), *_check_lengths(name, reading, data)]
     return checks
 
 
-def _measure(inputs: Inputs) -> tuple[Measure | None, str]:
-    """Return the measure of prompts in tokens of the student, and ""; or None and why there is none."""
-    model, data = inputs.config.actor_rollout_ref.model, inputs.config.data
-    path = model.get("tokenizer_path") or model.path
-    if data.get("mm_processor_kwargs"):
-        return None, "data.mm_processor_kwargs may change the number of image tokens"
-    try:
-        from verl.utils.fs import copy_to_local
-
-        with warnings.catch_warnings():
-            # `check_models` reports a processor that can't be loaded.
-            warnings.simplefilter("ignore")
-            template = dict(data.get("apply_chat_template_kwargs") or {})
-            return measure_of(copy_to_local(path), bool(model.get("trust_remote_code")), template), ""
-    except Exception as error:  # whatever transformers raises on a model that it can't load
-        return None, f"{path}: {describe_error(error)}"
-
-
 def _check_readable(name: str, reading: Reading, data: Any) -> list[Check]:
-    """Report the rows whose images verl can't read.
+    """Report the rows that verl can't read, most of them because of an image.
 
     Args:
         name: setting and file, for messages.
@@ -156,9 +134,7 @@ def _check_readable(name: str, reading: Reading, data: Any) -> list[Check]:
     shown = "; ".join(f"row {row}: {why}" for row, why in sorted(reading.unreadable.items())[:ROWS_SHOWN])
     dropped = bool(data.get("filter_overlong_prompts"))
     follows = "verl will drop them" if dropped else "the run would stop at the first of them"
-    detail = (
-        f"{name}: {len(reading.unreadable)} rows ({reading.extent}) have images that can't be read, {follows}: {shown}"
-    )
+    detail = f"{name}: {len(reading.unreadable)} rows ({reading.extent}) can't be read, {follows}: {shown}"
     return [Check("data", "warning" if dropped else "error", detail, "repair these rows, or remove them from the file")]
 
 
@@ -227,24 +203,52 @@ def check_rewards(inputs: Inputs) -> list[Check]:
         return checks
     if ours and name != "compute_score":
         return [*checks, Check("reward", "error", f"verl_gndpo.rewards has no function {name}", USE_REWARDS[1])]
-    labels = {label for label in labels if _has_answer(label)}
-    unrewarded = sorted({label.source for label in labels if label.source and not _has_reward(label, ours)})
+    checks += _check_graded(inputs) if ours else []
+    unrewarded = _unrewarded(inputs, ours)
     if not unrewarded:
         return checks
+    shown = ", ".join(f"{source} ({where})" for source, where in sorted(unrewarded.items()))
     if ours:
-        detail = f"verl_gndpo.rewards has no answer type for data_source {', '.join(unrewarded)}"
+        detail = f"verl_gndpo.rewards has no answer type for data_source {shown}"
         remedy = (
             f"set extra_info.answer_type of each row to one of {', '.join(ANSWER_TYPES)}, as verl-gndpo's converters do"
         )
     else:
-        detail = f"verl has no reward function for data_source {', '.join(unrewarded)}"
+        detail = f"verl has no reward function for data_source {shown}"
         remedy = " ".join(USE_REWARDS)
     return [*checks, Check("reward", "error", detail, remedy)]
 
 
+def _unrewarded(inputs: Inputs, ours: bool) -> dict[str, str]:
+    """Return the data sources of rows that have an answer and no reward function, each with the first of its rows."""
+    found: dict[str, str] = {}
+    for key in ("train_files", "val_files"):
+        for file in inputs.files(key):
+            with contextlib.suppress(*CANNOT_READ):
+                for label, row in inputs.file(file).labelled.items():
+                    if _has_answer(label) and not _has_reward(label, ours):
+                        unknown = f" with answer_type {label.answer_type}" if ours and label.answer_type else ""
+                        found.setdefault(f"{label.source or 'null'}{unknown}", f"{file}, first in row {row}")
+    return found
+
+
+def _check_graded(inputs: Inputs) -> list[Check]:
+    """Check that the columns that this project's rewards read have the types that they take."""
+    checks = []
+    for key in ("train_files", "val_files"):
+        for file in inputs.files(key):
+            # `check_data` reports a file that can't be read.
+            with contextlib.suppress(*CANNOT_READ):
+                problems = inputs.file(file).why_not_graded()
+                if problems:
+                    detail = f"data.{key}: {file}: verl_gndpo.rewards can't grade its rows: {', '.join(problems)}"
+                    checks.append(Check("reward", "error", detail, "write these columns again with those types"))
+    return checks
+
+
 def _check_prefix(inputs: Inputs, manager: str) -> list[Check]:
     """Warn if the student's chat template begins the response, which only this project's reward manager finds out."""
-    measure, _ = _measure(inputs)
+    measure, _ = inputs.measure
     # `check_models` reports a student that can't be read.
     if measure is None:
         return []
@@ -323,6 +327,26 @@ def _has_reward(label: Label, ours: bool) -> bool:
     except Exception:
         return True
     return True
+
+
+def check_indices(inputs: Inputs) -> list[Check]:
+    """Check that rows can be told apart where each response has a seed of its own."""
+    signal = inputs.settings.signal
+    if signal is None or signal.rollout_seed is None or select(inputs.config, "data.custom_cls.path"):
+        return []
+    checks = []
+    for file in inputs.files("train_files"):
+        # `check_data` reports a file that can't be read, and what is not local or no parquet file.
+        with contextlib.suppress(*CANNOT_READ):
+            rows = inputs.file(file).rows_without_index
+            if rows:
+                detail = (
+                    f"data.train_files: {file}: {rows} rows lack extra_info.index. verl takes 0 for it, so that all of "
+                    f"them sample with the same seeds of algorithm.gndpo.rollout_seed={signal.rollout_seed}"
+                )
+                remedy = "number the rows in extra_info.index, as verl-gndpo's converters do"
+                checks.append(Check("data", "warning", detail, remedy))
+    return checks
 
 
 def check_routing(inputs: Inputs) -> list[Check]:

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read what several checks need of one run, each thing once."""
 
+import os
+import warnings
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
 
 from verl_gndpo.config import (
     ConfigError,
@@ -14,8 +18,15 @@ from verl_gndpo.config import (
     read_signal_config,
     read_teacher_config,
 )
-from verl_gndpo.doctor.check import select
-from verl_gndpo.doctor.parquet import CANNOT_READ, DataError, DataFile
+from verl_gndpo.conversion.lengths import Measure, measure_of
+from verl_gndpo.doctor.check import describe_error, select
+from verl_gndpo.doctor.parquet import CANNOT_READ, DataFile
+
+
+def local_path(name: str) -> Path:
+    """Return the path of a file of the data by the name that the config gives it."""
+    # `Path.expanduser` raises for a user that does not exist.
+    return Path(os.path.expanduser(name))
 
 
 class Settings(NamedTuple):
@@ -53,10 +64,30 @@ class Inputs:
             problems.append(error)
         return Settings(signal, teacher, problems)
 
+    @cached_property
+    def measure(self) -> tuple[Measure | None, str]:
+        """Return the measure of prompts in tokens of the student, and ""; or None and why there is none."""
+        model, data = self.config.actor_rollout_ref.model, self.config.data
+        path = model.get("tokenizer_path") or model.path
+        if data.get("mm_processor_kwargs"):
+            return None, "data.mm_processor_kwargs may change the number of image tokens"
+        try:
+            from verl.utils.fs import copy_to_local
+
+            with warnings.catch_warnings():
+                # `check_models` reports a processor that can't be loaded.
+                warnings.simplefilter("ignore")
+                template = dict(data.get("apply_chat_template_kwargs") or {})
+                return measure_of(copy_to_local(path), bool(model.get("trust_remote_code")), template), ""
+        except Exception as error:  # whatever transformers raises on a model that it can't load
+            return None, f"{path}: {describe_error(error)}"
+
     def files(self, key: str) -> list[str]:
         """Return the files of `data.<key>`, which may name one, several or none."""
         files = self.config.data.get(key)
-        return [files] if isinstance(files, str) else list(files or ())
+        several = OmegaConf.is_list(files)
+        # A name that is no text is reported as a file that does not exist.
+        return [str(name) for name in (files if several else [files]) if several or files is not None]
 
     def file(self, name: str) -> DataFile:
         """Return a parquet file of the data by the name that the config gives it. It may be missing or damaged."""
@@ -64,7 +95,7 @@ class Inputs:
             source = select(self.config, "data.reward_fn_key", "data_source")
             teacher = self.settings.teacher
             routing = TeacherSection().routing_key if teacher is None else teacher.routing_key
-            self._files[name] = DataFile(Path(name).expanduser(), self.config.data, source, routing)
+            self._files[name] = DataFile(local_path(name), self.config.data, source, routing)
         return self._files[name]
 
     def rows_with_images(self, key: str) -> Counter[str] | None:
@@ -81,6 +112,6 @@ class Inputs:
             try:
                 found += self.file(file).summary.rows_with_images
             # `check_data` reports it.
-            except (DataError, *CANNOT_READ):
+            except CANNOT_READ:
                 return None
         return found

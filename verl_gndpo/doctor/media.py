@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from verl_gndpo.conversion.lengths import Measure
 from verl_gndpo.doctor.check import describe_error
+from verl_gndpo.doctor.parquet import MEDIA, is_unicode
 
 BATCH_ROWS = 16
 PROGRESS_AFTER_S = 2
 # verl hands these to qwen_vl_utils, which would fetch them.
 REMOTE = ("http://", "https://")
+# Images that are programs, which Pillow would hand to Ghostscript.
+PROGRAMS = "EPS"
 # The factor of verl's resizing, for a student without an image processor; it only decides which shapes are refused.
 USUAL_FACTOR = 28
 
@@ -85,8 +89,9 @@ def read_rows(path: Path, data: Any, measure: Measure | None, seconds: float) ->
         ):
             for group in spread(len(groups)):
                 row = int(starts[group])
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(columns.values())):
-                    rows = [{kind: row[name] for kind, name in columns.items()} for row in batch.to_pylist()]
+                # All columns, because verl asks for all of a row.
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
+                    rows = _rows(batch, columns)
                     for found in threads.map(lambda row: _read_row(row, declared, measure), rows):
                         _note(reading, row, found)
                         row += 1
@@ -130,7 +135,24 @@ def _note(reading: Reading, row: int, found: _Row) -> None:
     reading.unmeasured = reading.unmeasured or found.unmeasured
 
 
-def _read_row(row: Mapping[str, Any], declared: bool, measure: Measure | None) -> _Row:
+def _rows(batch: pa.RecordBatch, columns: Mapping[str, str]) -> list[dict[str, Any] | str]:
+    """Return for each row its values by kind, as `columns` names them; or why it can't be decoded."""
+    try:
+        return [{kind: row[name] for kind, name in columns.items()} for row in batch.to_pylist()]
+    except UnicodeDecodeError:
+        rows: list[dict[str, Any] | str] = []
+        for place in range(len(batch)):
+            broken = [name for name in batch.schema.names if not is_unicode(batch[name][place])]
+            if broken:
+                rows.append(f"column {broken[0]} holds text that is not valid UTF-8")
+            else:
+                rows.append({kind: batch[name][place].as_py() for kind, name in columns.items()})
+        return rows
+
+
+def _read_row(row: Mapping[str, Any] | str, declared: bool, measure: Measure | None) -> _Row:
+    if isinstance(row, str):
+        return _Row(unreadable=row)
     images, videos = row.get("image") or [], row.get("video") or []
     result = _Row(media=bool(images or videos))
     sizes = []
@@ -142,11 +164,15 @@ def _read_row(row: Mapping[str, Any], declared: bool, measure: Measure | None) -
             return result
     for place, video in enumerate(videos):
         path = video.get("video") if isinstance(video, dict) else video
-        if isinstance(path, str) and not path.startswith(REMOTE) and not Path(_local(path)).is_file():
+        if isinstance(path, str) and not path.startswith(REMOTE) and not _is_file(path):
             result.unreadable = f"video {place}: {path} does not exist"
             return result
     if measure is None or not row.get("prompt"):
         return result
+    for token in _media_tokens(measure.processor):
+        if any(isinstance(message["content"], str) and token in message["content"] for message in row["prompt"]):
+            result.unreadable = f"its prompt holds {token}, which the student's processor takes for an image or a video"
+            return result
     known = [size for size in sizes if size is not None]
     if videos or len(known) < len(sizes) or not all(isinstance(message["content"], str) for message in row["prompt"]):
         result.unmeasured = "videos, images behind URLs and structured messages are not measured"
@@ -161,6 +187,12 @@ def _read_row(row: Mapping[str, Any], declared: bool, measure: Measure | None) -
     return result
 
 
+def _media_tokens(processor: Any) -> list[str]:
+    """Return the texts at which a processor puts images and videos. None of them is verl's own <image> or <video>."""
+    tokens = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
+    return [token for token in tokens if isinstance(token, str) and token and token not in MEDIA]
+
+
 def _size(image: Any, declared: bool, measure: Measure | None) -> tuple[int, int] | None:
     """Decode an image as verl does, and return its (width, height); None for one that a run would fetch from a URL.
 
@@ -172,16 +204,7 @@ def _size(image: Any, declared: bool, measure: Measure | None) -> tuple[int, int
     Raises:
         Exception: verl would not get a picture from the entry, or its resizing refuses the shape.
     """
-    source: Any = image
-    if isinstance(image, dict):
-        if declared:
-            source = image.get("bytes") or image.get("path")
-        elif "bytes" in image:
-            source = image["bytes"]
-            if not source and image.get("path"):
-                raise ValueError(f"no bytes, and verl does not read the path {image['path']}")
-        else:
-            source = image.get("image") or image.get("image_url")
+    source = _source(image, declared)
     if not source:
         raise ValueError("neither bytes nor path")
     if isinstance(source, str):
@@ -189,15 +212,56 @@ def _size(image: Any, declared: bool, measure: Measure | None) -> tuple[int, int
             return None
         if source.startswith("data:image"):
             source = base64.b64decode(source.partition("base64,")[2])
-    with Image.open(BytesIO(source) if isinstance(source, bytes) else _local(source)) as picture:
+        elif not _is_file(source):
+            raise ValueError(f"there is no file {source}")
+    try:
+        picture = Image.open(BytesIO(source) if isinstance(source, bytes) else _local(source))
+    except UnidentifiedImageError:
+        raise ValueError("it is no image, or of a format that Pillow does not know") from None
+    with picture:
+        if picture.format == PROGRAMS:
+            raise ValueError("it is PostScript, which Ghostscript would run: convert it to PNG")
         picture.load()
         width, height = picture.size
     _check_shape(width, height, measure)
     return width, height
 
 
+def _source(image: Any, declared: bool) -> bytes | str | None:
+    """Return the bytes, the path or the URL from which verl gets an image; None if there is neither.
+
+    Args:
+        image, declared: as for `_size`.
+
+    Raises:
+        ValueError: verl does not take the entry.
+    """
+    source = image
+    if isinstance(image, dict):
+        if declared:
+            source = image.get("bytes") or image.get("path")
+        elif "bytes" in image:
+            source = image["bytes"]
+            if not source and image.get("path"):
+                raise ValueError(f"no bytes, and verl does not read the path {image['path']}")
+            if isinstance(source, str):
+                raise ValueError("its bytes are text")
+        else:
+            source = image.get("image") or image.get("image_url")
+    elif isinstance(image, bytes) and not declared:
+        raise ValueError("it is bytes alone, where verl needs {bytes, path}")
+    if source is not None and not isinstance(source, bytes | str):
+        raise ValueError(f"{type(source).__name__} is neither bytes nor path")
+    return source
+
+
 def _local(path: str) -> str:
     return path.removeprefix("file://")
+
+
+def _is_file(path: str) -> bool:
+    # A pipe or a device would never end.
+    return Path(_local(path)).is_file()
 
 
 def _check_shape(width: int, height: int, measure: Measure | None) -> None:

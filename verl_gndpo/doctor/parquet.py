@@ -2,7 +2,7 @@
 """Read from a parquet file what the checks of the data need, and never the image bytes."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,13 @@ GROUND_TRUTH = "reward_model.ground_truth"
 ROWS_SHOWN = 3
 ROWS_PER_BATCH = 1 << 15
 
-CANNOT_READ = (pa.ArrowException, OSError)
-"""Errors of a file that is missing, damaged or not a parquet file."""
-
 
 class DataError(ValueError):
     """A data file can't be used for training; the message says what is wrong with it."""
+
+
+CANNOT_READ = (DataError, pa.ArrowException, OSError)
+"""Errors of a file that is missing, damaged, not a parquet file, or without the form that verl expects."""
 
 
 class Summary(NamedTuple):
@@ -78,9 +79,27 @@ class DataFile:
         self._path, self._data = path, data
         self._source_column, self._routing_column = source_column, routing_column
 
+    def _open(self) -> pq.ParquetFile:
+        self._check_kind()
+        return pq.ParquetFile(self._path)
+
+    def _check_kind(self) -> None:
+        # Opening a pipe would wait for its other end.
+        if not self._path.is_file():
+            raise DataError("it is no file")
+
     @cached_property
     def _schema(self) -> pa.Schema:
-        return pq.read_schema(self._path)
+        self._check_kind()
+        schema = pq.read_schema(self._path)
+        twice = [name for name, count in Counter(schema.names).items() if count > 1]
+        if twice:
+            raise DataError(f"several columns are called {', '.join(twice)}")
+        return schema
+
+    def _is_field(self, column: str, name: str) -> bool:
+        """Return whether a column holds structs with a field of this name."""
+        return column in self.columns and _has_field(self._schema.field(column).type, name)
 
     @property
     def columns(self) -> list[str]:
@@ -92,31 +111,53 @@ class DataFile:
         """Metadata of the schema."""
         return self._schema.metadata
 
-    @cached_property
+    @property
     def labels(self) -> set[Label]:
         """Return the distinct labels of all rows."""
-        labels: set[Label] = set()
-        with pq.ParquetFile(self._path) as file:
-            leaves = {file.schema.column(i).path for i in range(file.metadata.num_columns)}
-            wanted = [name for name in (self._source_column, ANSWER_TYPE, GROUND_TRUTH) if name in leaves]
-            routed = self._routing_column in self.columns
-            if routed and self._routing_column not in wanted:
-                wanted.append(self._routing_column)
-            if not wanted:
-                return {Label("", "", "", "str", False)}
-            for batch in file.iter_batches(columns=wanted, batch_size=ROWS_PER_BATCH):
+        return set(self.labelled)
+
+    @cached_property
+    def labelled(self) -> dict[Label, int]:
+        """Return the distinct labels of all rows, each with the number of its first row."""
+        labels: dict[Label, int] = {}
+        sourced, routed = (name in self.columns for name in (self._source_column, self._routing_column))
+        typed, graded = self._is_field("extra_info", "answer_type"), self._is_field("reward_model", "ground_truth")
+        wanted = {self._source_column: sourced, ANSWER_TYPE: typed, GROUND_TRUTH: graded, self._routing_column: routed}
+        if not any(wanted.values()):
+            return {Label("", "", "", "str", False): 0}
+        with self._open() as file:
+            start = 0
+            for batch in file.iter_batches(columns=[x for x in wanted if wanted[x]], batch_size=ROWS_PER_BATCH):
                 empty = [""] * len(batch)
-                sources = batch[self._source_column].to_pylist() if self._source_column in leaves else empty
-                types = (
-                    pc.struct_field(batch["extra_info"], "answer_type").to_pylist() if ANSWER_TYPE in leaves else empty
-                )
-                keys = batch[self._routing_column].to_pylist() if routed else empty
-                answers = _are_given(batch["reward_model"]) if GROUND_TRUTH in leaves else [False] * len(batch)
-                labels |= {
-                    Label(str(source or ""), answer_type or "", str(key), type(key).__name__, answered)
-                    for source, answer_type, key, answered in zip(sources, types, keys, answers, strict=True)
-                }
+                sources = _values(batch[self._source_column], start) if sourced else empty
+                types = _values(pc.struct_field(batch["extra_info"], "answer_type"), start) if typed else empty
+                keys = _values(batch[self._routing_column], start) if routed else empty
+                answers = _are_given(batch["reward_model"]) if graded else [False] * len(batch)
+                for row, values in enumerate(zip(sources, types, keys, answers, strict=True), start):
+                    source, answer_type, key, answered = values
+                    label = Label(str(source or ""), str(answer_type or ""), str(key), type(key).__name__, answered)
+                    labels.setdefault(label, row)
+                start += len(batch)
         return labels
+
+    @cached_property
+    def rows_without_index(self) -> int:
+        """Return the number of rows without `extra_info.index`, by which verl tells rows apart."""
+        with self._open() as file:
+            if not self._is_field("extra_info", "index"):
+                return file.metadata.num_rows
+            batches = file.iter_batches(columns=["extra_info.index"], batch_size=ROWS_PER_BATCH)
+            return sum(pc.struct_field(batch["extra_info"], "index").null_count for batch in batches)
+
+    def why_not_graded(self) -> list[str]:
+        """Return what this project's rewards refuse in the types of the columns that they read."""
+        problems = []
+        for column, fields in GRADED.items():
+            for name, (fits, form) in fields.items():
+                kind = self._schema.field(column).type.field(name).type if self._is_field(column, name) else pa.null()
+                if not pa.types.is_null(kind) and not fits(kind):
+                    problems.append(f"{column}.{name} holds {kind}, not {form}")
+        return problems
 
     @cached_property
     def summary(self) -> Summary:
@@ -127,22 +168,23 @@ class DataFile:
         Raises:
             DataError: no rows, no prompts, or placeholders and media that don't match.
         """
-        with pq.ParquetFile(self._path) as file:
+        with self._open() as file:
             prompt_key = self._data.get("prompt_key", "prompt")
             rows = file.metadata.num_rows
             if rows == 0:
                 raise DataError("it has no rows")
             if prompt_key not in self.columns:
                 raise DataError(f"no column {prompt_key} (data.prompt_key); it has {', '.join(self.columns)}")
-            content = _content_column(file, prompt_key)
+            prompt_columns = _prompt_columns(file, prompt_key)
+            self._check_structs()
             media = self._media_columns()
             leaves = [_smallest_leaf(file, column) for column in media.values()]
             routing = [self._routing_column] if self._routing_column in self.columns else []
 
             with_images: Counter[str] = Counter()
-            start, images, bad = 0, 0, []
+            start, images, bad, broken = 0, 0, [], []
             with_videos: list[int] = []
-            for batch in file.iter_batches(columns=[content, *leaves, *routing], batch_size=ROWS_PER_BATCH):
+            for batch in file.iter_batches(columns=[*prompt_columns, *leaves, *routing], batch_size=ROWS_PER_BATCH):
                 counts = {
                     placeholder: pc.list_value_length(batch[column]).fill_null(0).to_numpy(zero_copy_only=False)
                     for placeholder, column in media.items()
@@ -150,14 +192,30 @@ class DataFile:
                 images += int(counts.get("<image>", np.zeros(1)).sum())
                 with_videos += (start + np.flatnonzero(counts.get("<video>", np.zeros(1)))).tolist()
                 seeing = np.flatnonzero(sum(counts.values(), np.zeros(len(batch))))
-                keys = batch[self._routing_column].take(pa.array(seeing)).to_pylist() if routing else [""] * len(seeing)
-                with_images.update(str(key) for key in keys)
+                keys = _values(batch[self._routing_column], start) if routing else [""] * len(batch)
+                with_images.update(str(keys[row]) for row in seeing)
+                broken += [(start + row, what) for row, what in _broken_messages(batch[prompt_key])]
                 bad += [(start + row, what) for row, what in self._mismatches(batch[prompt_key], counts)]
                 start += len(batch)
-        if bad:
-            shown = "; ".join(f"row {row}: {what}" for row, what in sorted(bad)[:ROWS_SHOWN])
-            raise DataError(f"{len({row for row, _ in bad})} of {rows} rows have mismatched media: {shown}")
+        for rows_of, what in ((broken, "prompts that verl can't use"), (bad, "mismatched media")):
+            if rows_of:
+                shown = "; ".join(f"row {row}: {why}" for row, why in sorted(rows_of)[:ROWS_SHOWN])
+                raise DataError(f"{len({row for row, _ in rows_of})} of {rows} rows have {what}: {shown}")
         return Summary(rows, images, with_images, with_videos)
+
+    def _check_structs(self) -> None:
+        """Check the columns of which verl asks for entries by name.
+
+        Raises:
+            DataError: one holds something else, such as JSON as text.
+        """
+        for column in ("extra_info", "reward_model"):
+            kind = self._schema.field(column).type if column in self.columns else pa.null()
+            if not pa.types.is_struct(kind) and not pa.types.is_null(kind):
+                raise DataError(f"column {column} holds {kind}; verl needs a struct, and does not parse text")
+        if self._source_column in self.columns and pa.types.is_nested(self._schema.field(self._source_column).type):
+            kind = self._schema.field(self._source_column).type
+            raise DataError(f"column {self._source_column} holds {kind}; verl needs the name of the row's data set")
 
     def _media_columns(self) -> dict[str, str]:
         """Return the column of each medium that the file has, by the medium's placeholder."""
@@ -206,7 +264,8 @@ def _are_given(rewards: pa.Array) -> list[bool]:
     """
     truths = pc.struct_field(rewards, "ground_truth")
     given = truths.is_valid()
-    if pa.types.is_string(truths.type) or pa.types.is_large_string(truths.type):
+    if _is_text(truths.type):
+        truths = truths.cast(pa.large_string())
         given = pc.and_(given, pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(truths)), 0).fill_null(False))
     return given.to_pylist()
 
@@ -215,14 +274,97 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _content_column(file: pq.ParquetFile, prompt_key: str) -> str:
-    """Return the dotted name of the column of the prompts' text; the prompt column if the content is structured."""
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _is_list_of_text(kind: pa.DataType) -> bool:
+    return _is_list(kind) and (_is_text(kind.value_type) or pa.types.is_null(kind.value_type))
+
+
+def _has_field(kind: pa.DataType, name: str) -> bool:
+    return pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+
+
+GRADED: dict[str, dict[str, tuple[Callable[[pa.DataType], bool], str]]] = {
+    "reward_model": {"ground_truth": (_is_text, "text")},
+    "extra_info": {
+        "answer_type": (_is_text, "text"),
+        "choices": (_is_list_of_text, "a list of texts"),
+        "tolerance": (_is_number, "a number"),
+    },
+}
+"""What `verl_gndpo.rewards` reads of a row, by column and field: whether a type fits, and in words which does."""
+
+
+def _values(column: pa.Array, start: int) -> list[Any]:
+    """Return a column as Python's values.
+
+    Args:
+        column: (rows,).
+        start: number of its first row in the file, for messages.
+
+    Raises:
+        DataError: a text is not valid UTF-8, which parquet does not check.
+    """
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        row = next(row for row, value in enumerate(column) if not is_unicode(value))
+        raise DataError(f"row {start + row} holds text that is not valid UTF-8") from None
+
+
+def is_unicode(value: pa.Scalar) -> bool:
+    """Return whether all texts in a value are valid UTF-8."""
+    try:
+        value.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _prompt_columns(file: pq.ParquetFile, prompt_key: str) -> list[str]:
+    """Return the dotted names of the columns of the prompts' roles and texts; that of the prompts if the content is
+    structured."""
     kind = file.schema_arrow.field(prompt_key).type
-    message = kind.value_type if _is_list(kind) else None
-    if message is None or not pa.types.is_struct(message) or message.get_field_index("content") < 0:
-        raise DataError(f"column {prompt_key} holds {kind}; verl needs a list of messages with role and content")
-    leaves = [leaf for leaf in _leaves(file, prompt_key) if leaf.endswith(".content")]
-    return leaves[0] if leaves else prompt_key
+    message = kind.value_type if _is_list(kind) else pa.null()
+    needs = f"column {prompt_key} holds {kind}; verl needs a list of messages with role and content"
+    if not all(_has_field(message, name) for name in ("role", "content")):
+        raise DataError(needs)
+    content = message.field("content").type
+    if not _is_text(message.field("role").type) or not (_is_text(content) or _is_list(content)):
+        raise DataError(f"{needs}, the content as text or as a list of parts")
+    leaves = [leaf for leaf in _leaves(file, prompt_key) if leaf.endswith((".role", ".content"))]
+    return leaves if len(leaves) == 2 else [prompt_key]
+
+
+def _broken_messages(prompts: pa.Array) -> list[tuple[int, str]]:
+    """Return the rows without messages, and those with one that lacks its role or its content.
+
+    A message of the assistant may hold tool calls instead.
+
+    Args:
+        prompts: (rows,) lists of {role, content}.
+
+    Returns:
+        Row number and description of each.
+    """
+    lengths = pc.list_value_length(prompts).fill_null(0).to_numpy(zero_copy_only=False)
+    messages = pc.list_flatten(prompts)
+    row = np.repeat(np.arange(len(prompts)), lengths)
+    found = [(number, "its prompt has no messages") for number in np.flatnonzero(lengths == 0).tolist()]
+    roles, contents = (pc.struct_field(messages, name) for name in ("role", "content"))
+    of_assistant = pc.equal(roles.cast(pa.large_string()), "assistant").fill_null(False)
+    for name, missing in (("role", roles.is_null()), ("content", pc.and_not(contents.is_null(), of_assistant))):
+        rows = np.unique(row[missing.to_numpy(zero_copy_only=False)])
+        found += [(number, f"a message without {name}") for number in rows.tolist()]
+    return found
 
 
 def _leaves(file: pq.ParquetFile, column: str) -> dict[str, int]:
@@ -254,9 +396,10 @@ def _count_placeholders(prompts: pa.Array, placeholder: str) -> np.ndarray:
     """
     lengths = pc.list_value_length(prompts).fill_null(0).to_numpy(zero_copy_only=False)
     content = pc.struct_field(pc.list_flatten(prompts), "content")
-    if not (pa.types.is_string(content.type) or pa.types.is_large_string(content.type)):
+    if not _is_text(content.type):
         # verl replaces placeholders in strings only.
         return np.zeros(len(prompts), dtype=np.int64)
+    content = content.cast(pa.large_string())
     found = pc.count_substring(content, placeholder).fill_null(0).to_numpy(zero_copy_only=False)
     row = np.repeat(np.arange(len(prompts)), lengths)
     return np.bincount(row, weights=found, minlength=len(prompts)).astype(np.int64)

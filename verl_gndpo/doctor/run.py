@@ -2,12 +2,15 @@
 """Run all checks of a run, or stop it when one of them finds an error."""
 
 import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from verl_gndpo.config import uses_gndpo
 from verl_gndpo.doctor.architecture import check_architectures
-from verl_gndpo.doctor.check import Check, DoctorError
-from verl_gndpo.doctor.data import check_data, check_rewards, check_routing, check_rows
+from verl_gndpo.doctor.check import Check, DoctorError, describe_error
+from verl_gndpo.doctor.data import check_data, check_indices, check_rewards, check_routing, check_rows
 from verl_gndpo.doctor.environment import (
     check_accelerator,
     check_flash_attention,
@@ -43,11 +46,27 @@ def run_checks(config: Any = None) -> list[Check]:
     # The other checks ask verl's registries and trainers, which are incomplete without the plugin.
     if plugin[0].status != "error":
         checks += [*check_estimator(config), *check_verl_settings(config)]
-        checks += check_student(config)
+        checks += _run(check_student, config)
         if uses_gndpo(config):
-            checks += [*check_settings(inputs), *check_recipe(inputs), *check_models(inputs)]
-            checks += [*check_architectures(inputs), *check_routing(inputs)]
-    return [*checks, *check_data(inputs), *check_rows(inputs), *check_rewards(inputs)]
+            for check in (check_settings, check_recipe, check_models, check_architectures):
+                checks += _run(check, inputs)
+            for check in (check_routing, check_indices):
+                checks += _run(check, inputs)
+    for check in (check_data, check_rows, check_rewards):
+        checks += _run(check, inputs)
+    return checks
+
+
+def _run(check: Callable[[Any], list[Check]], given: Any) -> list[Check]:
+    """Run a check. If it fails itself, say so instead of ending the run that it was to protect."""
+    try:
+        return check(given)
+    except Exception as error:
+        code = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(code.filename).name}:{code.lineno}"
+        detail = f"{check.__name__} failed, so its subject is not checked: {describe_error(error)} ({where})"
+        remedy = "look for damaged files and settings of a wrong type; please report it if there are none"
+        return [Check("doctor", "warning", detail, remedy)]
 
 
 def raise_on_errors(config: Any) -> None:

@@ -198,8 +198,8 @@ def test_a_data_source_without_a_reward(make_config, tmp_path):
     config = make_config()
     write_sources(tmp_path / "train.parquet", ["hiyouga/geometry3k", "FanqingM/MMK12", "FanqingM/MMK12"])
     write_sources(tmp_path / "test.parquet", ["We-Math/We-Math"])
-    words = ("data_source FanqingM/MMK12, We-Math/We-Math", *OURS)
-    expect(check_rewards(Inputs(config)), "error", *words)
+    words = ("data_source FanqingM/MMK12 (", "train.parquet, first in row 1), We-Math/We-Math (", "test.parquet, first")
+    expect(check_rewards(Inputs(config)), "error", *words, *OURS)
     assert check_rewards(Inputs(make_config(*OURS))) == []
     assert check_rewards(Inputs(make_config("reward.custom_reward_function.path=mine.py"))) == []
     assert check_rewards(Inputs(make_config("reward.reward_manager.name=dapo"))) == []
