@@ -14,7 +14,10 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from verl_gndpo.model_files import check_descriptions
 
 GB = 10**9
 
@@ -100,11 +103,19 @@ def read_model(path: str, trust_remote_code: bool = False) -> ModelSize:
         from transformers import AutoConfig
 
         try:
+            check_descriptions(Path(path))
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         # transformers raises OSError or ValueError, huggingface_hub its own errors, and a checkpoint's code anything.
         except Exception as error:
             raise PlanError(f"{path}: its config can't be read: {_first_line(error)}") from error
-    return measure(config, path, trust_remote_code)
+    try:
+        return measure(config, path, trust_remote_code)
+    except PlanError:
+        raise
+    # Sizes that are missing, or of a type that transformers does not check.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise PlanError(f"{path}: nothing can be planned from its config: {reason}") from error
 
 
 def measure(config: Any, name: str, trust_remote_code: bool = False) -> ModelSize:

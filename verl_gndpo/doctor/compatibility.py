@@ -17,8 +17,17 @@ from typing import Any
 
 from huggingface_hub import constants as hub
 
+from verl_gndpo.doctor.check import describe_error
 from verl_gndpo.export.folders import find_actor
 from verl_gndpo.families import family_of
+from verl_gndpo.model_files import (
+    WEIGHT_FILES,
+    DamagedModel,
+    check_descriptions,
+    code_of,
+    read_object,
+    shards_of,
+)
 from verl_gndpo.platforms import torchvision_ops
 
 # Importing an image processor imports torchvision.
@@ -120,7 +129,8 @@ def check_model_folder(path: str, role: str) -> None:
     A path is meant as a folder if one of that name exists or if it can't be a hub id ("model" or "organisation/model").
 
     Raises:
-        ModelNotFound: no such folder, no config.json, no weights, or some of the weights missing.
+        ModelNotFound: no such folder, no config.json, a damaged description, no weights, or some of the weights
+            missing.
     """
     if path.startswith("~"):
         raise ModelNotFound(
@@ -130,24 +140,30 @@ def check_model_folder(path: str, role: str) -> None:
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path):
             return
         raise ModelNotFound(f"{role} folder {path} does not exist")
-    folder = Path(path)
+    try:
+        _check_parts(Path(path), role)
+    except DamagedModel as error:
+        raise ModelNotFound(f"{role} {error}") from error
+    except OSError as error:
+        raise ModelNotFound(f"{role} folder {path} can't be read: {error.strerror}: {error.filename}") from error
+
+
+def _check_parts(folder: Path, role: str) -> None:
+    """Check each part of a folder, as `check_model_folder` does.
+
+    Raises:
+        ModelNotFound, DamagedModel, OSError: a part is missing, damaged or not readable.
+    """
     if not folder.is_dir():
-        raise ModelNotFound(f"{role} path {path} is a file; give the folder that holds config.json")
+        raise ModelNotFound(f"{role} path {folder} is a file; give the folder that holds config.json")
     if not (folder / "config.json").is_file():
         raise ModelNotFound(_describe_folder(folder, role))
-    weights = [p for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern)]
-    if not weights:
+    check_descriptions(folder)
+    if not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
         if find_actor(folder) is not None:
             raise ModelNotFound(_describe_folder(folder, role))
-        raise ModelNotFound(f"{role} folder {path} has a config.json but no weights (*.safetensors or *.bin)")
-    for index in folder.glob("*.index.json"):
-        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if missing:
-            raise ModelNotFound(
-                f"{role} folder {path} is incomplete: {len(missing)} of the {len(shards)} files named in "
-                f"{index.name} are missing, first {missing[0]}"
-            )
+        raise ModelNotFound(f"{role} folder {folder} has a config.json but no weights ({' or '.join(WEIGHT_FILES)})")
+    shards_of(folder)
 
 
 def _describe_folder(folder: Path, role: str) -> str:
@@ -161,7 +177,7 @@ def _describe_folder(folder: Path, role: str) -> str:
         )
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
+        base = read_object(adapter).get("base_model_name_or_path") or "BASE"
         merge = (
             f"import peft, transformers as t; base, here = '{base}', '{folder}'; "
             "seeing = t.AutoModelForImageTextToText; config = t.AutoConfig.from_pretrained(base); "
@@ -197,6 +213,9 @@ def read_model_files(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
+        # A tokenizer may be read and fail at the first text.
+        if not tokenizer(PROBES[0], add_special_tokens=False)["input_ids"]:
+            raise ValueError("it makes no tokens of a text")
         image_processor = None
         if family_of(config).vision_config_of(config) is not None:
             part = "image processor"
@@ -204,13 +223,21 @@ def read_model_files(
     # transformers raises whatever a malformed file leads to: KeyError, TypeError, json's and the hub's own errors.
     except Exception as error:
         where = path if part == "config" else tokenizer_path
-        raise ModelNotFound(_cannot_read(role, part, where, error)) from error
+        message = _cannot_read(role, part, where, error)
+        code = {} if trust_remote_code else code_of(Path(where))
+        if not code:
+            raise ModelNotFound(message) from error
+        named = "; ".join(f"{file}: {', '.join(classes)}" for file, classes in code.items())
+        raise CodeNeeded(f"{message}. Its auto_map asks for code that comes with it ({named})") from error
     return ModelFiles(path, config, tokenizer, image_processor)
 
 
+class CodeNeeded(ModelNotFound):
+    """A model can't be read without running code that comes with it."""
+
+
 def _cannot_read(role: str, part: str, path: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or ["no message"])[0]
-    message = f"{role} {path}: its {part} can't be read: {type(error).__name__}: {reason}"
+    message = f"{role} {path}: its {part} can't be read: {describe_error(error)}"
     if os.path.isdir(path):
         return message
     message += f"; there is no folder of that name here, so it was looked up as a hub id at {hub.ENDPOINT}"

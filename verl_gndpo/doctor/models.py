@@ -3,11 +3,13 @@
 
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_gndpo.config import EVERY_SAMPLE, teacher_paths
-from verl_gndpo.doctor.check import Check, Status, select
+from verl_gndpo.doctor.check import Check, Status, describe_error, select
 from verl_gndpo.doctor.inputs import Inputs
+from verl_gndpo.model_files import code_of
 
 if TYPE_CHECKING:
     from verl_gndpo.doctor.compatibility import ModelFiles
@@ -53,8 +55,11 @@ def _check_student(inputs: Inputs) -> tuple[list[Check], "ModelFiles | None"]:
         "student", "actor_rollout_ref.model.path", model.path, model.trust_remote_code, model.get("tokenizer_path")
     )
     checks = [check]
-    if student is not None and student.is_multimodal:
-        checks += _check_processor(inputs, model)
+    if student is None:
+        return checks, None
+    checks += _check_chat_template(student, dict(config.data.get("apply_chat_template_kwargs") or {}))
+    if student.is_multimodal:
+        checks += _check_processor(inputs, model, student)
         as_adapters = model.get("lora_rank") and not select(model, "lora.merge")
         if as_adapters and not model.get("exclude_modules"):
             if select(config, "actor_rollout_ref.actor.freeze_vision_tower"):
@@ -84,10 +89,16 @@ def _check_teacher(config: Any, key: str, model: Any, student: "ModelFiles | Non
     if teacher is None:
         return checks
     if student is not None:
-        checks += _compare_models(student, teacher, images)
+        try:
+            checks += _compare_models(student, teacher, images)
+        # A config may hold anything in the place of a size, and a tokenizer fail at a text.
+        except Exception as error:
+            detail = f"{student.name} and {teacher.name} can't be compared: {describe_error(error)}"
+            checks.append(Check("teacher and student", "error", detail, "repair the folder, or choose another model"))
     try:
         check_sequence_parallel(teacher.config, select(config, "teacher.ulysses_sequence_parallel_size", 1))
-    except ValueError as error:
+    # Of a config without its sizes, too.
+    except (ValueError, TypeError, AttributeError) as error:
         remedy = "another teacher.ulysses_sequence_parallel_size"
         checks.append(Check("teacher", "error", f"{model.path}: {error}", remedy))
     return checks
@@ -110,7 +121,7 @@ def _read(
     """
     from verl.utils.fs import copy_to_local
 
-    from verl_gndpo.doctor.compatibility import ModelNotFound, is_remote, read_model_files
+    from verl_gndpo.doctor.compatibility import CodeNeeded, ModelNotFound, is_remote, read_model_files
 
     if is_remote(path):
         # The workers find the copy in the same cache. verl raises nothing if it can't copy.
@@ -121,8 +132,15 @@ def _read(
         path = local
     try:
         files = read_model_files(path, role, trust_remote_code=trusted, tokenizer_path=tokenizer_path)
+    except CodeNeeded as error:
+        setting = f"{key.removesuffix('path')}trust_remote_code"
+        remedy = f"read that code, and set ++{setting}=True to run it; or choose another model"
+        return Check(role, "error", str(error), remedy), None
     except ModelNotFound as error:
         return Check(role, "error", str(error), f"correct {key}"), None
+    if trusted and (code := code_of(Path(path))):
+        named = ", ".join(sorted({name for classes in code.values() for name in classes}))
+        return Check(role, "ok", f"{path}: {files.config.model_type}, runs code that comes with it: {named}"), files
     kind = "multimodal" if files.is_multimodal else "text-only"
     return Check(role, "ok", f"{path}: {files.config.model_type}, {kind}"), files
 
@@ -136,10 +154,11 @@ def _compare_models(student: "ModelFiles", teacher: "ModelFiles", images: int | 
     from verl_gndpo.doctor.compatibility import compare
 
     checks = []
+    names = teacher.name if teacher.name == student.name else f"{teacher.name} beside {student.name}"
     differences = compare(student, teacher, images)
     for difference in differences:
         status: Status = "error" if difference.fatal else "warning"
-        checks.append(Check(difference.topic, status, f"{teacher.name}: {difference.detail}", difference.remedy))
+        checks.append(Check(difference.topic, status, f"{names}: {difference.detail}", difference.remedy))
     if not any(difference.fatal for difference in differences):
         sizes = f"vocabularies padded to {student.vocab_size} (student) and {teacher.vocab_size} (teacher)"
         same = ", same image patches" if student.is_multimodal and teacher.is_multimodal else ""
@@ -148,19 +167,47 @@ def _compare_models(student: "ModelFiles", teacher: "ModelFiles", images: int | 
     return checks
 
 
-def _check_processor(inputs: Inputs, model: Any) -> list[Check]:
+def _check_chat_template(student: "ModelFiles", arguments: dict[str, Any]) -> list[Check]:
+    """Check that the student's chat template can write a plain question.
+
+    Args:
+        arguments: `data.apply_chat_template_kwargs`.
+    """
+    question = [{"role": "user", "content": "?"}]
+    try:
+        student.tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False, **arguments)
+    # A template may raise anything. There is none if tokenizer and processor have none.
+    except Exception as error:
+        detail = f"{student.name}: its chat template can't write a question: {describe_error(error)}"
+        remedy = "repair chat_template.jinja, or chat_template in tokenizer_config.json; or choose a chat model"
+        return [Check("chat template", "error", detail, remedy)]
+    return []
+
+
+def _check_processor(inputs: Inputs, model: Any, student: "ModelFiles") -> list[Check]:
     """Check that verl can use the student's processor. Without one it goes on, and no image reaches a model."""
     from verl.utils.tokenizer import hf_processor
+
+    from verl_gndpo.teacher.trial import make_image_prompt
 
     path = model.get("tokenizer_path") or model.path
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         processor = hf_processor(path, trust_remote_code=model.trust_remote_code)
     if processor is not None:
-        return []
-    reason = "; ".join(str(w.message) for w in caught if "processor" in str(w.message)) or "AutoProcessor finds none"
-    remedy = "choose a student of a family that verl supports, or add the missing processor files"
-    detail = f"verl can't use the processor of {path}, so images would be lost: {reason}"
+        try:
+            make_image_prompt(processor, student.config)
+            return []
+        # A processor raises whatever its settings lead to.
+        except Exception as error:
+            reason = describe_error(error)
+            detail = f"the processor of {path} makes no prompt with images for the model: {reason}"
+            remedy = "restore the files of tokenizer and processor, or choose another student"
+    else:
+        reason = "; ".join(str(w.message) for w in caught if "processor" in str(w.message))
+        remedy = "choose a student of a family that verl supports, or add the missing processor files"
+        detail = f"verl can't use the processor of {path}, so images would be lost: "
+        detail += reason or "AutoProcessor finds none"
     rows = [inputs.rows_with_images(key) for key in ("train_files", "val_files")]
     if all(of_key is not None and not of_key for of_key in rows):
         return [Check("images", "ok", f"{detail}; no row has any")]

@@ -22,6 +22,7 @@ from verl_gndpo.doctor.inputs import Inputs
 from verl_gndpo.doctor.models import check_models
 from verl_gndpo.doctor.settings import check_estimator, check_recipe, check_settings, check_verl_settings
 from verl_gndpo.doctor.student import check_student
+from verl_gndpo.doctor.weights import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def run_checks(config: Any = None) -> list[Check]:
         checks += [*check_estimator(config), *check_verl_settings(config)]
         checks += _run(check_student, config)
         if uses_gndpo(config):
-            for check in (check_settings, check_recipe, check_models, check_architectures):
+            for check in (check_settings, check_recipe, check_models, check_weights, check_architectures):
                 checks += _run(check, inputs)
             for check in (check_routing, check_indices):
                 checks += _run(check, inputs)

@@ -137,7 +137,7 @@ def test_a_hub_id_that_can_t_be_found_says_where_was_looked(make_config, monkeyp
     ("spoil", "words"),
     [
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "its config can't be read"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
         (lambda f: (f / "config.json").write_text('{"model_type": "nonesuch"}'), "nonesuch"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer can't be read"),
         (lambda f: (f / "processor_config.json").unlink(), "its image processor can't be read"),
