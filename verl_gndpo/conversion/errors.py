@@ -26,8 +26,9 @@ class DroppedRow(Exception):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)  # as arguments, so that unpickling from a worker process works
         self.reason = reason
-        # A path may turn out to be megabytes of text.
-        self.detail = detail if len(detail) <= DETAIL_CHARS else f"{detail[:DETAIL_CHARS]}..."
+        # A path may turn out to be megabytes of text, or hold half a character.
+        detail = detail if len(detail) <= DETAIL_CHARS else f"{detail[:DETAIL_CHARS]}..."
+        self.detail = detail.encode(errors="backslashreplace").decode()
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.detail})" if self.detail else self.reason

@@ -183,7 +183,8 @@ def _parquet_split(name: str, files: list[Path], recipe: Recipe, images: ImageSt
     for file in files:
         try:
             metadata = pq.ParquetFile(file)
-        except (OSError, pa.ArrowException) as error:
+        # Damaged bytes in the name of a column are no text.
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise SourceError(f"{file} is not a readable parquet file ({one_line(error)}).") from error
         _columns(metadata.schema_arrow.names, recipe, file)
         total += metadata.metadata.num_rows
@@ -271,7 +272,7 @@ def _table_rows(
             for position in range(batch.num_rows):
                 yield _source_row(index, _values(batch, position, recipe), recipe)
                 index += 1
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(f"split {split} of {where} breaks off after row {index} ({one_line(error)}).") from error
 
 

@@ -81,7 +81,10 @@ class DataFile:
 
     def _open(self) -> pq.ParquetFile:
         self._check_kind()
-        return pq.ParquetFile(self._path)
+        try:
+            return pq.ParquetFile(self._path)
+        except UnicodeDecodeError as error:
+            raise DataError(f"the name of a column is no text: {error}") from error
 
     def _check_kind(self) -> None:
         # Opening a pipe would wait for its other end.
@@ -91,7 +94,10 @@ class DataFile:
     @cached_property
     def _schema(self) -> pa.Schema:
         self._check_kind()
-        schema = pq.read_schema(self._path)
+        try:
+            schema = pq.read_schema(self._path)
+        except UnicodeDecodeError as error:
+            raise DataError(f"the name of a column is no text: {error}") from error
         twice = [name for name, count in Counter(schema.names).items() if count > 1]
         if twice:
             raise DataError(f"several columns are called {', '.join(twice)}")
