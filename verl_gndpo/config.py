@@ -155,6 +155,14 @@ class GNDPOSection:
         at_least=0,
         at_most=1,
     )
+    rollout_timeout_s: float | None = setting(
+        None,
+        "End the run when no response was finished for so many seconds, because the rollout engine or the reward "
+        "function hangs.",
+        above=0,
+        below=math.inf,
+        null="an hour until the first response, then ten times the longest time without one, and at least 30 minutes",
+    )
     rollout_seed: int | None = setting(
         None,
         "Sample each response with a seed of its own, made of this one, the step, the row's `extra_info.index` and the "
@@ -185,6 +193,7 @@ class GNDPOConfig:
     preset: str
     signal: Signal
     max_lost_share: float
+    rollout_timeout_s: float | None
     rollout_seed: int | None
     task_reward: TaskReward
     worst_tokens: WorstTokens
@@ -213,6 +222,7 @@ def _resolve_signal(section: GNDPOSection, name: str, preset: Mapping[str, Any])
         name,
         signal,
         section.max_lost_share,
+        section.rollout_timeout_s,
         section.rollout_seed,
         section.task_reward,
         section.worst_tokens,

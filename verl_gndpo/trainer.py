@@ -51,6 +51,7 @@ from verl_gndpo.doctor.run import raise_on_errors
 from verl_gndpo.kl import IDS, LOG_PROBS, REQUEST
 from verl_gndpo.observe.lost_prompts import LostPrompts
 from verl_gndpo.observe.monitor import SignalMonitor
+from verl_gndpo.observe.stalled_rollouts import StalledRollouts
 from verl_gndpo.rewards.manager import use_reward_manager
 from verl_gndpo.student.placement import keep_prompts_together
 from verl_gndpo.student.run import share_prompts
@@ -127,6 +128,7 @@ class GNDPOTrainerMixin(_Trainer):
                 responses=config.actor_rollout_ref.rollout.n,
                 limit=self._gndpo.max_lost_share,
             )
+            StalledRollouts(self.replay_buffer, limit=self._gndpo.rollout_timeout_s, workers=self._workers_of_rollouts)
 
     def _prepare(self, config: DictConfig) -> None:
         """Change verl's config where our settings ask for more than an advantage estimator."""
@@ -199,6 +201,20 @@ class GNDPOTrainerMixin(_Trainer):
         self.teacher.load()
         if self.teacher_config.placement == "dedicated" and not self._needs_kl:
             self._score_finished = score_while_generating(self.replay_buffer, self.teacher)
+
+    def _workers_of_rollouts(self) -> dict[str, Any]:
+        """Return Ray's handles of the processes that make and grade responses, by what they are."""
+        groups = {
+            "rollout server": [
+                server
+                for manager in self._rollout_server_managers()
+                for replica in manager.get_replicas()
+                for server in replica.servers
+            ],
+            "agent loop's worker": self.agent_loop_manager.agent_loop_workers,
+            "reward worker": self.get_reward_handles() or [],
+        }
+        return {f"{name} {i}": worker for name, group in groups.items() for i, worker in enumerate(group)}
 
     # --- a step -------------------------------------------------------------------------------------------------------
 

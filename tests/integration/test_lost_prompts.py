@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failed prompts in verl's own replay buffers and TransferQueue; agent loops of verl that fail."""
+"""Prompts that fail or never end, in verl's own replay buffers and TransferQueue; agent loops of verl that fail."""
 
 import asyncio
 import logging
+import os
+import signal
+import threading
+import time
 
 import pytest
+import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
@@ -12,7 +17,9 @@ from tensordict import TensorDict
 from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
+from verl_gndpo.observe import stalled_rollouts
 from verl_gndpo.observe.lost_prompts import LostPrompts, LostPromptsError
+from verl_gndpo.observe.stalled_rollouts import StalledRollouts, StalledRolloutsError
 from verl_gndpo.verl_patches.replay_buffer import REASON
 
 
@@ -132,3 +139,84 @@ def test_the_worker_stores_why_a_response_has_failed(validate):
     tag = tq.kv_list(partition_id=partition)[partition]["p"]
     assert tag["status"] == "running" and tag["is_prompt"]
     assert tag[REASON].startswith("agent loop: AssertionError: Agent loop nobody not registered")
+
+
+def start_prompt(uid: str, partition: str = "train") -> None:
+    tq.kv_put(key=uid, partition_id=partition, tag={"is_prompt": True, "global_steps": 1, "status": "running"})
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def process(self) -> int:
+        return os.getpid()
+
+
+@pytest.mark.parametrize("partition", ["train", "val"])
+@pytest.mark.parametrize("kind", [ReplayBuffer, ReplayBufferAsync])
+def test_a_wait_without_a_response_is_told_of_and_ends(queue, monkeypatch, caplog, kind, partition):
+    monkeypatch.setattr(stalled_rollouts, "FIRST_LINE_S", 0.3)
+    monkeypatch.setattr(stalled_rollouts, "ANSWER_S", 0.2)
+    buffer = make_buffer(kind)
+    StalledRollouts(buffer, limit=1.0, workers=dict)
+    start_prompt("a", partition)
+    begin = time.monotonic()
+    message = r"no response was finished within 1 s \(algorithm\.gndpo\.rollout_timeout_s\): 1 of 1 prompts are not"
+    with caplog.at_level(logging.WARNING), pytest.raises(StalledRolloutsError, match=message):
+        buffer.sample(global_steps=1, partition_id=partition, batch_size=1)
+    assert 1.0 < time.monotonic() - begin < 5
+    assert caplog.text.count("no response was finished for 0 s (limit: 1)") >= 1
+    assert "all workers answer" in caplog.text
+
+
+def test_a_worker_that_hangs_or_is_dead_is_named(queue):
+    workers = {f"reward worker {number}": Worker.remote() for number in range(3)}
+    processes = [ray.get(worker.process.remote()) for worker in workers.values()]
+    assert stalled_rollouts.find_silent(workers) == []
+    os.kill(processes[0], signal.SIGSTOP)
+    os.kill(processes[1], signal.SIGKILL)
+    try:
+        assert stalled_rollouts.find_silent(workers, 5.0) == ["reward worker 0", "reward worker 1 (dead)"]
+    finally:
+        os.kill(processes[0], signal.SIGKILL)
+
+
+def test_responses_that_come_one_by_one_may_take_longer_than_the_limit(queue):
+    buffer = make_buffer(ReplayBuffer)
+    StalledRollouts(buffer, limit=1.0, workers=dict)
+    uids = ["a", "b", "c", "d"]
+    for uid in uids:
+        start_prompt(uid)
+    timers = [threading.Timer(0.6 * number, put_prompt, (uid, 1)) for number, uid in enumerate(uids, 1)]
+    for timer in timers:
+        timer.start()
+    begin = time.monotonic()
+    buffer.sample(global_steps=1, partition_id="train", batch_size=4)
+    assert time.monotonic() - begin > 2.0
+
+
+def test_what_happens_between_two_waits_does_not_count(queue):
+    """In each step, the first look at the prompts finds nothing, as in the step before."""
+    buffer = make_buffer(ReplayBuffer)
+    StalledRollouts(buffer, limit=1.0, workers=dict)
+    for uid in ("a", "b", "c"):
+        start_prompt(uid)
+        threading.Timer(0.1, put_prompt, (uid, 0)).start()
+        with pytest.raises(RuntimeError, match="no materializable trajectories"):
+            buffer.sample(global_steps=1, partition_id="train", batch_size=1)
+        tq.kv_clear(keys=[uid], partition_id="train")
+        time.sleep(0.7)
+
+
+def test_the_limit_follows_the_longest_wait_of_the_run(queue, monkeypatch):
+    monkeypatch.setattr(stalled_rollouts, "FIRST_LIMIT_S", 3.0)
+    monkeypatch.setattr(stalled_rollouts, "LEAST_LIMIT_S", 0.1)
+    monkeypatch.setattr(stalled_rollouts, "LIMIT_FACTOR", 2.0)
+    buffer = make_buffer(ReplayBuffer)
+    StalledRollouts(buffer, limit=None, workers=dict)
+    for uid in ("a", "b"):
+        start_prompt(uid)
+    threading.Timer(0.5, put_prompt, ("a", 1)).start()
+    begin = time.monotonic()
+    with pytest.raises(StalledRolloutsError, match="within 1 s"):
+        buffer.sample(global_steps=1, partition_id="train", batch_size=2)
+    assert 1.4 < time.monotonic() - begin < 2.5

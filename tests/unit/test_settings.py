@@ -44,6 +44,7 @@ CASES: dict[str, tuple[list, list, dict]] = {
     "algorithm.gndpo.task_reward.coef": ([-1e-9, INF, NAN], [0.0, 1e6], {}),
     "algorithm.gndpo.worst_tokens.every": ([-1], [0, 1], {}),
     "algorithm.gndpo.rollout_seed": ([-1], [0, 2**40, None], {}),
+    "algorithm.gndpo.rollout_timeout_s": ([0.0, -1.0, INF, NAN], [1e-3, 1e6, None], {}),
     "algorithm.gndpo.max_lost_share": ([-0.1, 1.001, NAN], [0.0, 1.0], {}),
     "algorithm.gndpo.worst_tokens.count": ([0], [1], {}),
     "algorithm.gndpo.worst_tokens.path": ([""], ["worst.jsonl", None], {}),

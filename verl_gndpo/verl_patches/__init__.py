@@ -328,6 +328,18 @@ PATCHES = index(
         on_import=False,
     ),
     Patch(
+        name="replay_buffer_waits",
+        module="verl.trainer.ppo.v1.replay_buffer",
+        changes="_wait_for_next_poll of the trainer's ReplayBuffer",
+        applied_by="verl_gndpo.verl_patches.replay_buffer:watch_waits",
+        breaks="verl waits for ever, without a word, when the rollout engine or a reward function hangs.",
+        since="verl 0.9.0",
+        upstream="none known",
+        remove_when="verl's replay buffer has a limit for its waits",
+        where="trainer",
+        on_import=False,
+    ),
+    Patch(
         name="real_rows",
         module="verl.trainer.ppo.v1.trainer_base",
         changes="actor_rollout_wg.update_actor of the trainer",

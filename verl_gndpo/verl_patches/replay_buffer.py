@@ -60,6 +60,29 @@ def call_back(replay_buffer: Any, waiting: Callable[[], None], discarding: Calla
     return True
 
 
+@patches("replay_buffer_waits")
+def watch_waits(replay_buffer: Any, waiting: Callable[[str], None]) -> bool:
+    """Make a replay buffer report each wait for rollouts, of training or validation.
+
+    Args:
+        replay_buffer: the trainer's.
+        waiting: called with the partition before each wait. What it raises ends the run.
+
+    Returns:
+        False if it is a custom sampler that waits in another way; it is then left as it is.
+    """
+    if not _has_methods_of_verl(replay_buffer, "_wait_for_next_poll"):
+        return False
+    wait = replay_buffer._wait_for_next_poll
+
+    def _wait_for_next_poll(partition: str, last_debug_time: float) -> float:
+        waiting(partition)
+        return wait(partition, last_debug_time)
+
+    replay_buffer._wait_for_next_poll = _wait_for_next_poll
+    return True
+
+
 @patches("failed_prompts")
 def report_failures(
     replay_buffer: Any,
