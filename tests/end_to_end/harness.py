@@ -18,12 +18,16 @@ START_UP_LIMIT_S = 1200
 
 @dataclass
 class Run:
-    """One run of a recipe. `settings` are its environment variables, `overrides` its arguments."""
+    """One run of a recipe. `settings` are its environment variables, `overrides` its arguments.
+
+    `module` is imported by verl in each of the run's processes.
+    """
 
     out: Path
     settings: dict[str, str]
     overrides: list[str] = field(default_factory=list)
     recipe: str = "run_qwen2_5vl_gndpo.sh"
+    module: str = "tests.end_to_end.capture"
 
     @property
     def steps(self) -> list[dict]:
@@ -55,7 +59,7 @@ class Run:
             "PYTHON": sys.executable,
             "OUTPUT_DIR": str(self.out),
             "CAPTURE_DIR": str(capture),
-            "VERL_USE_EXTERNAL_MODULES": "tests.end_to_end.capture",
+            "VERL_USE_EXTERNAL_MODULES": self.module,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])),
         }
         command = ["bash", f"examples/{self.recipe}", *self.overrides]
