@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -82,6 +83,41 @@ class Run:
             self._wait_for(process, step)
         finally:
             kill(process)
+        return self
+
+    def kill_at_random(self, seed: int) -> "Run":
+        """Start, and SIGKILL everything at some time in the second, third or fourth step."""
+        chance = random.Random(seed)
+        steps, share = chance.randint(1, 3), chance.random()
+        print(f"seed {seed}: killed after {steps} steps and {share:.2f} of a step")
+        process = self.start()
+        try:
+            self._wait_for(process, steps)
+            time.sleep(share * self.steps[-1]["timing_s/step"])
+        finally:
+            kill(process)
+        return self
+
+    def kill_while_writing(self, file: Path) -> "Run":
+        """Start, and SIGKILL everything while a file is being written, of which the first bytes are left."""
+        file.parent.mkdir(parents=True)
+        # Whoever writes into a pipe waits until somebody reads.
+        os.mkfifo(file)
+        pipe = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        process, written = self.start(), b""
+        deadline = time.monotonic() + START_UP_LIMIT_S
+        try:
+            while not written:
+                assert process.poll() is None, "the run ended early\n" + "\n".join(self.log.splitlines()[-60:])
+                assert time.monotonic() < deadline, f"nothing was written to {file}"
+                time.sleep(0.1)
+                with contextlib.suppress(BlockingIOError):
+                    written = os.read(pipe, 1000)
+        finally:
+            kill(process)
+            os.close(pipe)
+        file.unlink()
+        file.write_bytes(written)
         return self
 
     def finish_without(self, name: str, step: int, only_first: bool = False) -> "Run":

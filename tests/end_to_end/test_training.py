@@ -6,6 +6,7 @@ assertions.
 """
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,43 +87,107 @@ def assert_moved(rows: list[dict], start: Path) -> None:
     assert max(moves) > 0.05, moves
 
 
+STEPS = 8
+KILL_SEED = int(os.environ.get("GNDPO_KILL_SEED", 0)) or int.from_bytes(os.urandom(2), "big")
+"""Of the kill at a random time. The failed test's output names it."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(models, dice, tmp_path_factory):
+    """A run of all steps."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return Run(out / "run", settings(models, dice), seeded(out / "checkpoints")).finish()
+
+
 @pytest.fixture(scope="module")
 def killed_and_resumed(models, dice, tmp_path_factory):
-    """A run that is killed after step 3 with a checkpoint of step 2, and one that resumes it to step 4.
+    """Four runs, each of which resumes the one before.
 
-    The second one loses its teacher after its first step.
+    The first is killed after step 3 with a checkpoint of step 2, the second while it writes the checkpoint of step 4,
+    and the third at a random time. The last one loses its teacher after its first step, and goes on to the end.
     """
     out = tmp_path_factory.mktemp("runs")
-    arguments = overrides(4, out / "checkpoints", "trainer.save_freq=2", "trainer.resume_mode=auto")
-    arguments.append("algorithm.gndpo.rollout_seed=5")
-    first = Run(out / "killed", settings(models, dice), arguments).kill_after(step=3)
-    second = Run(out / "resumed", settings(models, dice), arguments).finish_without("ray::TeacherWorker", step=1)
-    return first, second
+    arguments = seeded(out / "checkpoints")
+    first, second, third, last = (
+        Run(out / name, settings(models, dice), arguments) for name in ("after", "writing", "random", "last")
+    )
+    first.kill_after(step=3)
+    second.kill_while_writing(out / "checkpoints" / "global_step_4" / "actor" / "optim_world_size_1_rank_0.pt")
+    third.kill_at_random(KILL_SEED)
+    last.finish_without("ray::TeacherWorker", step=1)
+    return first, second, third, last
 
 
-def test_every_step_is_healthy(killed_and_resumed):
-    first, second = killed_and_resumed
-    assert_healthy(first, [1, 2, 3])
-    assert_healthy(second, [3, 4])
-
-
-def test_resumes_at_the_checkpoint_as_if_it_had_not_been_killed(killed_and_resumed):
-    """The same prompts in the same order, the same responses, and the same update."""
-    first, second = killed_and_resumed
-    for killed, resumed in zip(first.captured(3), second.captured(3), strict=True):
-        assert torch.equal(killed["input_ids"], resumed["input_ids"])
-        torch.testing.assert_close(killed["old_log_probs"], resumed["old_log_probs"], atol=1e-6, rtol=0)
-    logged = [next(step for step in run.steps if step["training/global_step"] == 3) for run in (first, second)]
-    assert logged[0]["actor/grad_norm"] == pytest.approx(logged[1]["actor/grad_norm"], rel=1e-5)
-    # The responses to a prompt differ.
-    assert len({str(row["input_ids"].tolist()) for row in first.captured(3)}) > len(prompts(first.captured(3)))
-    order = [
-        prompts(first.captured(1)),
-        prompts(first.captured(2)),
-        prompts(first.captured(3)),
-        prompts(second.captured(4)),
+def seeded(checkpoints: Path) -> list[str]:
+    return [
+        *overrides(STEPS, checkpoints, "trainer.save_freq=2", "trainer.resume_mode=auto"),
+        "algorithm.gndpo.rollout_seed=5",
     ]
-    assert len({str(step) for step in order}) == 4, "each step has prompts of its own"
+
+
+def steps_of(run: Run) -> list[int]:
+    return [int(step["training/global_step"]) for step in run.steps]
+
+
+def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint of a run."""
+    folder = run.out.parent / "checkpoints" / f"global_step_{step}" / "actor"
+    loaded = torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False)
+    return {name: getattr(value, "_local_tensor", value) for name, value in loaded.items()}
+
+
+def test_every_step_is_healthy(uninterrupted, killed_and_resumed):
+    first, second, third, last = killed_and_resumed
+    assert_healthy(uninterrupted, list(range(1, STEPS + 1)))
+    assert_healthy(first, [1, 2, 3])
+    # It was killed in the step after this one.
+    assert_healthy(second, [3])
+    assert_healthy(third, list(range(3, 3 + len(third.steps))))
+    assert_healthy(last, list(range(int(last.steps[0]["training/global_step"]), STEPS + 1)))
+
+
+def test_a_killed_run_resumes_at_its_last_complete_checkpoint(killed_and_resumed):
+    _, _, third, last = killed_and_resumed
+    # Not at that of step 4, which was being written, though its weights are there.
+    assert steps_of(third)[0] == 3
+    # A checkpoint every second step. One may have been written in the step in which the run was killed.
+    saved = [step for step in (2, *steps_of(third)) if step % 2 == 0]
+    assert steps_of(last)[0] - 1 in (saved[-1], saved[-1] + 2)
+
+
+def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(uninterrupted, killed_and_resumed):
+    """The same prompts in the same order, the same responses, and the same weights."""
+    compared = set()
+    for run in killed_and_resumed:
+        for step in range(1, STEPS + 1):
+            if not (run.out / "captured" / f"step_{step}.pt").exists():
+                continue
+            compared.add((run.out.name, step))
+            for row, same in zip(run.captured(step), uninterrupted.captured(step), strict=True):
+                assert torch.equal(row["input_ids"], same["input_ids"]), (run.out.name, step)
+                for name in ("old_log_probs", "teacher_log_probs", "advantages"):
+                    torch.testing.assert_close(row[name], same[name], atol=1e-6, rtol=1e-6)
+    assert compared >= {("after", 3), ("writing", 3), ("writing", 4), ("random", 3), ("last", STEPS)}
+    of_last, of_uninterrupted = weights(killed_and_resumed[-1], STEPS), weights(uninterrupted, STEPS)
+    for name, weight in of_uninterrupted.items():
+        torch.testing.assert_close(of_last[name], weight, atol=1e-6, rtol=0)
+
+
+def test_two_runs_agree_in_tokens_and_weights(uninterrupted, killed_and_resumed):
+    """Up to the checkpoint of step 2, nothing has happened to the first of the four."""
+    first = killed_and_resumed[0]
+    for step in (1, 2):
+        for row, same in zip(first.captured(step), uninterrupted.captured(step), strict=True):
+            assert torch.equal(row["input_ids"], same["input_ids"])
+    of_first = weights(first, 2)
+    for name, weight in weights(uninterrupted, 2).items():
+        torch.testing.assert_close(of_first[name], weight, atol=1e-6, rtol=0)
+
+
+def test_each_step_has_prompts_of_its_own_and_responses_that_differ(uninterrupted):
+    rows = [uninterrupted.captured(step) for step in range(1, STEPS + 1)]
+    assert len({str(prompts(of_step)) for of_step in rows}) == STEPS
+    assert len({str(row["input_ids"].tolist()) for row in rows[2]}) > len(prompts(rows[2]))
 
 
 def test_teacher_and_student_log_probs_are_those_of_hugging_face(killed_and_resumed, models):
@@ -134,10 +199,10 @@ def test_teacher_and_student_log_probs_are_those_of_hugging_face(killed_and_resu
 
 
 def test_a_teacher_that_was_killed_is_replaced_and_scores_as_before(killed_and_resumed, models):
-    _, second = killed_and_resumed
-    assert [step["gndpo/teacher_restarts"] for step in second.steps] == [0, 1]
-    assert "the teacher was lost and is replaced (1 of 3 times): ActorDiedError" in second.log
-    for row in second.captured(4)[:4]:
+    last = killed_and_resumed[-1]
+    assert [step["gndpo/teacher_restarts"] for step in last.steps] == [0] + [1] * (len(last.steps) - 1)
+    assert "the teacher was lost and is replaced (1 of 3 times): ActorDiedError" in last.log
+    for row in last.captured(STEPS)[:4]:
         expected = reference_log_probs(models / "teacher", row)
         np.testing.assert_allclose(row["teacher_log_probs"].numpy(), expected, atol=1e-4, rtol=0)
 
@@ -154,19 +219,19 @@ def test_the_advantages_of_a_step_are_the_published_formula(killed_and_resumed):
 
 def test_updates_with_shared_prompts_are_those_of_verls_own_engine(killed_and_resumed, models):
     """The gradients' norms, the losses, and the weights after two steps."""
-    first, _ = killed_and_resumed
+    first = killed_and_resumed[0]
     assert "responses share their prompt through attention" in first.log
     steps = [first.captured(step) for step in (1, 2)]
     optimizer = "actor_rollout_ref.actor.optim"
-    expected, weights = replay(models / "student", steps, f"{optimizer}.lr=1e-3", f"{optimizer}.total_training_steps=4")
+    options = (f"{optimizer}.lr=1e-3", f"{optimizer}.total_training_steps={STEPS}")
+    expected, replayed = replay(models / "student", steps, *options)
     for logged, metrics in zip(first.steps, expected, strict=False):
         # Measured within 8e-8 and 2e-8.
         assert logged["actor/grad_norm"] == pytest.approx(metrics["actor/grad_norm"], rel=1e-6)
         assert logged["actor/pg_loss"] == pytest.approx(metrics["actor/pg_loss"], abs=1e-6)
-    checkpoint = first.out.parent / "checkpoints" / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt"
-    trained = torch.load(checkpoint, weights_only=False)
-    assert trained.keys() == weights.keys()
-    moved = torch.cat([(getattr(x, "_local_tensor", x) - weights[name]).abs().flatten() for name, x in trained.items()])
+    trained = weights(first, 2)
+    assert trained.keys() == replayed.keys()
+    moved = torch.cat([(x - replayed[name]).abs().flatten() for name, x in trained.items()])
     # A weight moves by at most 1e-3 in a step. Adam divides by small gradients, so that a few may differ by 2e-4.
     assert (moved > 1e-5).float().mean() < 1e-3
     assert moved.mean() < 1e-6
@@ -176,9 +241,7 @@ def test_training_changes_the_student_but_not_its_frozen_vision_tower(killed_and
     from safetensors.torch import load_file
 
     before = load_file(models / "student" / "model.safetensors")
-    checkpoint = killed_and_resumed[1].out.parent / "checkpoints" / "global_step_4" / "actor"
-    after = torch.load(checkpoint / "model_world_size_1_rank_0.pt", weights_only=False)
-    after = {name: getattr(value, "_local_tensor", value) for name, value in after.items()}
+    after = weights(killed_and_resumed[-1], STEPS)
     compared = changed = 0
     for name, value in after.items():
         original = before.get(
