@@ -4,6 +4,8 @@
 import inspect
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -266,6 +268,43 @@ def test_a_teacher_that_does_not_answer_is_told_of_and_replaced(client, rows, ex
         assert told in caplog.text
     assert_scored(batch, expected)
     assert not any(psutil.pid_exists(process) for process in stopped)
+
+
+@ray.remote(num_cpus=0)
+def _sleep() -> None:
+    time.sleep(600)
+
+
+READS_A_PART = """
+import mmap, sys, time
+with open(sys.argv[1], "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 0)
+mapped[0]
+print("mapped", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_load_that_stands_still_names_the_rank_and_the_file(client, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(group, "FIRST_LINE_S", 1.0)
+    # Ray may have to start a process that looks.
+    monkeypatch.setattr(group, "GRACE_S", 120.0)
+    file = tmp_path / "model-00002-of-00004.safetensors"
+    file.write_bytes(bytes(2**24))
+    with subprocess.Popen([sys.executable, "-c", READS_A_PART, str(file)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"mapped\n"
+        node, other = client._group._processes[0]
+        monkeypatch.setattr(client._group, "_processes", [(node, other), (node, process.pid)])
+        never = [_sleep.remote() for _ in range(2)]
+        try:
+            with pytest.raises(group._LostError, match=rf"rank 1 reads {file} \(\d+% so far\)"):
+                client._group._wait(never, time.monotonic(), 3.0, "loaded it", loads=True)
+        finally:
+            process.kill()
+            for task in never:
+                ray.cancel(task, force=True)
+    assert "ranks 0, 1 of 2 have not loaded it after 1 s" in caplog.text
+    assert "rank 0 reads" not in caplog.text
 
 
 def test_what_one_rank_raises_is_not_waited_for(client, rows):

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 """How long to wait, after a worker has raised, for the news that another one has died."""
+
+WEIGHTS = (".safetensors", ".bin")
 
 LOST = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError)
 
@@ -138,7 +141,7 @@ class TeacherGroup:
             return FIRST_LIMIT_S
         return max(LIMIT_FACTOR * self._longest, LEAST_LIMIT_S)
 
-    def _wait(self, futures: list[Any], since: float, limit: float, done: str) -> None:
+    def _wait(self, futures: list[Any], since: float, limit: float, done: str, loads: bool = False) -> None:
         """Wait for an answer of each rank, and say so in the log while it lasts.
 
         Args:
@@ -146,6 +149,7 @@ class TeacherGroup:
             since: when the wait began, by time.monotonic.
             limit: in seconds.
             done: what a rank has done once it has answered.
+            loads: True if the ranks read files meanwhile, which the log then names.
 
         Raises:
             _LostError: a worker died, or did not answer in time.
@@ -155,11 +159,13 @@ class TeacherGroup:
         while pending:
             waited = time.monotonic() - since
             if waited > limit:
-                raise _LostError(self._say_late(pending, done, limit))
+                reads = self._say_files(pending, futures) if loads else ""
+                raise _LostError(self._say_late(pending, done, limit) + reads)
             if waited >= next_line:
                 ranks = self._say_ranks(pending, futures)
+                reads = self._say_files(pending, futures) if loads else ""
                 logger.warning(
-                    "waiting for the teacher: %s not %s after %.0f s (limit: %.0f)", ranks, done, waited, limit
+                    "waiting for the teacher: %s not %s after %.0f s (limit: %.0f)%s", ranks, done, waited, limit, reads
                 )
                 next_line = max(2 * next_line, waited)
             ready, pending = ray.wait(pending, timeout=max(min(next_line, limit) - waited, 0.01))
@@ -193,6 +199,18 @@ class TeacherGroup:
         kind, verb = ("rank", "has") if len(ranks) == 1 else ("ranks", "have")
         return f"{kind} {', '.join(ranks)} of {len(futures)} {verb}"
 
+    def _say_files(self, pending: list[Any], futures: list[Any]) -> str:
+        """Say which file each pending rank is reading."""
+        asked = {}
+        for rank, future in enumerate(futures):
+            if future in pending:
+                node, process = self._processes[rank]
+                asked[rank] = _files_of_process.options(num_cpus=0, scheduling_strategy=_on(node)).remote(process)
+        ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=GRACE_S)
+        files = {rank: ray.get(answer) for rank, answer in asked.items() if answer in ready}
+        said = [f"rank {rank} reads {' and '.join(names)}" for rank, names in files.items() if names]
+        return "".join(f"; {words}" for words in said)
+
     def _say_late(self, pending: list[Any], done: str, limit: float) -> str:
         return f"{len(pending)} of its ranks had not {done} within the limit of {limit:.0f} s (teacher.timeout_s)"
 
@@ -214,7 +232,7 @@ class TeacherGroup:
         started = self._workers.execute_all_async("whereabouts")
         self._wait(started, begin, limit, "started")
         self._processes = ray.get(started)
-        self._wait(self._workers.execute_all_async("reset"), begin, limit, f"loaded {models}")
+        self._wait(self._workers.execute_all_async("reset"), begin, limit, f"loaded {models}", loads=True)
         self.ranks = max(self._workers._query_dispatch_info("train")) + 1
 
     def _replace(self, lost: _LostError) -> None:
@@ -249,8 +267,7 @@ class TeacherGroup:
             ray.kill(worker, no_restart=True)
         killed = []
         for node, process in self._processes:
-            on_node = NodeAffinitySchedulingStrategy(node, soft=False)
-            killed.append(_kill_process.options(num_cpus=0, scheduling_strategy=on_node).remote(process))
+            killed.append(_kill_process.options(num_cpus=0, scheduling_strategy=_on(node)).remote(process))
         # The node may be gone, too.
         ray.wait(killed, num_returns=len(killed), timeout=GRACE_S)
         self._processes = []
@@ -259,6 +276,29 @@ class TeacherGroup:
 def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+def _on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def files_being_read(process: int) -> list[str]:
+    """Return the files of weights of which a process has read a part, each with that part.
+
+    They are mapped into memory, so that the kernel knows how much of them has been touched.
+    """
+    found = []
+    # Or the process has ended, or belongs to another user.
+    with contextlib.suppress(psutil.Error):
+        for mapped in psutil.Process(process).memory_maps(grouped=True):
+            if mapped.path.endswith(WEIGHTS) and 0 < mapped.rss < mapped.size:
+                found.append(f"{mapped.path} ({mapped.rss / mapped.size:.0%} so far)")
+    return found
+
+
+@ray.remote
+def _files_of_process(process: int) -> list[str]:
+    return files_being_read(process)
 
 
 @ray.remote
