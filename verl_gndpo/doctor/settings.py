@@ -76,10 +76,8 @@ def check_settings(inputs: Inputs) -> list[Check]:
         found += _check_ignored(config, signal)
         if signal.signal.baseline == "kl":
             found += _check_kl(config, teacher)
-        name = select(config, "actor_rollout_ref.rollout.name")
-        if signal.rollout_seed is not None and name not in ("vllm", None):
-            detail = f"algorithm.gndpo.rollout_seed={signal.rollout_seed}: rollout.name={name} is not given seeds"
-            error(detail, "algorithm.gndpo.rollout_seed=null, or actor_rollout_ref.rollout.name=vllm")
+        if signal.rollout_seed is not None:
+            found += _check_rollout_seed(config, signal.rollout_seed)
         if signal.task_reward.coef:
             found += _check_task_reward(signal.task_reward.estimator)
     if select(config, "gndpo") is not None:
@@ -120,6 +118,23 @@ def check_recipe(inputs: Inputs) -> list[Check]:
         own.append(f"algorithm.adv_estimator={estimator}")
     remedy = f"{' '.join([RECIPE_OVERRIDE, *own])} at the end of the command"
     return [Check("recipe", "warning", f"not as published (in brackets): {', '.join(found)}", remedy)]
+
+
+def _check_rollout_seed(config: Any, seed: int) -> list[Check]:
+    """Check that responses with seeds of their own are the same in each run."""
+    found = []
+    name, mode = select(config, "actor_rollout_ref.rollout.name"), select(config, "trainer.v1.trainer_mode")
+    setting = f"algorithm.gndpo.rollout_seed={seed}"
+    if name not in ("vllm", None):
+        remedy = "algorithm.gndpo.rollout_seed=null, or actor_rollout_ref.rollout.name=vllm"
+        found.append(Check("settings", "error", f"{setting}: rollout.name={name} is not given seeds", remedy))
+    if mode in ("colocate_async", "separate_async"):
+        detail = (
+            f"{setting} does not make a run with trainer_mode={mode} repeatable: which weights sample a response "
+            "depends on time"
+        )
+        found.append(Check("settings", "warning", detail, "trainer.v1.trainer_mode=sync"))
+    return found
 
 
 def _check_ignored(config: Any, signal: GNDPOConfig) -> list[Check]:

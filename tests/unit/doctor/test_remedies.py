@@ -49,6 +49,7 @@ FOUND_BY = {
     "actor_rollout_ref.rollout.name=null": "actor_rollout_ref.rollout.name is not set",
     f"{ROLLOUT}.top_p=0.9": "top_p=0.9",
     f"algorithm.gndpo.rollout_seed=1 {ROLLOUT}.name=sglang": "is not given seeds",
+    "algorithm.gndpo.rollout_seed=1 trainer.v1.trainer_mode=colocate_async": "does not make a run",
     f"student.share_prompts=True {MODEL}.use_fused_kernels=True": "replaces the output projection",
     f"student.share_prompts=True {ACTOR}.pad_to_length=True": "pads micro-batches",
     f"student.share_prompts=True {ACTOR}.ulysses_sequence_parallel_size=2": "spreads a sequence over ranks",
