@@ -61,7 +61,7 @@ from verl_gndpo.verl_patches.actor import apply_in_actor, divide_by_real_rows, f
 from verl_gndpo.verl_patches.file_logger import go_on_with_log
 from verl_gndpo.verl_patches.policy_loss import keep_policy_loss
 from verl_gndpo.verl_patches.replay_buffer import poll_often
-from verl_gndpo.verl_patches.resource_pools import place_when_created
+from verl_gndpo.verl_patches.resource_pools import place_when_created, rollout_groups
 from verl_gndpo.verl_settings import ignored_settings
 
 if TYPE_CHECKING:
@@ -167,10 +167,11 @@ class GNDPOTrainerMixin(_Trainer):
             return
         teacher, device_name = self.teacher_config, self.config.trainer.device
         pools, name = self.resource_pool_manager, "global_pool"
+        rollout = rollout_groups(self.config)
         if teacher.backend == "server":
             keep_policy_loss(self.role_worker_mapping)
             self.teacher = ServerTeacher(teacher)
-            place_when_created(pools, device_name)
+            place_when_created(pools, device_name, rollout=rollout)
             return
         if teacher.placement == "dedicated":
             name = TEACHER_POOL
@@ -180,7 +181,7 @@ class GNDPOTrainerMixin(_Trainer):
             self.teacher = TeacherClient(teacher, pools.resource_pool_dict[name], device_name)
 
         # It starts while the actor and the rollout engines do.
-        place_when_created(pools, device_name, start_teacher)
+        place_when_created(pools, device_name, start_teacher, rollout)
 
     def get_teacher_client(self) -> Any:
         """Return what verl's agent loop asks for a teacher's log-probs."""

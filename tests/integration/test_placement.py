@@ -7,12 +7,14 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
-from verl.single_controller.ray import ResourcePoolManager
+from verl.single_controller.ray import RayResourcePool, ResourcePoolManager
 
+from tests.helpers import verl_config
 from verl_gndpo.verl_patches import resource_pools
-from verl_gndpo.verl_patches.resource_pools import PlacementError, place_when_created
+from verl_gndpo.verl_patches.resource_pools import PlacementError, place_when_created, rollout_groups
 
 STORE = 80 * 2**20
+ROLLOUT = "actor_rollout_ref.rollout"
 
 
 @pytest.fixture
@@ -36,11 +38,15 @@ def cluster(monkeypatch):
     started[0].shutdown()
 
 
-def create(**spec: list[int]) -> ResourcePoolManager:
+def create(rollout: list[int] | None = None, **spec: list[int]) -> ResourcePoolManager:
     """Create the pools of a run as the trainer does."""
     pools = ResourcePoolManager(resource_pool_spec=spec, mapping={})
-    place_when_created(pools, "cpu", lambda: calls.append(all(p.pgs for p in pools.resource_pool_dict.values())))
     calls: list[bool] = []
+
+    def placed() -> None:
+        calls.append(all(p.pgs for p in pools.resource_pool_dict.values()))
+
+    place_when_created(pools, "cpu", placed, rollout)
     pools.create_resource_pool()
     # The teacher starts once, when every group has its GPUs.
     assert calls == [True]
@@ -85,3 +91,34 @@ def test_too_few_cpus_are_named(cluster, monkeypatch):
     cluster(8, cpus=12)
     with pytest.raises(PlacementError, match=r"8 GPU and 24 CPUs.* has 8 GPU and 12 CPUs.*num_cpus"):
         create(global_pool=[8])
+
+
+def test_replicas_of_separate_async_that_fit_nowhere_are_an_error_before_the_start(cluster, monkeypatch):
+    """verl places them after everything else, and would wait for ever."""
+    monkeypatch.setattr(resource_pools, "SECONDS", 3)
+    cluster(4, 2)
+    with pytest.raises(PlacementError, match=r"rollout_pool.*2 GPU and 4 CPUs and 2 GPU and 4 CPUs.*rollout\.n_gpus"):
+        create(rollout=[2, 2], global_pool=[4])
+
+
+def test_replicas_of_separate_async_find_their_gpus_later(cluster):
+    sizes = cluster(4, 2)
+    pools = create(rollout=[2], global_pool=[4])
+    assert nodes_of(pools, "global_pool", sizes) == [4]
+    pools.resource_pool_dict["later"] = RayResourcePool([2], max_colocate_count=2)
+    pools.resource_pool_dict["later"].get_placement_groups(device_name="cpu")
+    assert nodes_of(pools, "later", sizes) == [2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "groups"),
+    [
+        ([], []),
+        (["trainer.v1.trainer_mode=separate_async"], [2, 2, 2, 2]),
+        (["trainer.v1.trainer_mode=separate_async", f"{ROLLOUT}.tensor_model_parallel_size=8"], [4, 4]),
+        (["trainer.v1.trainer_mode=separate_async", f"{ROLLOUT}.data_parallel_size=2"], [4, 4]),
+    ],
+)
+def test_groups_of_the_rollout(overrides, groups):
+    sizes = [f"{ROLLOUT}.nnodes=2", f"{ROLLOUT}.n_gpus_per_node=4", f"{ROLLOUT}.tensor_model_parallel_size=2"]
+    assert rollout_groups(verl_config(*sizes, *overrides)) == groups

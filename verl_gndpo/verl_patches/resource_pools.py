@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Places all groups of GPUs before the first worker starts, and lets the teacher start beside the actor."""
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,12 @@ SETTINGS = {
     "global_pool": "trainer.n_gpus_per_node and trainer.nnodes",
     "teacher_pool": "teacher.n_gpus_per_node and teacher.nnodes (those of distillation with teacher.from_distillation)",
     "reward_pool": "reward.reward_model.n_gpus_per_node and reward.reward_model.nnodes",
+    "rollout_pool": "actor_rollout_ref.rollout.n_gpus_per_node and actor_rollout_ref.rollout.nnodes",
 }
 """The settings of each of the trainer's pools."""
+
+ROLLOUT_CPUS = 2
+"""CPUs that verl asks for with each GPU of a rollout replica of `separate_async`."""
 
 
 class PlacementError(RuntimeError):
@@ -23,7 +28,9 @@ class PlacementError(RuntimeError):
 
 
 @patches("resource_pools")
-def place_when_created(pools: Any, device_name: str, placed: Callable[[], None] = lambda: None) -> bool:
+def place_when_created(
+    pools: Any, device_name: str, placed: Callable[[], None] = lambda: None, rollout: list[int] | None = None
+) -> bool:
     """Make verl's `ResourcePoolManager` place its groups right after it has created its pools, and then call `placed`.
 
     verl places a pool when its first worker starts, in the order in which workers start, and waits for ever. A small
@@ -33,16 +40,39 @@ def place_when_created(pools: Any, device_name: str, placed: Callable[[], None] 
         pools: verl's `ResourcePoolManager`.
         device_name: as in verl's `trainer.device`.
         placed: is called when all groups have their GPUs.
+        rollout: sizes of groups that verl places by itself, later than all others (`rollout_groups`). Here they are
+            placed together with the others, and their GPUs are given back.
     """
     create_resource_pool = pools.create_resource_pool
 
     def create_and_place() -> None:
+        from ray.util import remove_placement_group
+        from verl.single_controller.ray import RayResourcePool
+
         create_resource_pool()
-        place(pools.resource_pool_dict, device_name)
+        later = {"rollout_pool": RayResourcePool(rollout, max_colocate_count=ROLLOUT_CPUS)} if rollout else {}
+        place(pools.resource_pool_dict | later, device_name)
+        for pool in later.values():
+            for group in pool.pgs:
+                remove_placement_group(group)
         placed()
 
     pools.create_resource_pool = create_and_place
     return True
+
+
+def rollout_groups(config: Any) -> list[int]:
+    """Return the sizes of the groups of GPUs of verl's standalone rollout replicas, which only `separate_async` has.
+
+    As in verl's `LLMServerManager` and `RolloutReplica`.
+    """
+    if config.trainer.v1.trainer_mode != "separate_async":
+        return []
+    rollout = config.actor_rollout_ref.rollout
+    size = math.prod(rollout[f"{kind}_parallel_size"] for kind in ("tensor_model", "data", "pipeline_model"))
+    replicas = rollout.n_gpus_per_node * rollout.nnodes // size
+    on_a_node = min(rollout.n_gpus_per_node, size)
+    return [on_a_node] * (size // on_a_node * replicas)
 
 
 def place(pools: dict[str, Any], device_name: str) -> None:
