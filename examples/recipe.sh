@@ -14,6 +14,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-outputs/$RECIPE}
 ESTIMATOR=${ESTIMATOR:-gndpo}                 # gndpo, opd, another preset of docs/signal.md, or any of verl's own
 TEACHER_BACKEND=${TEACHER_BACKEND:-worker}    # worker | server: verl's own replicas, on TEACHER_GPUS of their own
 TEACHER_GPUS=${TEACHER_GPUS:-0}               # GPUs of one node that only the teacher uses; 0: it shares the actor's
+ROLLOUT_GPUS=${ROLLOUT_GPUS:-0}               # GPUs of one node that only generate, with trainer_mode=separate_async (docs/modes.md)
 
 BATCH=${BATCH:-32}                            # prompts per step, and per update
 N=${N:-16}                                    # responses per prompt
@@ -30,7 +31,7 @@ if [ "$PROFILE" = gpu ]; then
     probe='import importlib.util, torch; print(torch.accelerator.device_count(), importlib.util.find_spec("flash_attn") is not None)'
     read -r detected flash_attn < <("$PYTHON" -c "$probe" || echo 0 True)
     # A head node may have no GPU of its own: assume the published eight.
-    GPUS=${GPUS:-$(( (detected > 0 ? detected : 8) - TEACHER_GPUS ))}
+    GPUS=${GPUS:-$(( (detected > 0 ? detected : 8) - TEACHER_GPUS - ROLLOUT_GPUS ))}
     MAX_PROMPT=${MAX_PROMPT:-8192}
     MAX_RESPONSE=${MAX_RESPONSE:-16384}
     TOKENS_PER_GPU=${TOKENS_PER_GPU:-$(( MAX_PROMPT + MAX_RESPONSE ))}
@@ -114,12 +115,20 @@ if [ -n "${RAY_ADDRESS:-}" ]; then
 fi
 if [ -n "${TEACHER:-}" ]; then OVERRIDES+=(teacher.model.path="$TEACHER"); fi
 if [ "$TEACHER_GPUS" != 0 ]; then OVERRIDES+=(teacher.placement=dedicated teacher.n_gpus_per_node="$TEACHER_GPUS"); fi
+if [ "$ROLLOUT_GPUS" != 0 ]; then
+    OVERRIDES+=(
+        trainer.v1.trainer_mode=separate_async
+        actor_rollout_ref.rollout.nnodes=1
+        actor_rollout_ref.rollout.n_gpus_per_node="$ROLLOUT_GPUS"
+    )
+fi
 
 if [ "$PROFILE" = gpu ]; then
     OVERRIDES+=(
         actor_rollout_ref.model.use_remove_padding=True
         actor_rollout_ref.rollout.gpu_memory_utilization=0.6
     )
+    if [ "$ROLLOUT_GPUS" != 0 ]; then OVERRIDES+=(actor_rollout_ref.rollout.checkpoint_engine.backend=nccl); fi
     if [ "$flash_attn" = False ]; then
         echo "flash-attn is not installed: the models attend with SDPA, and the actor does not remove padding" >&2
         OVERRIDES+=(
@@ -159,10 +168,16 @@ else
     # A Ray that runs already (multinode.sh) has its own.
     if [ -z "${RAY_ADDRESS:-}" ]; then
         OVERRIDES+=(
-            +ray_kwargs.ray_init.num_gpus=$(( GPUS + TEACHER_GPUS ))
+            +ray_kwargs.ray_init.num_gpus=$(( GPUS + TEACHER_GPUS + ROLLOUT_GPUS ))
             ray_kwargs.ray_init.num_cpus=32
             +ray_kwargs.ray_init.include_dashboard=False
             +ray_kwargs.ray_init.object_store_memory=500000000
+        )
+    fi
+    if [ "$ROLLOUT_GPUS" != 0 ]; then
+        OVERRIDES+=(
+            actor_rollout_ref.rollout.checkpoint_engine.backend=host_file
+            actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_gndpo.platforms.host_checkpoint_engine
         )
     fi
     if [ "$TEACHER_BACKEND" = server ]; then

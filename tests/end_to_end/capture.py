@@ -2,8 +2,9 @@
 """Loaded by verl in the driver of a real run (VERL_USE_EXTERNAL_MODULES): keeps what the estimator saw, changes
 nothing.
 
-Each step's batch goes to `$CAPTURE_DIR/step_<n>.pt` before verl clears it: prompt order, ids, positions, images, masks,
-the log-probs of student and teacher, and the advantages that were written back.
+Each batch goes to `$CAPTURE_DIR/step_<n>.<k>.pt` before verl clears it, k being 0 unless a step has several batches:
+prompt order, ids, positions, images, masks, the log-probs of student and teacher, the advantages that were written
+back, and verl's tags, such as the versions of the weights that have sampled a row.
 """
 
 import os
@@ -29,12 +30,12 @@ def _watch(module) -> None:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         rows = []
         for i in range(len(batch)):
-            row = {}
+            row = {"tag": batch.tags[i]}
             for key in data.keys():
                 value = data[i][key]
                 row[key] = getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value
             rows.append(row)
-        path = Path(os.environ["CAPTURE_DIR"]) / f"step_{self.global_steps}.pt"
+        path = Path(os.environ["CAPTURE_DIR"]) / f"step_{self.global_steps}.{self.local_trigger_step}.pt"
         torch.save(rows, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
         return result

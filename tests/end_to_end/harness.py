@@ -150,11 +150,11 @@ class Run:
             assert time.monotonic() < deadline, f"no step {step} in time\n" + "\n".join(self.log.splitlines()[-60:])
             time.sleep(0.2)
 
-    def captured(self, step: int) -> list[dict]:
+    def captured(self, step: int, batch: int = 0) -> list[dict]:
         """The rows of a step's batch, in the order in which the estimator saw them."""
         import torch
 
-        return torch.load(self.out / "captured" / f"step_{step}.pt", weights_only=False)
+        return torch.load(self.out / "captured" / f"step_{step}.{batch}.pt", weights_only=False)
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -56,6 +56,17 @@ def test_the_environment_wins(run):
     assert "trainer.n_gpus_per_node=2" in overrides
 
 
+def test_gpus_that_only_generate_are_not_the_actors(run):
+    overrides, _ = run(8, True, ROLLOUT_GPUS="4", TEACHER_GPUS="1")
+    for expected in (
+        "trainer.n_gpus_per_node=3",
+        "trainer.v1.trainer_mode=separate_async",
+        "actor_rollout_ref.rollout.n_gpus_per_node=4",
+        "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
+    ):
+        assert expected in overrides
+
+
 def test_it_attends_with_sdpa_where_flash_attn_is_missing_and_says_so(run):
     overrides, log = run(2, False)
     assert SDPA in overrides
