@@ -45,6 +45,8 @@ WATCH_S = 0.05
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 24
 LARGE_IMAGE = (560, 448)
 """Width and height of the images of --model 115M, in pixels: 320 tokens."""
+LARGE_TOKENS_PER_GPU = 2048
+"""verl's update holds the logits of all tokens of a micro-batch: 13.9 GB for eight rows of 448."""
 ESTIMATORS = {
     "gndpo": "gndpo",
     "gndpo_shared": "gndpo",
@@ -227,6 +229,8 @@ def main() -> None:
     more = ["actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=512"] if large else []
     environment |= {"MAX_PROMPT": str(512 if large else PROMPT_TOKENS), "MAX_RESPONSE": str(args.response)}
     environment |= {"OMP_NUM_THREADS": str(args.threads)}
+    if large:
+        environment |= {"TOKENS_PER_GPU": str(LARGE_TOKENS_PER_GPU)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -262,6 +266,10 @@ def main() -> None:
         if arm in arms and f"{arm}_shared" in arms:
             for name in ("step", "step_without_gen", "old_log_prob", "update_actor"):
                 ratios[f"{arm}_shared_{name}"] = arms[f"{arm}_shared"]["seconds"][name] / arms[arm]["seconds"][name]
+    if {"gndpo_shared", "verl_opd"} <= set(arms):
+        ratios["gndpo_shared_step_vs_verl_opd"] = (
+            arms["gndpo_shared"]["seconds"]["step"] / arms["verl_opd"]["seconds"]["step"]
+        )
     sizes = {"batch": args.batch, "n": args.n, "steps": args.steps, "warm_up_steps": WARM_UP_STEPS}
     write_json(args.json, {"machine": machine(), "sizes": sizes, "arms": arms} | ratios)
     rows = [["start-up, s", *(arm["start_up_s"] for arm in arms.values())]]
