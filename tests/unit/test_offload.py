@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 import verl
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from verl.utils import fsdp_utils
 
 from verl_gndpo.verl_patches import offload
@@ -135,3 +137,27 @@ def test_checksums_of_nothing():
     """A shard may be empty, and so may a model."""
     assert offload.checksums(torch.nn.Module()).tolist() == []
     assert offload.checksums(torch.nn.Linear(0, 2, bias=False)).tolist() == [0]
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_saved_weights_are_not_those_that_an_update_changes(mesh):
+    """verl's own function returns the live ones where they are on the host."""
+    model = torch.nn.Linear(4, 3)
+    fully_shard(model, mesh=mesh)
+    before = {name: parameter.full_tensor().clone() for name, parameter in model.named_parameters()}
+    saved, spec = fsdp_utils.fsdp2_sharded_save_to_cpu(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    for name, (weight, _) in saved.items():
+        assert torch.equal(weight, before[name])
+    fsdp_utils.fsdp2_sharded_load_from_cpu(model, saved, spec)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.full_tensor(), before[name])

@@ -82,6 +82,19 @@ PATCHES = index(
         diff="0010-qwen3_5-linear-attention-cache.patch",
     ),
     Patch(
+        name="saved_weights",
+        module="verl.utils.fsdp_utils",
+        changes="fsdp2_sharded_save_to_cpu",
+        applied_by="verl_gndpo.verl_patches.offload:copy_saved_weights",
+        breaks="With `separate_async`, parameter_sync_step > 1 and weights on the host (param_offload=True, or no "
+        "accelerator), every update after the first of a step takes its old log-probs from the weights that were just "
+        "updated: FSDP2's saved weights are the live ones.",
+        since="verl 0.9.1",
+        upstream="none known; verl copies those of FSDP1",
+        remove_when="verl copies FSDP2's shards, too",
+        where="every process",
+    ),
+    Patch(
         name="internvl_processor",
         module="verl.utils.tokenizer.tokenizer",
         changes="hf_processor",

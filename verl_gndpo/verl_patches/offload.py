@@ -57,6 +57,25 @@ def offload_in_order(fsdp_utils: ModuleType) -> bool:
     return True
 
 
+@patches("saved_weights")
+def copy_saved_weights(fsdp_utils: ModuleType) -> bool:
+    """Make `fsdp2_sharded_save_to_cpu` copy weights that are on the host already."""
+    original = fsdp_utils.fsdp2_sharded_save_to_cpu
+
+    def fsdp2_sharded_save_to_cpu(model: Any) -> Any:
+        """Run stock verl's function, whose tensors are the model's own where these are on the host."""
+        state, spec = original(model)
+        live = {_storage(getattr(parameter, "_local_tensor", parameter)) for parameter in model.parameters()}
+        return {name: (x.clone() if _storage(x) in live else x, of) for name, (x, of) in state.items()}, spec
+
+    replace(fsdp_utils, "fsdp2_sharded_save_to_cpu", fsdp2_sharded_save_to_cpu)
+    return True
+
+
+def _storage(tensor: Any) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def checksums(model: Any) -> Any:
     """Return the sums of the bits of each parameter's local shard, (parameters,) int64, on the host.
 
