@@ -757,11 +757,12 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys):
     (tmp_path / "source" / "dataset_infos.json").write_text("{}")
     (tmp_path / "source" / "test.jsonl").write_text("")
     write_rows(tmp_path / "source" / "test.parquet", [record(1)])
+    write_rows(tmp_path / "source" / "examples.parquet", [record(2)])
     convert(tmp_path / "source", tmp_path / "out")
     assert names(tmp_path / "out") == ["test.parquet"]
     errors = capsys.readouterr().err
-    for name in ("data/train.parquet", "dataset_infos.json", "test.jsonl"):
-        assert f"note: {name} is not read" in errors
+    for name in ("data/train.parquet", "dataset_infos.json", "test.jsonl", "examples.parquet"):
+        assert f"note: {name} is not read, beside test.parquet" in errors
 
 
 def test_worker_processes_give_the_same_file(tmp_path):

@@ -84,9 +84,10 @@ def _open_folder(folder: Path, recipe: Recipe, beside: list[Path]) -> list[Split
     if not named and len(files) == 1:
         named = {recipe.default_split: files}
     if named:
+        read = [file for group in named.values() for file in group]
         for file in files:
-            if not any(file in group for group in named.values()):
-                print(f"note: {file.relative_to(folder)} is not read, beside {chosen[0].name}", file=sys.stderr)
+            if file not in read:
+                print(f"note: {file.relative_to(folder)} is not read, beside {read[0].name}", file=sys.stderr)
         return [_file_split(name, group, recipe, [*beside, folder]) for name, group in named.items()]
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise SourceError(
