@@ -53,6 +53,12 @@ elif [ "$PROFILE" = cpu ]; then
         TORCHDYNAMO_DISABLE OMP_NUM_THREADS VLLM_CPU_KVCACHE_SPACE HF_HUB_OFFLINE TRANSFORMERS_OFFLINE VLLM_NO_USAGE_STATS
         RAY_USAGE_STATS_ENABLED RAY_DEDUP_LOGS
     )
+    if [ -z "${RAY_ADDRESS:-}" ]; then
+        # Nothing of the run listens beyond this machine (docs/security.md). Ray takes 127.0.0.1 for its own address only
+        # where it may not form a cluster, and verl's servers and TransferQueue follow it.
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 VLLM_HOST_IP=127.0.0.1
+        EXPORTS+=(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER VLLM_HOST_IP)
+    fi
 else
     echo "PROFILE must be gpu or cpu, got '$PROFILE'" >&2
     exit 2

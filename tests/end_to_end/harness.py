@@ -29,6 +29,8 @@ class Run:
     overrides: list[str] = field(default_factory=list)
     recipe: str = "run_qwen2_5vl_gndpo.sh"
     module: str = "tests.end_to_end.capture"
+    listening: dict[str, list[str]] = field(default_factory=dict)
+    """The addresses at which the run's processes accepted connections when it was killed, each with their commands."""
 
     @property
     def steps(self) -> list[dict]:
@@ -81,6 +83,7 @@ class Run:
         process = self.start()
         try:
             self._wait_for(process, step)
+            self.listening = listening(process)
         finally:
             kill(process)
         return self
@@ -155,6 +158,17 @@ class Run:
         import torch
 
         return torch.load(self.out / "captured" / f"step_{step}.{batch}.pt", weights_only=False)
+
+
+def listening(process: subprocess.Popen) -> dict[str, list[str]]:
+    """The addresses at which a run accepts connections, each with the commands of the processes that do."""
+    found: dict[str, list[str]] = {}
+    for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in member.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.setdefault(connection.laddr.ip, []).append(" ".join(member.cmdline())[:80])
+    return found
 
 
 def kill(process: subprocess.Popen) -> None:

