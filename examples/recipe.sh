@@ -24,6 +24,7 @@ TEMPERATURE=${TEMPERATURE:-1.0}
 SHARE_PROMPTS=${SHARE_PROMPTS:-True}          # the student, too, runs a prompt and its images once for all its responses
 FREEZE_VISION=${FREEZE_VISION:-True}
 NNODES=${NNODES:-1}
+CHECK=${CHECK:-True}                          # run verl-gndpo doctor before anything starts; the trainer checks settings, too
 
 EXPORTS=()                                    # variables that all processes of a run need
 if [ "$PROFILE" = gpu ]; then
@@ -206,6 +207,6 @@ train() {
         echo "verl-gndpo is not installed for $PYTHON: run 'pip install -e .' in this project, or set PYTHON" >&2
         exit 1
     }
-    "$PYTHON" -m verl_gndpo.cli doctor "${OVERRIDES[@]}"
+    if [ "$CHECK" = True ]; then "$PYTHON" -m verl_gndpo.cli doctor "${OVERRIDES[@]}"; fi
     exec "$PYTHON" -m verl.trainer.main_ppo "${OVERRIDES[@]}"
 }

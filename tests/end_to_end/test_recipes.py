@@ -81,7 +81,7 @@ def test_signals_are_compared_over_their_runs(models, dice, tmp_path):
         (compared / name / "metrics.jsonl").write_text(text)
     (compared / "gndpo-seed3" / "finished").touch()
     arguments = ["trainer.total_training_steps=2", "trainer.val_before_train=False", "trainer.test_freq=-1", *REWARD]
-    environment = settings(models, dice, SIGNALS="gndpo log_odds_opd", SEEDS="3")
+    environment = settings(models, dice, SIGNALS="gndpo log_odds_opd", SEEDS="3", CHECK="True")
     Run(compared, environment, arguments, "compare_signals.sh").finish()
 
     assert (compared / "gndpo-seed3" / "metrics.jsonl").read_text() == line
