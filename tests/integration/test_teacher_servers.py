@@ -387,7 +387,7 @@ def test_servers_that_are_killed_while_they_score_are_replaced_and_score_the_sam
 
 
 def test_a_server_whose_engine_hangs_is_replaced_and_scores_the_same(vllm, expected, monkeypatch):
-    monkeypatch.setattr(vllm.asks.teacher_client["a"], "_patience", Patience(15))
+    monkeypatch.setattr(vllm.asks.teacher_client["a"], "_patience", Patience(60))
     server = process_of(vllm.handles("a")[0])
     engine = engine_of(server)
     os.kill(engine, signal.SIGSTOP)
