@@ -31,6 +31,7 @@ from verl_gndpo.teacher import group
 from verl_gndpo.teacher.client import TeacherClient, prompt_of
 from verl_gndpo.teacher.group import TeacherLostError
 from verl_gndpo.teacher.packing import equal_inputs
+from verl_gndpo.teacher.waiting import Patience
 from verl_gndpo.verl_patches.images_once import fetch_images_once
 
 OPTIONS = {"override_config": {"attn_implementation": "sdpa"}}
@@ -256,7 +257,7 @@ def test_a_teacher_of_which_a_rank_is_killed_is_replaced_and_scores_the_same(cli
 
 def test_a_teacher_that_does_not_answer_is_told_of_and_replaced(client, rows, expected, caplog, monkeypatch):
     monkeypatch.setattr(group, "FIRST_LINE_S", 1.0)
-    monkeypatch.setattr(client._group, "_teacher", replace(client._group._teacher, timeout_s=5.0))
+    monkeypatch.setattr(client._group, "_patience", Patience(5.0))
     stopped = [process for _, process in client._group._processes]
     batch = put(rows)
     score_without_rank_1(client, batch, None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from verl_gndpo.teacher.waiting import Patience
 from verl_gndpo.verl_patches.replay_buffer import watch_waits
 
 logger = logging.getLogger(__name__)
@@ -46,19 +47,11 @@ class StalledRollouts:
             limit: `algorithm.gndpo.rollout_timeout_s`.
             workers: returns Ray's handles of the processes that make and grade responses, by what they are.
         """
-        self._buffer, self._given_limit, self._workers = replay_buffer, limit, workers
+        self._buffer, self._workers = replay_buffer, workers
+        self._patience = Patience(limit, first=FIRST_LIMIT_S, least=LEAST_LIMIT_S, factor=LIMIT_FACTOR)
         self._seen: tuple[Any, ...] = ()
         self._since = self._next_line = 0.0
-        self._longest: float | None = None
         watch_waits(replay_buffer, self._look)
-
-    @property
-    def _limit(self) -> float:
-        if self._given_limit is not None:
-            return self._given_limit
-        if self._longest is None:
-            return FIRST_LIMIT_S
-        return max(LIMIT_FACTOR * self._longest, LEAST_LIMIT_S)
 
     def _look(self, partition: str) -> None:
         buffer, now = self._buffer, time.monotonic()
@@ -68,21 +61,21 @@ class StalledRollouts:
         if seen != self._seen:
             # The time before the first look at some prompts belongs to another part of the step.
             if self._seen[:2] == seen[:2]:
-                self._longest = max(now - self._since, self._longest or 0.0)
+                self._patience.has_taken(now - self._since)
             self._seen, self._since = seen, now
-            self._next_line = max(FIRST_LINE_S, LINE_FACTOR * (self._longest or 0.0))
+            self._next_line = max(FIRST_LINE_S, LINE_FACTOR * (self._patience.longest or 0.0))
             return
-        waited = now - self._since
-        if waited <= self._limit and waited < self._next_line:
+        waited, limit = now - self._since, self._patience.limit
+        if waited <= limit and waited < self._next_line:
             return
         state = f"{len(prompts) - done} of {len(prompts)} prompts are not finished; {self._describe_workers()}"
-        if waited > self._limit:
+        if waited > limit:
             raise StalledRolloutsError(
-                f"no response was finished within {self._limit:.0f} s (algorithm.gndpo.rollout_timeout_s): {state}. "
+                f"no response was finished within {limit:.0f} s (algorithm.gndpo.rollout_timeout_s): {state}. "
                 "The last checkpoint can be resumed."
             )
         self._next_line = max(2 * self._next_line, waited)
-        logger.warning("no response was finished for %.0f s (limit: %.0f): %s", waited, self._limit, state)
+        logger.warning("no response was finished for %.0f s (limit: %.0f): %s", waited, limit, state)
 
     def _describe_workers(self) -> str:
         silent = find_silent(self._workers())

@@ -21,7 +21,7 @@ from transfer_queue import KVBatchMeta
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
 from verl_gndpo.config import TeacherConfig
-from verl_gndpo.teacher.waiting import FIRST_LIMIT_S, FIRST_LINE_S, LEAST_LIMIT_S, LIMIT_FACTOR, TeacherLostError
+from verl_gndpo.teacher.waiting import FIRST_LINE_S, Patience, TeacherLostError, first_line, start_limit
 from verl_gndpo.teacher.worker import TeacherWorker
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class TeacherGroup:
         self._request: KVBatchMeta | None = None
         self._futures: list[Any] = []
         self._since = 0.0
-        self._longest: float | None = None
+        self._patience = Patience(teacher.timeout_s)
         self._start()
 
     @property
@@ -93,13 +93,13 @@ class TeacherGroup:
         if self._request is None:
             return True
         ready, pending = ray.wait(self._futures, num_returns=len(self._futures), timeout=0)
-        late = time.monotonic() - self._since > self._limit
+        late = time.monotonic() - self._since > self._patience.limit
         try:
             # Raises what one rank has raised while the others wait for it.
             for future in ready:
                 self._get(future, pending)
             if pending and late:
-                raise _LostError(self._say_late(pending, "scored its rows", self._limit))
+                raise _LostError(self._say_late(pending, "scored its rows", self._patience.limit))
         except _LostError as lost:
             self._replace(lost)
             return False
@@ -116,7 +116,7 @@ class TeacherGroup:
         """
         while self._request is not None:
             try:
-                self._wait(self._futures, self._since, self._limit, "scored its rows")
+                self._wait(self._futures, self._since, self._patience.limit, "scored its rows")
             except _LostError as lost:
                 self._replace(lost)
             else:
@@ -129,17 +129,8 @@ class TeacherGroup:
         self._since = time.monotonic()
 
     def _finished(self) -> None:
-        took = time.monotonic() - self._since
-        self._longest = max(took, self._longest or 0.0)
+        self._patience.has_taken(time.monotonic() - self._since)
         self._request, self._futures = None, []
-
-    @property
-    def _limit(self) -> float:
-        if self._teacher.timeout_s is not None:
-            return self._teacher.timeout_s
-        if self._longest is None:
-            return FIRST_LIMIT_S
-        return max(LIMIT_FACTOR * self._longest, LEAST_LIMIT_S)
 
     def _wait(self, futures: list[Any], since: float, limit: float, done: str, loads: bool = False) -> None:
         """Wait for an answer of each rank, and say so in the log while it lasts.
@@ -177,7 +168,7 @@ class TeacherGroup:
         try:
             return ray.get(future)
         except LOST as error:
-            raise _LostError(_first_line(error)) from error
+            raise _LostError(first_line(error)) from error
         except Exception as error:
             failed = error
         deadline = time.monotonic() + GRACE_S
@@ -187,7 +178,7 @@ class TeacherGroup:
                 try:
                     ray.get(other)
                 except LOST as error:
-                    raise _LostError(_first_line(error)) from error
+                    raise _LostError(first_line(error)) from error
                 # All ranks may raise at the same problem.
                 except Exception:
                     continue
@@ -227,7 +218,7 @@ class TeacherGroup:
 
     def _load(self) -> None:
         models = ", ".join(dict.fromkeys(str(model.path) for model in self._teacher.teachers.values()))
-        limit = max(FIRST_LIMIT_S, self._teacher.timeout_s or 0, self._teacher.nccl_timeout)
+        limit = start_limit(self._teacher)
         begin = time.monotonic()
         started = self._workers.execute_all_async("whereabouts")
         self._wait(started, begin, limit, "started")
@@ -271,11 +262,6 @@ class TeacherGroup:
         # The node may be gone, too.
         ray.wait(killed, num_returns=len(killed), timeout=GRACE_S)
         self._processes = []
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
 def _on(node: str) -> NodeAffinitySchedulingStrategy:

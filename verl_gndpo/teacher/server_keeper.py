@@ -22,8 +22,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_gndpo.config import TeacherConfig
-from verl_gndpo.teacher.server_start import limited_start, start_limit
-from verl_gndpo.teacher.waiting import TeacherLostError, first_line
+from verl_gndpo.teacher.server_start import limited_start
+from verl_gndpo.teacher.waiting import TeacherLostError, first_line, start_limit
 
 logger = logging.getLogger(__name__)
 

@@ -10,15 +10,9 @@ from typing import Any
 
 import ray
 
-from verl_gndpo.config import TeacherConfig
-from verl_gndpo.teacher.waiting import FIRST_LIMIT_S, FIRST_LINE_S
+from verl_gndpo.teacher.waiting import FIRST_LINE_S
 
 logger = logging.getLogger(__name__)
-
-
-def start_limit(teacher: TeacherConfig) -> float:
-    """Return how long servers may take to start, in seconds."""
-    return max(FIRST_LIMIT_S, teacher.timeout_s or 0, teacher.nccl_timeout)
 
 
 @contextlib.contextmanager

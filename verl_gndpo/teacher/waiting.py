@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long to wait for a teacher, when to say so, and what its loss is called."""
 
+from verl_gndpo.config import TeacherConfig
+
 FIRST_LINE_S = 30.0
 """After how long a wait is told. Each further line comes after twice the time of the one before."""
 
@@ -19,26 +21,42 @@ class TeacherLostError(RuntimeError):
 class Patience:
     """The limit of a wait for an answer, which follows from how long earlier answers have taken."""
 
-    def __init__(self, timeout_s: float | None):
+    def __init__(
+        self,
+        given: float | None,
+        *,
+        first: float = FIRST_LIMIT_S,
+        least: float = LEAST_LIMIT_S,
+        factor: float = LIMIT_FACTOR,
+    ):
         """
         Args:
-            timeout_s: `teacher.timeout_s`.
+            given: a limit that does not change, in seconds; None: the limit follows.
+            first: limit before the first answer, in seconds.
+            least: of the later limits, in seconds.
+            factor: how many times the longest wait a later one may take.
         """
-        self._timeout_s = timeout_s
-        self._longest: float | None = None
+        self._given, self._first, self._least, self._factor = given, first, least, factor
+        self.longest: float | None = None
+        """The longest wait that has ended with an answer, in seconds; None before the first."""
 
     def has_taken(self, seconds: float) -> None:
         """Take note of a wait that has ended with an answer."""
-        self._longest = max(seconds, self._longest or 0.0)
+        self.longest = max(seconds, self.longest or 0.0)
 
     @property
     def limit(self) -> float:
         """Return the limit of the next wait, in seconds."""
-        if self._timeout_s is not None:
-            return self._timeout_s
-        if self._longest is None:
-            return FIRST_LIMIT_S
-        return max(LIMIT_FACTOR * self._longest, LEAST_LIMIT_S)
+        if self._given is not None:
+            return self._given
+        if self.longest is None:
+            return self._first
+        return max(self._factor * self.longest, self._least)
+
+
+def start_limit(teacher: TeacherConfig) -> float:
+    """Return how long workers or servers may take to start and load their weights, in seconds."""
+    return max(FIRST_LIMIT_S, teacher.timeout_s or 0, teacher.nccl_timeout)
 
 
 def first_line(error: BaseException) -> str:

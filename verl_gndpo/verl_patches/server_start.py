@@ -6,7 +6,8 @@ from types import ModuleType
 from typing import Any
 
 from verl_gndpo.config import TeacherConfig
-from verl_gndpo.teacher.server_start import limited_start, start_limit
+from verl_gndpo.teacher.server_start import limited_start
+from verl_gndpo.teacher.waiting import start_limit
 from verl_gndpo.verl_patches.patch import patches
 
 
