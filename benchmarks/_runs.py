@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from examples.quickstart import diagrams
-from tests.end_to_end.harness import REPO
+from tests.end_to_end import harness
 from tests.tiny_models import build_tiny
 
 
@@ -19,18 +19,9 @@ def prepare(folder: Path, *, batch: int, n: int, **more: str) -> dict[str, str]:
     build_tiny("qwen2_5_vl", folder / "student", seed=0)
     build_tiny("qwen2_5_vl", folder / "teacher", seed=1, layers=3)
     diagrams.write_dataset(folder / "data", train=256, test=8)
-    models = {"STUDENT": str(folder / "student"), "TEACHER": str(folder / "teacher")}
-    return models | {"DATA_DIR": str(folder / "data"), "BATCH": str(batch), "N": str(n), "LR": "1e-3"} | more
+    return harness.settings(folder, folder / "data", BATCH=str(batch), N=str(n), **more)
 
 
 def overrides(steps: int, checkpoints: Path, *more: str) -> list[str]:
-    """Return the arguments of a run of so many steps with a rule-based reward."""
-    return [
-        f"trainer.total_training_steps={steps}",
-        "trainer.total_epochs=1000",
-        f"trainer.default_local_dir={checkpoints}",
-        "trainer.val_before_train=False",
-        f"reward.custom_reward_function.path={REPO / 'examples' / 'quickstart' / 'reward.py'}",
-        "reward.custom_reward_function.name=compute_score",
-        *more,
-    ]
+    """Return the arguments of a run of so many steps, however often it reads the data for them."""
+    return harness.overrides(steps, checkpoints, "trainer.total_epochs=1000", *more)

@@ -10,10 +10,18 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
+if TYPE_CHECKING:
+    import torch
+
 REPO = Path(__file__).parents[2]
+REWARD = [
+    f"reward.custom_reward_function.path={REPO / 'examples' / 'quickstart' / 'reward.py'}",
+    "reward.custom_reward_function.name=compute_score",
+]
 START_UP_LIMIT_S = 1200
 
 
@@ -159,6 +167,32 @@ class Run:
         import torch
 
         return torch.load(self.out / "captured" / f"step_{step}.{batch}.pt", weights_only=False)
+
+    def weights(self, step: int) -> dict[str, "torch.Tensor"]:
+        """The weights in a checkpoint of one rank, in the folder `checkpoints` beside `out`."""
+        import torch
+
+        folder = self.out.parent / "checkpoints" / f"global_step_{step}" / "actor"
+        loaded = torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False)
+        return {name: getattr(value, "_local_tensor", value) for name, value in loaded.items()}
+
+
+def overrides(steps: int, checkpoints: Path, *more: str) -> list[str]:
+    """The arguments of a run of so many steps with a rule-based reward."""
+    return [
+        f"trainer.total_training_steps={steps}",
+        f"trainer.default_local_dir={checkpoints}",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        *REWARD,
+        *more,
+    ]
+
+
+def settings(models: Path, data: Path, **more: str) -> dict[str, str]:
+    """The environment of a run with the student and the teacher in a folder."""
+    base = {"STUDENT": str(models / "student"), "TEACHER": str(models / "teacher"), "DATA_DIR": str(data)}
+    return base | {"BATCH": "4", "N": "4", "LR": "1e-3"} | more
 
 
 def listening(process: subprocess.Popen) -> dict[str, list[str]]:

@@ -13,15 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from examples.quickstart import diagrams
-from tests.end_to_end.harness import REPO, Run
-from tests.end_to_end.test_training import (
-    REWARD,
-    assert_healthy,
-    assert_moved,
-    overrides,
-    reference_log_probs,
-    settings,
-)
+from tests.end_to_end.harness import REPO, REWARD, Run, overrides, settings
+from tests.end_to_end.test_training import assert_healthy, assert_moved, reference_log_probs
 from tests.tiny_models import build_tiny
 from verl_gndpo.evaluation.job import Answers
 
@@ -89,9 +82,7 @@ def test_the_student_begins_as_its_base_model_and_then_moves(run, qwen3_vl):
 
 def test_only_adapters_of_the_language_model_are_trained(run, qwen3_vl):
     before = load_file(qwen3_vl / "student" / "model.safetensors")
-    checkpoint = run.out.parent / "checkpoints" / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt"
-    after = torch.load(checkpoint, weights_only=False)
-    after = {name: getattr(value, "_local_tensor", value) for name, value in after.items()}
+    after = run.weights(2)
     frozen = {n.removeprefix("base_model.model.").replace(".base_layer", ""): v for n, v in after.items()}
     assert all(torch.equal(frozen[name], value) for name, value in before.items())
     adapters = {name: value for name, value in after.items() if "lora_B" in name}

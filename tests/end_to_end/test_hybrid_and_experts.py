@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import zoo
-from tests.end_to_end.harness import Run
-from tests.end_to_end.test_training import REWARD, overrides, settings
+from tests.end_to_end.harness import REWARD, Run, overrides, settings
 
 ONCE = ("trainer.save_freq=-1", "trainer.resume_mode=disable")
 BFLOAT16_ROLLOUT = (

@@ -5,8 +5,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.end_to_end.harness import Run, kill
-from tests.end_to_end.test_training import overrides, settings
+from tests.end_to_end.harness import Run, kill, overrides, settings
 
 FAILING = (1, 4, 5, 7)
 REWARD = f"""

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from tests.end_to_end.harness import Run
+from tests.end_to_end.harness import Run, overrides, settings
 from tests.end_to_end.replay import replay
 from tests.end_to_end.test_teachers import assert_policy_loss, published
-from tests.end_to_end.test_training import PUBLISHED_METRICS, overrides, reference_log_probs, settings
+from tests.end_to_end.test_training import PUBLISHED_METRICS, reference_log_probs
 from tests.integration.helpers import load
 
 STEPS = 3
@@ -28,38 +27,31 @@ def run_mode(models: Path, data: Path, out: Path, *arguments: str, **environment
     return Run(out / "run", settings(models, data, **environment), whole).finish()
 
 
-def weights_of_version(models: Path, out: Path, version: int) -> Path:
+def weights_of_version(run: Run, models: Path, version: int) -> Path:
     """A folder with the student after so many steps."""
     if version == 0:
         return models / "student"
-    folder = out / f"version_{version}"
+    folder = run.out.parent / f"version_{version}"
     if not folder.exists():
-        trained = out / "checkpoints" / f"global_step_{version}" / "actor" / "model_world_size_1_rank_0.pt"
         model = load(models / "student")
-        weights = torch.load(trained, weights_only=False)
-        model.load_state_dict({name: getattr(x, "_local_tensor", x) for name, x in weights.items()})
+        model.load_state_dict(run.weights(version))
         shutil.copytree(models / "student", folder)
         model.save_pretrained(folder)
     return folder
 
 
-def assert_sampled_by_the_weights_of_its_time(row: dict, models: Path, out: Path) -> int:
-    """Assert that the rollout's log-prob of each token is that of one of the versions that have sampled the row.
-
-    Returns:
-        The newest of them.
-    """
+def assert_sampled_by_the_weights_of_its_time(run: Run, row: dict, models: Path) -> None:
+    """Assert that the rollout's log-prob of each token is that of one of the versions that have sampled the row."""
     oldest, newest = row["tag"]["min_global_steps"], row["tag"]["max_global_steps"]
     references = [
-        reference_log_probs(weights_of_version(models, out, version), row, without_placeholders=True)
+        reference_log_probs(weights_of_version(run, models, version), row, without_placeholders=True)
         for version in range(oldest, newest + 1)
     ]
     distance = np.min([np.abs(row["rollout_log_probs"].numpy() - x) for x in references], axis=0)
     assert distance.max() < 1e-4
-    return newest
 
 
-def assert_all_steps(run: Run, models: Path, out: Path, batches: int = 1) -> list[int]:
+def assert_all_steps(run: Run, models: Path, batches: int = 1) -> list[int]:
     """What must hold for each step in any mode.
 
     Returns:
@@ -78,14 +70,14 @@ def assert_all_steps(run: Run, models: Path, out: Path, batches: int = 1) -> lis
             for row, expected in zip(rows, published(rows), strict=True):
                 np.testing.assert_allclose(row["advantages"].numpy(), expected, rtol=1e-5, atol=1e-5)
             # The log-probs that the update uses are those of the weights before the step, whatever has sampled.
-            actor = weights_of_version(models, out, number - 1)
+            actor = weights_of_version(run, models, number - 1)
             for row in rows[::4]:
                 np.testing.assert_allclose(
                     row["old_log_probs"].numpy(), reference_log_probs(actor, row), atol=1e-4, rtol=0
                 )
                 teacher = reference_log_probs(models / "teacher", row)
                 np.testing.assert_allclose(row["teacher_log_probs"].numpy(), teacher, atol=1e-4, rtol=0)
-                assert_sampled_by_the_weights_of_its_time(row, models, out)
+                assert_sampled_by_the_weights_of_its_time(run, row, models)
             of_step += [number - 1 - row["tag"]["max_global_steps"] for row in rows]
         assert step["training/off_policy/trajectory_staleness/mean"] == pytest.approx(np.mean(of_step))
         behind += of_step
@@ -94,7 +86,7 @@ def assert_all_steps(run: Run, models: Path, out: Path, batches: int = 1) -> lis
 
 def test_colocate_async(models, dice, tmp_path):
     run = run_mode(models, dice, tmp_path, "trainer.save_freq=1", "trainer.v1.trainer_mode=colocate_async")
-    behind = assert_all_steps(run, models, tmp_path)
+    behind = assert_all_steps(run, models)
     # Measured: 0, 1 and 0 in the three steps, with correlations of 1, 0.958 and 1.
     assert 0 in behind and max(behind) >= 1
     assert_policy_loss(run, 1)
@@ -104,7 +96,7 @@ def test_separate_async_with_several_updates_a_step_and_a_dedicated_teacher(mode
     arguments = ["trainer.save_freq=1", "trainer.v1.separate_async.parameter_sync_step=2"]
     arguments += ["actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.max_num_seqs=4"]
     run = run_mode(models, dice, tmp_path, *arguments, BATCH="8", TEACHER_GPUS="1", ROLLOUT_GPUS="1")
-    behind = assert_all_steps(run, models, tmp_path, batches=2)
+    behind = assert_all_steps(run, models, batches=2)
     assert 0 in behind
     assert max(step["gndpo/teacher_ahead_share"] for step in run.steps) > 0
 

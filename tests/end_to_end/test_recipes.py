@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.end_to_end.harness import Run
-from tests.end_to_end.test_training import REWARD, assert_healthy, overrides, reference_log_probs, settings
+from tests.end_to_end.harness import REWARD, Run, overrides, settings
+from tests.end_to_end.test_training import assert_healthy, reference_log_probs
 
 SCONTROL = '#!/bin/sh\n[ "$1 $2 $3" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"\n'
 # Runs a node's command on this machine. It notes the node, as Slurm would start it there.

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.end_to_end.harness import Run
-from tests.end_to_end.test_training import assert_healthy, overrides, reference_log_probs, settings
+from tests.end_to_end.harness import Run, overrides, settings
+from tests.end_to_end.test_training import assert_healthy, reference_log_probs
 from tests.tiny_models import build_tiny
 
 

@@ -16,15 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.end_to_end.harness import REPO, Run
+from tests.end_to_end.harness import REPO, REWARD, Run, overrides, settings
 from tests.end_to_end.replay import replay
 from tests.integration.helpers import hugging_face_log_probs
 
 REAL_SETS = REPO.parent / "shared" / "data"
-REWARD = [
-    f"reward.custom_reward_function.path={REPO / 'examples' / 'quickstart' / 'reward.py'}",
-    "reward.custom_reward_function.name=compute_score",
-]
 PUBLISHED_METRICS = [
     *(f"gndpo/log_ratio/{name}" for name in ("mean", "std", "min", "max", "p01", "p99")),
     *("gndpo/effective_sample_share", "gndpo/token/digits/share", "gndpo/response/truncated_share"),
@@ -32,22 +28,6 @@ PUBLISHED_METRICS = [
     *("gndpo/clipped_low_share", "gndpo/clipped_high_share", "gndpo/mu", "gndpo/sigma", "gndpo/gain"),
     *("gndpo/advantage_abs_max", "gndpo/sign_flip_share", "gndpo/k3", "actor/grad_norm", "timing_s/teacher_log_prob"),
 ]
-
-
-def settings(models: Path, data: Path, **more: str) -> dict[str, str]:
-    base = {"STUDENT": str(models / "student"), "TEACHER": str(models / "teacher"), "DATA_DIR": str(data)}
-    return base | {"BATCH": "4", "N": "4", "LR": "1e-3"} | more
-
-
-def overrides(steps: int, checkpoints: Path, *more: str) -> list[str]:
-    return [
-        f"trainer.total_training_steps={steps}",
-        f"trainer.default_local_dir={checkpoints}",
-        "trainer.val_before_train=False",
-        "trainer.test_freq=-1",
-        *REWARD,
-        *more,
-    ]
 
 
 def assert_healthy(run: Run, steps: list[int], gain: bool = True) -> None:
@@ -130,13 +110,6 @@ def steps_of(run: Run) -> list[int]:
     return [int(step["training/global_step"]) for step in run.steps]
 
 
-def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
-    """Return the weights of a checkpoint of a run."""
-    folder = run.out.parent / "checkpoints" / f"global_step_{step}" / "actor"
-    loaded = torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False)
-    return {name: getattr(value, "_local_tensor", value) for name, value in loaded.items()}
-
-
 def test_nothing_listens_beyond_this_machine(killed_and_resumed):
     """Ray, verl's servers, TransferQueue, vLLM and the stores of the process groups."""
     listening = killed_and_resumed[0].listening
@@ -179,7 +152,7 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(uninterru
                 for name in ("old_log_probs", "teacher_log_probs", "advantages"):
                     torch.testing.assert_close(row[name], same[name], atol=1e-6, rtol=1e-6)
     assert compared >= {("after", 3), ("writing", 3), ("writing", 4), ("random", 3), ("last", STEPS)}
-    of_last, of_uninterrupted = weights(killed_and_resumed[-1], STEPS), weights(uninterrupted, STEPS)
+    of_last, of_uninterrupted = killed_and_resumed[-1].weights(STEPS), uninterrupted.weights(STEPS)
     for name, weight in of_uninterrupted.items():
         torch.testing.assert_close(of_last[name], weight, atol=1e-6, rtol=0)
 
@@ -190,8 +163,8 @@ def test_two_runs_agree_in_tokens_and_weights(uninterrupted, killed_and_resumed)
     for step in (1, 2):
         for row, same in zip(first.captured(step), uninterrupted.captured(step), strict=True):
             assert torch.equal(row["input_ids"], same["input_ids"])
-    of_first = weights(first, 2)
-    for name, weight in weights(uninterrupted, 2).items():
+    of_first = first.weights(2)
+    for name, weight in uninterrupted.weights(2).items():
         torch.testing.assert_close(of_first[name], weight, atol=1e-6, rtol=0)
 
 
@@ -240,7 +213,7 @@ def test_updates_with_shared_prompts_are_those_of_verls_own_engine(killed_and_re
         # Measured within 8e-8 and 2e-8.
         assert logged["actor/grad_norm"] == pytest.approx(metrics["actor/grad_norm"], rel=1e-6)
         assert logged["actor/pg_loss"] == pytest.approx(metrics["actor/pg_loss"], abs=1e-6)
-    trained = weights(first, 2)
+    trained = first.weights(2)
     assert trained.keys() == replayed.keys()
     moved = torch.cat([(x - replayed[name]).abs().flatten() for name, x in trained.items()])
     # A weight moves by at most 1e-3 in a step. Adam divides by small gradients, so that a few may differ by 2e-4.
@@ -252,7 +225,7 @@ def test_training_changes_the_student_but_not_its_frozen_vision_tower(killed_and
     from safetensors.torch import load_file
 
     before = load_file(models / "student" / "model.safetensors")
-    after = weights(killed_and_resumed[-1], STEPS)
+    after = killed_and_resumed[-1].weights(STEPS)
     compared = changed = 0
     for name, value in after.items():
         original = before.get(
