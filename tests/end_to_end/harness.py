@@ -166,7 +166,14 @@ class Run:
         """The rows of a step's batch, in the order in which the estimator saw them."""
         import torch
 
-        return torch.load(self.out / "captured" / f"step_{step}.{batch}.pt", weights_only=False)
+        return torch.load(self._capture(step, batch), weights_only=False)
+
+    def has_captured(self, step: int) -> bool:
+        """True if the run came so far in a step that its estimator saw a batch."""
+        return self._capture(step, 0).exists()
+
+    def _capture(self, step: int, batch: int) -> Path:
+        return self.out / "captured" / f"step_{step}.{batch}.pt"
 
     def weights(self, step: int) -> dict[str, "torch.Tensor"]:
         """The weights in a checkpoint of one rank, in the folder `checkpoints` beside `out`."""

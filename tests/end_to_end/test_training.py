@@ -144,7 +144,7 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(uninterru
     compared = set()
     for run in killed_and_resumed:
         for step in range(1, STEPS + 1):
-            if not (run.out / "captured" / f"step_{step}.pt").exists():
+            if not run.has_captured(step):
                 continue
             compared.add((run.out.name, step))
             for row, same in zip(run.captured(step), uninterrupted.captured(step), strict=True):
