@@ -48,7 +48,7 @@ def build_tiny(family: str, path: str | Path, *, seed: int, layers: int = 2) -> 
     """Write a checkpoint with its tokenizer or processor; transformers, vLLM and verl load it by its path.
 
     Args:
-        family: a key of `FAMILIES`.
+        family: a key of `FAMILIES`, or "uneven": a `qwen3` that two and three ranks share unevenly.
         path: the folder; made if missing.
         seed: of the weights.
         layers: of the language model.
@@ -57,7 +57,7 @@ def build_tiny(family: str, path: str | Path, *, seed: int, layers: int = 2) -> 
         The folder.
     """
     path = Path(path)
-    FAMILIES[family](path, seed, layers)
+    _BUILDERS[family](path, seed, layers)
     return path
 
 
@@ -170,5 +170,5 @@ FAMILIES = {
     "internvl": _internvl,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
-    "uneven": _uneven,
 }
+_BUILDERS = FAMILIES | {"uneven": _uneven}

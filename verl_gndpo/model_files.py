@@ -13,7 +13,7 @@ from typing import Any
 
 from verl_gndpo.export.folders import DESCRIPTIONS
 
-COUNTS = re.compile(r"layers?$|blocks?$|depths?$|heads?$|experts$|_per_tok$")
+COUNTS = re.compile(r"(layers|^n_layer|blocks?|depths?|heads?|experts|_per_tok)$")
 """Settings of a config that are numbers of parts, each of which is an object in memory."""
 MOST_PARTS = 100_000
 WEIGHT_FILES = ("*.safetensors", "*.bin")

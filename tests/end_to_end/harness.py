@@ -209,7 +209,9 @@ def listening(process: subprocess.Popen) -> dict[str, list[str]]:
         with contextlib.suppress(psutil.NoSuchProcess):
             for connection in member.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
-                    found.setdefault(connection.laddr.ip, []).append(" ".join(member.cmdline())[:80])
+                    program, *arguments = member.cmdline()
+                    command = " ".join([Path(program).name, *arguments])[:80]
+                    found.setdefault(connection.laddr.ip, []).append(command)
     return found
 
 
