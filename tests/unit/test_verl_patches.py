@@ -87,6 +87,11 @@ QWEN3_5_CACHE = Patch(
     file="verl/models/transformers/qwen3_5.py",
     test="tests/models/test_qwen3_5_cache_on_cpu.py",
 )
+SAVED_WEIGHTS = Patch(
+    name="0011-copy-saved-fsdp2-weights.patch",
+    file="verl/utils/fsdp_utils.py",
+    test="tests/utils/test_fsdp2_saved_weights_on_cpu.py",
+)
 PATCHES = [
     POSITION_IDS,
     TEXT_ONLY,
@@ -98,6 +103,7 @@ PATCHES = [
     GLM4V,
     WRAP_TARGETS,
     QWEN3_5_CACHE,
+    SAVED_WEIGHTS,
 ]
 
 each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name[:4])
@@ -326,6 +332,7 @@ def is_about_text_only(name):
         (GLM4V, lambda name: name.startswith("test_features")),
         (WRAP_TARGETS, lambda name: name.startswith("test_the_position_embedding")),
         (QWEN3_5_CACHE, lambda name: name.startswith("test_parts")),
+        (SAVED_WEIGHTS, lambda name: name != "test_the_layout_is_that_of_the_model"),
     ],
 )
 def test_stock_verl_fails_where_the_bug_is_only(stock_results, patch, meets_the_bug):
@@ -364,6 +371,7 @@ def test_stock_verl_fails_where_the_bug_is_only(stock_results, patch, meets_the_
         ),
         (WRAP_TARGETS, "test_the_position_embedding_of_a_tower_is_left_to_the_module_around_it", "position_embedding"),
         (QWEN3_5_CACHE, "test_parts_continue_from_a_cache[[5, 7]]", "'DynamicCache' object has no attribute"),
+        (SAVED_WEIGHTS, "test_an_update_leaves_saved_weights_alone", "Tensor-likes are not equal"),
     ],
 )
 def test_how_stock_verl_fails(stock_results, patch, name, error):

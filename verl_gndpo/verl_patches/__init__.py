@@ -93,6 +93,7 @@ PATCHES = index(
         upstream="none known; verl copies those of FSDP1",
         remove_when="verl copies FSDP2's shards, too",
         where="every process",
+        diff="0011-copy-saved-fsdp2-weights.patch",
     ),
     Patch(
         name="internvl_processor",
