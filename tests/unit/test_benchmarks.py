@@ -34,7 +34,7 @@ def test_step_summary_drops_the_warm_up(step):
 def test_step_refuses_an_arm_that_does_not_learn(step, value):
     alive = dict.fromkeys(step.ALIVE["verl_opd"], 0.5)
     step.check_alive("verl_opd", [alive, alive])
-    with pytest.raises(SystemExit, match="verl_opd, step 2: actor/grad_norm"):
+    with pytest.raises(step.RunFailed, match="verl_opd, step 2: actor/grad_norm"):
         step.check_alive("verl_opd", [alive, alive | {"actor/grad_norm": value}])
 
 

