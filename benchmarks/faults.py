@@ -274,7 +274,7 @@ FAULTS = (
         "disk_full_metrics",
         "disk full at the metrics",
         lambda scene: scene.fill("metrics"),
-        "metrics.jsonl .*?No space left on device",
+        "the metrics of step .*?No space left on device",
         file_system="metrics",
     ),
     Fault(
