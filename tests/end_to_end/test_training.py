@@ -68,7 +68,7 @@ def assert_moved(rows: list[dict], start: Path) -> None:
     assert max(moves) > 0.05, moves
 
 
-STEPS = 8
+STEPS = 10
 KILL_SEED = int(os.environ.get("GNDPO_KILL_SEED", 0)) or int.from_bytes(os.urandom(2), "big")
 """Of the kill at a random time. The failed test's output names it."""
 
