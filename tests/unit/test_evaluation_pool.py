@@ -88,8 +88,10 @@ def test_there_are_no_more_processes_than_problems(job):
 def started(job, *, data_parallel: int) -> subprocess.Popen:
     """Answer 40 problems in a process of its own, of which those after the sixth wait for the file `hold` to go."""
     job.with_name("hold").touch()
+    # A shell that starts the tests in the background has them ignore SIGINT, and a child inherits that.
     code = (
-        "import sys; from pathlib import Path; from verl_gndpo.evaluation import pool\n"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path; from verl_gndpo.evaluation import pool\n"
         "from verl_gndpo.evaluation.job import Means\n"
         "pool.WORKER = sys.argv[2:]\n"
         f"pool.answer(Path(sys.argv[1]), list(range(40)), 40, Means(data_parallel={data_parallel}), False)\n"
