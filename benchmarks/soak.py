@@ -57,9 +57,10 @@ def sample(process: psutil.Process) -> dict[str, tuple[float, int]]:
     found = {}
     for member in with_children(process):
         try:
-            words = [Path(word).name for word in member.cmdline()[:3]]
-            # An actor adds the method that it runs.
-            name = words[0].split(".")[0] if words[:1] and words[0].startswith("ray::") else " ".join(words)[:40]
+            name = " ".join(Path(word).name for word in member.cmdline()[:3])[:40]
+            if name.startswith("ray::"):
+                # An actor adds the method that it runs.
+                name = name.split(".")[0].rstrip()
             found[f"{name} ({member.pid})"] = (memory(member.pid) / 1e6, member.num_fds())
         except (psutil.Error, OSError):
             continue

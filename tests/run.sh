@@ -61,12 +61,11 @@ run_unit() { OMP_NUM_THREADS=1 run_pytest -n logical --maxprocesses 4 --dist loa
 # The integration tests take more memory and start processes of their own: two at a time.
 run_integration() { OMP_NUM_THREADS=1 run_pytest -n logical --maxprocesses 2 --dist loadfile "$@"; }
 
-# The end-to-end tests one at a time: two runs of the real loop save a quarter of the time, but Ray gives up a start that takes
-# longer than 30 seconds.
-
 step lint lint
 if [ ${#unit[@]} != 0 ]; then step unit run_unit "${unit[@]}" "${options[@]}"; fi
 if [ ${#integration[@]} != 0 ]; then step integration run_integration "${integration[@]}" "${options[@]}"; fi
+# One at a time: two runs of the real loop would save a quarter of the time, but Ray gives up a start that takes longer than
+# 30 seconds.
 if [ ${#end_to_end[@]} != 0 ]; then step end_to_end run_pytest "${end_to_end[@]}" "${options[@]}"; fi
 if [ $only_lint = no ] && [ $tests_ran = no ]; then
     echo "no test was selected: ${options[*]}" >&2

@@ -14,7 +14,7 @@ from typing import Any
 from verl_gndpo.export.folders import DESCRIPTIONS
 
 COUNTS = re.compile(r"(layers|^n_layer|blocks?|depths?|heads?|experts|_per_tok)$")
-"""Settings of a config that are numbers of parts, each of which is an object in memory."""
+"""Settings of a config that are numbers of parts, each an object in memory. Any other `layer` is an index."""
 MOST_PARTS = 100_000
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 MODEL = "model.safetensors"

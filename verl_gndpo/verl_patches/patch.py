@@ -127,7 +127,7 @@ def apply(*names: str) -> None:
 
     Repeated calls for the same patch have no effect.
     """
-    # Here, because interpreters that only watch for torchvision load this file when they start.
+    # Here, because interpreters that only watch for torchvision and vLLM load this file when they start.
     from wrapt import register_post_import_hook
 
     for name in names:
